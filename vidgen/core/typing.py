@@ -1,0 +1,40 @@
+"""Array types and the shape aliases that signatures share.
+
+Axis letters: `b` batch, `t` frames, `h` height, `w` width, `c` channels, `s` tokens, `n` heads, `k` head dim,
+`d` model dim, `f` feed-forward dim, `l` text tokens.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt8
+
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "Latents",
+    "Metrics",
+    "PyTree",
+    "RGBClip",
+    "Shaped",
+    "Tokens",
+    "UInt8",
+    "Video",
+]
+
+Video: TypeAlias = Float[Array, "b t h w c"]
+"""Pixels in [-1, 1]."""
+
+Latents: TypeAlias = Float[Array, "b t h w c"]
+"""Latents, normalised to zero mean and unit variance per channel."""
+
+Tokens: TypeAlias = Float[Array, "b s d"]
+
+RGBClip: TypeAlias = UInt8[np.ndarray, "t h w 3"]
+"""A clip on the host: 8-bit RGB frames."""
+
+Metrics: TypeAlias = dict[str, Any]
+"""Scalars by name."""

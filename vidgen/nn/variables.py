@@ -1,0 +1,42 @@
+"""Kinds of variables: trained parameters with logical axis names, and buffers."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from vidgen.core.typing import Array
+
+
+class Buffer(nnx.Variable):
+    """A value that belongs to a model but is not trained by gradients, such as latent statistics."""
+
+
+def param(
+    rngs: nnx.Rngs,
+    init: Callable[..., Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> nnx.Param:
+    """A float32 parameter whose dimensions carry logical axis names.
+
+    Args:
+      rngs: the stream `params` is used.
+      init: `jax.nn.initializers`-style function of (key, shape).
+      shape: shape of the parameter.
+      axes: one logical axis name, or None, per dimension; `parallel/rules.py` maps them to mesh axes.
+
+    Raises:
+      ValueError: `axes` and `shape` differ in length.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, found {axes}")
+    return nnx.Param(init(rngs.params(), shape), axes=axes)
+
+
+def zeros(_key: Array, shape: tuple[int, ...]) -> Array:
+    return jax.numpy.zeros(shape)
+
+
+def ones(_key: Array, shape: tuple[int, ...]) -> Array:
+    return jax.numpy.ones(shape)
