@@ -1,0 +1,234 @@
+"""From nested mappings, as experiments and commands give them, to frozen dataclasses, and back.
+
+A `ConfigDict` ends where `resolve` is called. Behind it every option is a typed field, so a misspelt key or
+a value of the wrong type is found before anything is built.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+__all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
+
+T = TypeVar("T")
+
+_SEQUENCES = (tuple, list, Sequence)
+_MAPPINGS = (dict, Mapping)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was found and what is expected."""
+
+
+def resolve(cls: type[T] | Any, values: Any, where: str = "config") -> T:
+    """An instance of `cls` with its fields taken from `values`.
+
+    Accepted: an int for a float, a list for a tuple, None for an optional field, and an instance that is
+    already of the right class. A field whose type is a union of dataclasses takes the one whose `kind`
+    (a field `kind: Literal["x"] = "x"`) the mapping names.
+
+    Args:
+      cls: a dataclass, or a union of dataclasses.
+      values: a mapping (or ConfigDict) of field names; nested for fields that are dataclasses.
+      where: the name of the outermost mapping in error messages.
+
+    Raises:
+      ConfigError: unknown or missing key, wrong type, or a ValueError from a `__post_init__`.
+    """
+    return _convert(cls, values, where)
+
+
+def to_dict(obj: Any) -> Any:
+    """What `resolve` would need to build `obj` again, made of dicts, lists and JSON scalars only.
+
+    Raises:
+      ConfigError: a value that JSON cannot hold.
+    """
+    return _plain(obj, "config")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """A sentence about the member of `names` closest to `name`, and what else there is."""
+    if not names:
+        return "none are valid here"
+    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return f'did you mean "{closest}"? Valid: {", ".join(sorted(names))}'
+
+
+def _plain(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
+    if _is_mapping(value):
+        return {str(key): _plain(value[key], f"{where}.{key}") for key in value}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"{where}: found {_describe(value)}, which JSON cannot hold; use numbers, strings, lists"
+    )
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `hint`, or ConfigError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is typing.Annotated:
+        return _convert(args[0], value, where)
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is Literal:
+        return _convert_literal(args, value, where)
+    if dataclasses.is_dataclass(hint):
+        return _convert_dataclass(hint, value, where)
+    if (origin or hint) in _SEQUENCES:
+        return _convert_sequence(origin or hint, args, value, where)
+    if (origin or hint) in _MAPPINGS:
+        if not _is_mapping(value):
+            raise _wrong(where, value, "a mapping")
+        inner = args[1] if args else Any
+        return {key: _convert(inner, value[key], f"{where}.{key}") for key in value}
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is None or hint is types.NoneType:
+        if value is None:
+            return None
+        raise _wrong(where, value, "None")
+    if not isinstance(hint, type):
+        raise TypeError(f"{where}: a field annotated {hint} cannot be filled from a config")
+    if hint in (int, float) and isinstance(value, bool):
+        raise _wrong(where, value, hint.__name__)
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if issubclass(hint, pathlib.PurePath) and isinstance(value, str):
+        return hint(value)
+    if not isinstance(value, hint):
+        raise _wrong(where, value, hint.__name__)
+    return value
+
+
+def _convert_literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    if isinstance(value, str) and all(isinstance(choice, str) for choice in choices):
+        raise ConfigError(f'{where}: unknown value "{value}"; {nearest(value, choices)}')
+    raise _wrong(where, value, "one of " + ", ".join(repr(choice) for choice in choices))
+
+
+def _convert_sequence(kind: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, value, "a list")
+    fixed = kind is tuple and bool(args) and Ellipsis not in args
+    if fixed and len(value) != len(args):
+        raise ConfigError(f"{where}: found {len(value)} values {value!r}, expected {len(args)}")
+    hints = args if fixed else (args[0] if args else Any,) * len(value)
+    items = [
+        _convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True))
+    ]
+    return items if kind is list else tuple(items)
+
+
+def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and types.NoneType in members:
+        return None
+    classes = [m for m in members if dataclasses.is_dataclass(m)]
+    if type(value) in classes:
+        return value
+    if classes and _is_mapping(value):
+        chosen = classes[0] if len(classes) == 1 else _choose(classes, value, where)
+        return _convert(chosen, value, where)
+    # The member of exactly this type goes first: `float | int` keeps an int.
+    others = sorted(
+        (m for m in members if m not in classes and m is not types.NoneType),
+        key=lambda m: m is not type(value),
+    )
+    for member in others:
+        try:
+            return _convert(member, value, where)
+        except ConfigError as error:
+            if len(others) == 1 and not classes:
+                raise error
+    raise _wrong(where, value, " or ".join(_name(m) for m in members))
+
+
+def _choose(classes: Sequence[Any], values: Any, where: str) -> Any:
+    """The dataclass whose `kind` the mapping names."""
+    by_kind = {kind: cls for cls in classes for kind in _kinds(cls)}
+    if "kind" not in values:
+        raise ConfigError(f'{where}: missing key "kind"; expected one of {", ".join(sorted(by_kind))}')
+    kind = values["kind"]
+    if kind not in by_kind:
+        raise ConfigError(f'{where}.kind: unknown value "{kind}"; {nearest(str(kind), list(by_kind))}')
+    return by_kind[kind]
+
+
+def _kinds(cls: Any) -> tuple[str, ...]:
+    hint = _hints(cls).get("kind")
+    if typing.get_origin(hint) is not Literal:
+        raise TypeError(f'{cls.__name__} is a member of a union and needs a field kind: Literal["..."]')
+    return typing.get_args(hint)
+
+
+def _convert_dataclass(cls: Any, values: Any, where: str) -> Any:
+    if isinstance(values, cls):
+        return values
+    if not _is_mapping(values):
+        raise _wrong(where, values, f"a mapping with the fields of {cls.__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f'{where}.{key}: unknown key "{key}" for {cls.__name__}; {nearest(str(key), list(fields))}'
+            )
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(
+                f"{where}.{name}: missing; {cls.__name__} needs it (type {_name(_hints(cls)[name])})"
+            )
+    arguments = {key: _convert(_hints(cls)[key], values[key], f"{where}.{key}") for key in values}
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is_mapping(value: Any) -> bool:
+    """ConfigDict is no `Mapping`, but it has keys and items like one."""
+    return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__"))
+
+
+def _name(hint: Any) -> str:
+    return (
+        hint.__name__
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )
+
+
+def _describe(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} of type {type(value).__name__}"
+
+
+def _wrong(where: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{where}: found {_describe(value)}, expected {expected}")

@@ -1,0 +1,67 @@
+"""Loggers of the standard library, set up once for the whole package.
+
+The level comes from the environment variable VIDGEN_LOG (default INFO). With more than one process each line
+carries the process index.
+"""
+
+import logging
+import os
+import sys
+import threading
+
+__all__ = ["get_logger"]
+
+_ROOT = "vidgen"
+_lock = threading.Lock()
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to the current `sys.stderr`, which tests and notebooks replace."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _process_prefix() + super().format(record)
+
+
+def get_logger(name: str = _ROOT) -> logging.Logger:
+    """The logger `name`, below "vidgen"; the first call installs the one handler.
+
+    Raises:
+      ValueError: VIDGEN_LOG is not the name of a level.
+    """
+    root = logging.getLogger(_ROOT)
+    with _lock:
+        if not any(isinstance(handler, _Handler) for handler in root.handlers):
+            handler = _Handler()
+            handler.setFormatter(_Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+            root.setLevel(_level())
+            root.addHandler(handler)
+    return (
+        root
+        if name == _ROOT
+        else logging.getLogger(name if name.startswith(_ROOT + ".") else f"{_ROOT}.{name}")
+    )
+
+
+def _level() -> int:
+    name = os.environ.get("VIDGEN_LOG", "INFO").upper()
+    levels = logging.getLevelNamesMapping()
+    if name not in levels:
+        raise ValueError(f'VIDGEN_LOG is "{name}", expected one of {", ".join(sorted(levels))}')
+    return levels[name]
+
+
+def _process_prefix() -> str:
+    """ "[2/8] " when this is one of several processes, read from jax only where jax has been started."""
+    distributed = sys.modules.get("jax._src.distributed")
+    state = getattr(distributed, "global_state", None)
+    count = getattr(state, "num_processes", None) or 1
+    return f"[{getattr(state, 'process_id', 0)}/{count}] " if count > 1 else ""

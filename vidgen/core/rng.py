@@ -1,0 +1,23 @@
+"""Random streams by name and step, so that adding one use of randomness does not change the others."""
+
+import zlib
+
+import jax
+
+from vidgen.core.typing import Array, Int, Key
+
+__all__ = ["stream"]
+
+
+def stream(key: Key[Array, ""], name: str, step: int | Int[Array, ""] | None = None) -> Key[Array, ""]:
+    """The key of the stream `name`, at `step` where one is given.
+
+    The same on every process and in every run: the name goes in by its CRC-32, not by Python's salted hash.
+
+    Args:
+      key: a typed key (`jax.random.key`).
+      name: what the stream is for, such as "noise".
+      step: training step or layer index, at least 0; may be traced.
+    """
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return key if step is None else jax.random.fold_in(key, step)

@@ -1,0 +1,51 @@
+"""Names, sizes and bytes of the arrays in a pytree."""
+
+import math
+from typing import Any
+
+import jax
+
+from vidgen.core.typing import PyTree
+
+__all__ = ["count", "named_leaves", "num_bytes"]
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` by dotted path, in tree order: `{"blocks.attention.q.kernel": array, ...}`.
+
+    Works for dicts, sequences, dataclass pytrees, `nnx.State` and `nnx.Module`; a last level `value`, which a
+    `nnx.Variable` adds, is left out.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def count(tree: PyTree) -> int:
+    """How many numbers the arrays of `tree` hold; shapes are enough (`jax.ShapeDtypeStruct`)."""
+    return sum(math.prod(leaf.shape) for leaf in _arrays(tree))
+
+
+def num_bytes(tree: PyTree) -> int:
+    """How many bytes the arrays of `tree` take, unsharded."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+
+
+def _arrays(tree: PyTree) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    parts = []
+    for entry in path:
+        match entry:
+            case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
+                parts.append(str(key))
+            case jax.tree_util.SequenceKey(idx=index):
+                parts.append(str(index))
+            case jax.tree_util.GetAttrKey(name=name):
+                parts.append(name)
+            case _:
+                parts.append(str(entry).strip(".[]'\""))
+    return ".".join(parts)
