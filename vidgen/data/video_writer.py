@@ -1,0 +1,243 @@
+"""Clips written as MP4, GIF or PNG, with text metadata that can be read back."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import Image, PngImagePlugin
+
+__all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_video", "write_mp4"]
+
+SUPPORTED_SUFFIXES = (".mp4", ".gif", ".png")
+
+_BT709 = 1
+"""The number of BT.709 among the primaries, transfer curves and matrices of ITU-T H.273."""
+
+_PNG_PREFIX = "vidgen:"
+_SHORTEST_GIF_FRAME = 2
+"""Hundredths of a second; viewers slow down anything faster."""
+
+
+def save_video(
+    path: str | os.PathLike[str],
+    video: np.ndarray,
+    *,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    crf: int = 17,
+) -> None:
+    """Writes a clip to a file, in the format that the file's name asks for.
+
+    `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; a side of odd length is made even by repeating
+    its last row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one frame as it is;
+    several as a grid in reading order, as square as it gets, with black in the places left over.
+
+    The folder is made if it is missing. The file appears whole or not at all.
+
+    Args:
+      path: ends in `.mp4`, `.gif` or `.png`.
+      video: uint8 [t h w 3].
+      fps: frames per second; a PNG ignores it.
+      metadata: texts stored in the file; `read_metadata` gives them back.
+      crf: of H.264: 0 is lossless but for the colour format, 17 looks lossless, 28 is coarse.
+
+    Raises:
+      ValueError: the name's ending is unknown, or the array is not a clip.
+    """
+    path = pathlib.Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUPPORTED_SUFFIXES:
+        raise ValueError(
+            f'{path}: cannot write "{suffix}" files; use one of {", ".join(SUPPORTED_SUFFIXES)}.'
+        )
+    _check_clip(path, video, fps)
+    texts = dict(metadata or {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic(path) as temporary:
+        if suffix == ".mp4":
+            write_mp4(temporary, video, fps=fps, metadata=texts, crf=crf)
+        elif suffix == ".gif":
+            temporary.write_bytes(_encode_gif(video, fps, texts))
+        else:
+            temporary.write_bytes(_encode_png(video, texts))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that `save_video` stored in a file; of another's file, the texts of its container.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is of a kind that cannot be read.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        if path.suffix.lower() in (".png", ".gif"):
+            with Image.open(path) as image:
+                return _image_texts(image)
+        with av.open(str(path)) as container:
+            texts = dict(container.metadata)
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot read it: {error}") from error
+    return _parse(texts.get("comment", "")) or texts
+
+
+def write_mp4(
+    target: pathlib.Path | io.BytesIO,
+    video: np.ndarray,
+    *,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    crf: int = 17,
+    preset: str = "medium",
+    pix_fmt: str = "yuv420p",
+) -> None:
+    """Writes an MP4 file with H.264 and BT.709 tags; the index comes first where the target is a file.
+
+    Args:
+      target: a file, or a buffer in memory.
+      video: uint8 [t h w 3]; sides of odd length are made even by repeating the last row or column.
+      fps: frames per second.
+      metadata: texts, stored as JSON in the container's comment.
+      crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.
+      preset: x264's, "ultrafast" to "veryslow".
+      pix_fmt: "yuv420p" plays everywhere; "rgb24" is stored as it is (x264's RGB mode), which few players show.
+    """
+    video = _pad_to_even(video)
+    rgb = pix_fmt == "rgb24"
+    options = {"movflags": "+faststart"} if isinstance(target, pathlib.Path) else {}
+    file = str(target) if isinstance(target, pathlib.Path) else target
+    with av.open(file, "w", format="mp4", options=options) as container:
+        if metadata:
+            container.metadata["comment"] = json.dumps(dict(metadata))
+        stream = container.add_stream("libx264rgb" if rgb else "libx264", rate=_rate(fps))
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        stream.options = {"crf": str(crf), "preset": preset}
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = _BT709
+        if not rgb:
+            context.colorspace = _BT709
+            context.color_range = int(ColorRange.MPEG)
+        reformatter = VideoReformatter()
+        for pixels in video:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if not rgb:
+                frame = reformatter.reformat(
+                    frame,
+                    format=pix_fmt,
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+                    threads=1,
+                )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float) -> None:
+    found = f"{getattr(video, 'dtype', type(video).__name__)} {list(np.shape(video))}"
+    if np.ndim(video) != 4 or np.shape(video)[-1] != 3 or video.dtype != np.uint8:
+        raise ValueError(f"{path}: a clip is uint8 [frames, height, width, 3]; got {found}.")
+    if video.size == 0:
+        raise ValueError(f"{path}: the clip is empty: {found}. Give it at least one frame with pixels.")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{path}: fps is {fps}; expected a positive number.")
+
+
+def _rate(fps: float) -> Fraction:
+    """Frames per second as container formats want it: 29.97 is 30000/1001."""
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _pad_to_even(video: np.ndarray) -> np.ndarray:
+    height, width = video.shape[1:3]
+    if height % 2 == 0 and width % 2 == 0:
+        return video
+    return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _encode_gif(video: np.ndarray, fps: float, metadata: Mapping[str, str]) -> bytes:
+    frames = [Image.fromarray(np.ascontiguousarray(frame)).quantize(256) for frame in video]
+    ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]
+    durations = [max(_SHORTEST_GIF_FRAME, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=[10 * duration for duration in durations],
+        loop=0,
+        comment=json.dumps(dict(metadata)).encode() if metadata else b"",
+    )
+    return buffer.getvalue()
+
+
+def _encode_png(video: np.ndarray, metadata: Mapping[str, str]) -> bytes:
+    texts = PngImagePlugin.PngInfo()
+    for key, value in metadata.items():
+        texts.add_itxt(_PNG_PREFIX + key, value)
+    buffer = io.BytesIO()
+    Image.fromarray(_grid(video)).save(buffer, format="PNG", pnginfo=texts)
+    return buffer.getvalue()
+
+
+def _grid(video: np.ndarray) -> np.ndarray:
+    """The frames of a clip side by side, row after row: uint8 [h w 3]."""
+    count, height, width, channels = video.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:count] = video
+    cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return cells.reshape(rows * height, columns * width, channels)
+
+
+def _image_texts(image: Image.Image) -> dict[str, str]:
+    if image.format == "GIF":
+        return _parse(image.info.get("comment", b"").decode("utf-8", "replace"))
+    texts = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+    own = {
+        key.removeprefix(_PNG_PREFIX): value for key, value in texts.items() if key.startswith(_PNG_PREFIX)
+    }
+    return own or texts
+
+
+def _parse(comment: str) -> dict[str, str]:
+    """The texts in a comment as `save_video` writes it; a comment by someone else is one text."""
+    if not comment:
+        return {}
+    try:
+        texts = json.loads(comment)
+    except ValueError:
+        return {"comment": comment}
+    return (
+        {key: str(value) for key, value in texts.items()} if isinstance(texts, dict) else {"comment": comment}
+    )
+
+
+@contextlib.contextmanager
+def _atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file beside `path` that takes its place at the end, or vanishes if something fails."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
