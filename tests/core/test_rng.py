@@ -26,7 +26,10 @@ def test_step_may_be_traced():
 
 
 def test_does_not_depend_on_the_hash_seed():
-    code = "import jax; from vidgen.core import rng; print(jax.random.key_data(rng.stream(jax.random.key(0), 'noise', 5)))"
+    code = (
+        "import jax; from vidgen.core import rng; key = jax.random.key(0);"
+        "print(jax.random.key_data(rng.stream(key, 'noise', 5)))"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],

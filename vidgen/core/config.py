@@ -157,9 +157,9 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
     for member in others:
         try:
             return _convert(member, value, where)
-        except ConfigError as error:
+        except ConfigError:
             if len(others) == 1 and not classes:
-                raise error
+                raise
     raise _wrong(where, value, " or ".join(_name(m) for m in members))
 
 

@@ -60,7 +60,7 @@ def _level() -> int:
 
 
 def _process_prefix() -> str:
-    """ "[2/8] " when this is one of several processes, read from jax only where jax has been started."""
+    """With several processes, "[2/8] "; read from jax only where jax has been imported."""
     distributed = sys.modules.get("jax._src.distributed")
     state = getattr(distributed, "global_state", None)
     count = getattr(state, "num_processes", None) or 1

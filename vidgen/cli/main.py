@@ -1,0 +1,82 @@
+"""`vidgen <command> ...`: finds the command's module and runs it."""
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+__all__ = ["main", "run"]
+
+_COMMANDS = {
+    "train": "train what an experiment config describes, or resume it",
+    "sample": "generate videos from prompts with a trained run",
+    "evaluate": "measure a trained run",
+    "data": "check a folder of videos, or write it as records",
+    "demo": "train a tiny model on the sprite world and sample from it",
+}
+_USER_ERRORS = (ValueError, OSError, flags.Error)
+
+
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """The exit status of a command's `main`: 2, after one line on stderr, where the user can mend the error.
+
+    Those are a ValueError (`ConfigError` and the like), an OSError (a missing file) and a wrong flag. Anything
+    else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback.
+
+    Args:
+      command: takes the arguments after the program's name; returns its exit status, None being 0.
+      argv: those arguments; the process's own where not given.
+    """
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        print("vidgen: interrupted", file=sys.stderr)
+        return 130
+    except _USER_ERRORS as error:
+        if os.environ.get("VIDGEN_TRACEBACK") == "1":
+            raise
+        print(f"vidgen: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `vidgen` program.
+
+    Args:
+      argv: arguments after the program's name; the process's own where not given.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help", "help"):
+        print(_usage(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name == "--version":
+        print(f"vidgen {importlib.metadata.version('vidgen')}")
+        return 0
+    if name not in _COMMANDS:
+        closest = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]
+        print(
+            f'vidgen: unknown command "{name}"; did you mean "{closest}"? Commands: {", ".join(_COMMANDS)}',
+            file=sys.stderr,
+        )
+        return 2
+    return run(lambda rest: importlib.import_module(f"vidgen.cli.{name}").main(rest), arguments[1:])
+
+
+def _usage() -> str:
+    lines = ["usage: vidgen <command> [options]", "", "commands:"]
+    lines += [f"  {name:<10} {summary}" for name, summary in _COMMANDS.items()]
+    lines += [
+        "",
+        "`vidgen <command> --help` lists a command's options; `vidgen --version` prints the version.",
+        "Environment: VIDGEN_LOG=debug|info|warning, VIDGEN_TRACEBACK=1 (tracebacks of user errors too).",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
