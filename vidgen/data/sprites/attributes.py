@@ -1,0 +1,135 @@
+"""What the sprite world is made of: shapes, colours, sizes, motions, backgrounds and cameras.
+
+Lengths are in units of the shorter side of the frame, colours are 8-bit RGB.
+"""
+
+import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = [
+    "BACKGROUND_COLOURS",
+    "COLOURS",
+    "DIAMETERS",
+    "RGB",
+    "Backdrop",
+    "Camera",
+    "Motion",
+    "Shape",
+    "Size",
+    "colour_shape_pairs",
+    "is_held_out",
+]
+
+RGB = tuple[int, int, int]
+
+
+class Shape(enum.StrEnum):
+    """Outline of an object. No two of them are equal under rotation."""
+
+    CIRCLE = "circle"
+    SQUARE = "square"
+    TRIANGLE = "triangle"
+    DIAMOND = "diamond"
+    STAR = "star"
+    CROSS = "cross"
+    RING = "ring"
+    CRESCENT = "crescent"
+
+    @property
+    def is_round(self) -> bool:
+        """Whether turning it changes nothing, so that a spin could not be seen."""
+        return self in (Shape.CIRCLE, Shape.RING)
+
+
+class Size(enum.StrEnum):
+    """Named sizes; `DIAMETERS` has the numbers."""
+
+    SMALL = "small"
+    MEDIUM = "medium"
+    LARGE = "large"
+
+
+class Motion(enum.StrEnum):
+    """What one object does during the clip, relative to the background."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    UP = "up"
+    DOWN = "down"
+    BOUNCE = "bounce"
+    ORBIT = "orbit"
+    GROW = "grow"
+    SHRINK = "shrink"
+    SPIN = "spin"
+    STILL = "still"
+
+
+class Backdrop(enum.StrEnum):
+    """Kind of background. A gradient runs from the top of the frame to its bottom."""
+
+    PLAIN = "plain"
+    GRADIENT = "gradient"
+    TEXTURED = "textured"
+
+
+class Camera(enum.StrEnum):
+    """What the camera does. Only a textured background shows it, so only there does it move."""
+
+    STATIC = "static"
+    PAN_LEFT = "pan_left"
+    PAN_RIGHT = "pan_right"
+    ZOOM_IN = "zoom_in"
+    ZOOM_OUT = "zoom_out"
+
+
+COLOURS: Mapping[str, RGB] = MappingProxyType(
+    {
+        "red": (222, 30, 38),
+        "green": (30, 170, 60),
+        "blue": (40, 80, 240),
+        "yellow": (250, 225, 30),
+        "cyan": (30, 215, 225),
+        "pink": (250, 110, 200),
+        "orange": (250, 135, 20),
+        "purple": (140, 40, 190),
+    }
+)
+"""Colours of objects: saturated."""
+
+BACKGROUND_COLOURS: Mapping[str, RGB] = MappingProxyType(
+    {
+        "black": (22, 22, 24),
+        "gray": (128, 128, 128),
+        "white": (236, 236, 236),
+        "beige": (214, 196, 160),
+        "brown": (104, 70, 44),
+        "navy": (26, 40, 100),
+    }
+)
+"""Colours of backgrounds: far less saturated than any object's."""
+
+DIAMETERS: Mapping[Size, float] = MappingProxyType({Size.SMALL: 0.18, Size.MEDIUM: 0.27, Size.LARGE: 0.39})
+"""Diameter of the circle; the other shapes are scaled to look as big. For `grow` and
+`shrink`, at half time."""
+
+
+def is_held_out(colour: str, shape: Shape) -> bool:
+    """Whether a combination is kept from the training split.
+
+    The rule is a Latin square on the indices, `(colour + 3 shape) mod 8 == 0`: one eighth of the pairs,
+    with each colour and each shape held out exactly once and seen in training with the seven others.
+    """
+    row, column = list(COLOURS).index(colour), list(Shape).index(shape)
+    return (row + 3 * column) % len(COLOURS) == 0
+
+
+def colour_shape_pairs(split: str) -> tuple[tuple[str, Shape], ...]:
+    """Combinations that a split draws its objects from.
+
+    `train` has 56 of the 64, `heldout` the other 8, `all` every one.
+    """
+    wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}
+    if split not in wanted:
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(wanted)}")
+    return tuple((c, s) for c in COLOURS for s in Shape if is_held_out(c, s) in wanted[split])

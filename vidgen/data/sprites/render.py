@@ -1,0 +1,156 @@
+"""Draw a scene, with its ground truth.
+
+Objects are blended from the nearest to the farthest by their coverage of each pixel, from a signed
+distance; only the pixels around an object are touched.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vidgen.core.typing import Float, UInt8
+from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, Backdrop
+from vidgen.data.sprites.motion import CameraPath, Path, SpriteObject, camera_path, object_path
+from vidgen.data.sprites.scene import Background, Scene
+from vidgen.data.sprites.shapes import outline, reach, signed_distance
+
+__all__ = ["Rendering", "coverage", "render"]
+
+WAVES = 8
+WAVE_CONTRAST = 7.0
+WAVE_CYCLES = (2.0, 7.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """A clip and what is in it.
+
+    Attributes:
+        video: 8-bit RGB.
+        boxes: (y0, x0, y1, x1) of each object in each frame, in [0, 1] of the frame; zeros where it is
+            outside.
+        visibility: share of an object's area that is inside the frame and not behind another object,
+            in [0, 1].
+    """
+
+    video: UInt8[np.ndarray, "t h w 3"]
+    boxes: Float[np.ndarray, "n t 4"]
+    visibility: Float[np.ndarray, "n t"]
+
+
+def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float) -> Rendering:
+    """Draw a scene from time zero at any frame rate and size.
+
+    The frame's aspect ratio should be that of `scene.extent`; time beyond `scene.duration` continues
+    the motions.
+    """
+    seconds = np.arange(num_frames) / fps
+    camera = camera_path(scene.camera, seconds, scene.duration, scene.extent)
+    unit = min(height, width)
+    clear = np.ones((num_frames, height, width), np.float32)
+    frames = np.zeros((num_frames, height, width, 3), np.float32)
+    boxes = np.zeros((len(scene.objects), num_frames, 4), np.float32)
+    visibility = np.zeros((len(scene.objects), num_frames), np.float32)
+    for k, item in enumerate(scene.objects):
+        path = camera.to_screen(object_path(item, seconds, scene.duration), scene.extent)
+        boxes[k] = _boxes(item, path, scene.extent)
+        visibility[k] = _blend(item, path, unit, frames, clear)
+    frames += clear[..., None] * _background(scene, camera, height, width)
+    video = np.clip(frames + 0.5, 0, 255).astype(np.uint8)
+    return Rendering(video=video, boxes=boxes, visibility=visibility)
+
+
+def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each pixel around an object it covers.
+
+    Args:
+        item: the object.
+        path: where it is in the frame.
+        unit: pixels per unit of length.
+
+    Returns:
+        Coverage float32 [t, n, n] in [0, 1], and the pixel (y, x) of each frame's corner, int [t, 2], which
+        may lie outside the frame.
+    """
+    centre, radius = path.position * unit - 0.5, path.radius * unit
+    half = float(radius.max()) * reach(item.shape) + 1
+    corner = np.ceil(centre - half).astype(int)
+    steps = np.arange(int(2 * half) + 1)
+    offset = (corner - centre)[:, :, None] + steps
+    scale = (1 / radius)[:, None]
+    y, x = ((offset[:, k] * scale).astype(np.float32) for k in (0, 1))
+    y, x = y[:, :, None], x[:, None, :]
+    if path.angle.any():
+        cos, sin = (f(path.angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+        y, x = y * cos - x * sin, y * sin + x * cos
+    distance = signed_distance(item.shape, y, x) * radius.astype(np.float32)[:, None, None]
+    return np.clip(0.5 - distance, 0, 1), corner
+
+
+def _blend(item: SpriteObject, path: Path, unit: int, frames: np.ndarray, clear: np.ndarray) -> np.ndarray:
+    """Add an object behind those drawn before, in place; returns the share of it that can be seen."""
+    covered, corner = coverage(item, path, unit)
+    colour = np.asarray(COLOURS[item.colour], np.float32)
+    size = covered.shape[1]
+    height, width = clear.shape[1:]
+    seen = np.zeros(len(covered), np.float32)
+    for k, (top, left) in enumerate(corner.tolist()):
+        y0, y1, x0, x1 = max(top, 0), min(top + size, height), max(left, 0), min(left + size, width)
+        if y0 >= y1 or x0 >= x1:
+            continue
+        through = clear[k, y0:y1, x0:x1]
+        alpha = covered[k, y0 - top : y1 - top, x0 - left : x1 - left] * through
+        frames[k, y0:y1, x0:x1] += alpha[..., None] * colour
+        through -= alpha
+        seen[k] = alpha.sum()
+    return seen / np.maximum(covered.sum(axis=(1, 2)), 1e-6)
+
+
+def _boxes(item: SpriteObject, path: Path, extent: tuple[float, float]) -> np.ndarray:
+    points = outline(item.shape)
+    cos, sin = np.cos(path.angle)[:, None], np.sin(path.angle)[:, None]
+    rotated = np.stack(
+        [points[:, 0] * cos + points[:, 1] * sin, points[:, 1] * cos - points[:, 0] * sin], axis=-1
+    )
+    corners = (path.position[:, None] + rotated * path.radius[:, None, None]) / np.asarray(extent)[None, None]
+    boxes = np.clip(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1), 0, 1)
+    inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return np.where(inside[:, None], boxes, 0)
+
+
+def _background(scene: Scene, camera: CameraPath, height: int, width: int) -> np.ndarray:
+    """Colours in [0, 255], broadcastable to [t, h, w, 3]."""
+    background = scene.background
+    colour = np.asarray(BACKGROUND_COLOURS[background.colour], np.float32)
+    match background.kind:
+        case Backdrop.PLAIN:
+            return colour[None, None, None]
+        case Backdrop.GRADIENT:
+            assert background.colour_below is not None
+            below = np.asarray(BACKGROUND_COLOURS[background.colour_below], np.float32)
+            share = ((np.arange(height, dtype=np.float32) + 0.5) / height)[None, :, None, None]
+            return colour[None, None, None] * (1 - share) + below[None, None, None] * share
+        case Backdrop.TEXTURED:
+            waves = _texture(background, scene.extent, camera, height, width)
+            return np.clip(colour[None, None, None] + waves[..., None], 0, 255)
+
+
+def _texture(
+    background: Background, extent: tuple[float, float], camera: CameraPath, height: int, width: int
+) -> np.ndarray:
+    """A sum of plane waves, fixed to the world: float32 [t or 1, h, w], added to all three channels alike."""
+    rng = np.random.default_rng(background.texture_seed)
+    heading, phase = rng.uniform(0, 2 * np.pi, (2, 1, WAVES, 1))
+    frequency = 2 * np.pi * rng.uniform(*WAVE_CYCLES, (1, WAVES, 1))
+    if not camera.offset.any() and np.ptp(camera.zoom) == 0:
+        camera = dataclasses.replace(camera, offset=camera.offset[:1], zoom=camera.zoom[:1])
+    arguments = []
+    for axis, (count, component) in enumerate(((height, np.sin(heading)), (width, np.cos(heading)))):
+        centre = extent[axis] / 2
+        pixels = (np.arange(count) + 0.5) / count * extent[axis]
+        world = (pixels[None] - centre) / camera.zoom[:, None] + centre + camera.offset[:, axis, None]
+        arguments.append(frequency * component * world[:, None, :])
+    along_y, along_x = arguments[0] + phase, arguments[1]
+    left = np.concatenate([np.cos(along_y), -np.sin(along_y)], axis=1).astype(np.float32)
+    right = np.concatenate([np.cos(along_x), np.sin(along_x)], axis=1).astype(np.float32)
+    return WAVE_CONTRAST * np.matmul(left.transpose(0, 2, 1), right)
