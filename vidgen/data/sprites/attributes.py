@@ -4,6 +4,7 @@ Lengths are in units of the shorter side of the frame, colours are 8-bit RGB.
 """
 
 import enum
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -124,6 +125,7 @@ def is_held_out(colour: str, shape: Shape) -> bool:
     return (row + 3 * column) % len(COLOURS) == 0
 
 
+@functools.cache
 def colour_shape_pairs(split: str) -> tuple[tuple[str, Shape], ...]:
     """Combinations that a split draws its objects from.
 

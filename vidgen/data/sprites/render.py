@@ -1,15 +1,16 @@
 """Draw a scene, with its ground truth.
 
-Objects are blended from the nearest to the farthest by their coverage of each pixel, from a signed
-distance; only the pixels around an object are touched.
+Objects are blended over the background by their coverage of each pixel, which comes from a signed distance;
+only the pixels around an object are touched.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from vidgen.core.typing import Float, UInt8
-from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, Backdrop
+from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, RGB, Backdrop
 from vidgen.data.sprites.motion import CameraPath, Path, SpriteObject, camera_path, object_path
 from vidgen.data.sprites.scene import Background, Scene
 from vidgen.data.sprites.shapes import outline, reach, signed_distance
@@ -46,18 +47,19 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     """
     seconds = np.arange(num_frames) / fps
     camera = camera_path(scene.camera, seconds, scene.duration, scene.extent)
-    unit = min(height, width)
+    paths = [camera.to_screen(object_path(o, seconds, scene.duration), scene.extent) for o in scene.objects]
+    layers = [coverage(o, p, min(height, width)) for o, p in zip(scene.objects, paths, strict=True)]
+    background = np.clip(_background(scene, camera, height, width) + 0.5, 0, 255).astype(np.uint8)
+    video = np.empty((num_frames, height, width, 3), np.uint8)
+    video[:] = background
+    for item, layer in reversed(list(zip(scene.objects, layers, strict=True))):
+        _paint(video, COLOURS[item.colour], *layer)
     clear = np.ones((num_frames, height, width), np.float32)
-    frames = np.zeros((num_frames, height, width, 3), np.float32)
-    boxes = np.zeros((len(scene.objects), num_frames, 4), np.float32)
-    visibility = np.zeros((len(scene.objects), num_frames), np.float32)
-    for k, item in enumerate(scene.objects):
-        path = camera.to_screen(object_path(item, seconds, scene.duration), scene.extent)
-        boxes[k] = _boxes(item, path, scene.extent)
-        visibility[k] = _blend(item, path, unit, frames, clear)
-    frames += clear[..., None] * _background(scene, camera, height, width)
-    video = np.clip(frames + 0.5, 0, 255).astype(np.uint8)
-    return Rendering(video=video, boxes=boxes, visibility=visibility)
+    return Rendering(
+        video=video,
+        boxes=np.stack([_boxes(o, p, scene.extent) for o, p in zip(scene.objects, paths, strict=True)]),
+        visibility=np.stack([_hide(clear, *layer) for layer in layers]),
+    )
 
 
 def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,22 +89,32 @@ def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.
     return np.clip(0.5 - distance, 0, 1), corner
 
 
-def _blend(item: SpriteObject, path: Path, unit: int, frames: np.ndarray, clear: np.ndarray) -> np.ndarray:
-    """Add an object behind those drawn before, in place; returns the share of it that can be seen."""
-    covered, corner = coverage(item, path, unit)
-    colour = np.asarray(COLOURS[item.colour], np.float32)
+def _windows(shape: tuple[int, ...], covered: np.ndarray, corner: np.ndarray) -> Iterator[tuple]:
+    """Which part of the frames a layer touches, and which part of the layer that is."""
+    height, width = shape[1:3]
     size = covered.shape[1]
-    height, width = clear.shape[1:]
-    seen = np.zeros(len(covered), np.float32)
     for k, (top, left) in enumerate(corner.tolist()):
         y0, y1, x0, x1 = max(top, 0), min(top + size, height), max(left, 0), min(left + size, width)
-        if y0 >= y1 or x0 >= x1:
-            continue
-        through = clear[k, y0:y1, x0:x1]
-        alpha = covered[k, y0 - top : y1 - top, x0 - left : x1 - left] * through
-        frames[k, y0:y1, x0:x1] += alpha[..., None] * colour
-        through -= alpha
-        seen[k] = alpha.sum()
+        if y0 < y1 and x0 < x1:
+            inside = (k, slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+            yield (k, slice(y0, y1), slice(x0, x1)), inside
+
+
+def _paint(video: np.ndarray, colour: RGB, covered: np.ndarray, corner: np.ndarray) -> None:
+    """Blend an object over what is already drawn, in place."""
+    target = np.asarray(colour, np.float32)
+    for window, inside in _windows(video.shape, covered, corner):
+        patch, alpha = video[window], covered[inside][..., None]
+        video[window] = patch + alpha * (target - patch) + 0.5
+
+
+def _hide(clear: np.ndarray, covered: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """Take an object out of what is unobstructed, in place; returns the share of it that can be seen."""
+    seen = np.zeros(len(covered), np.float32)
+    for window, inside in _windows(clear.shape, covered, corner):
+        alpha = covered[inside] * clear[window]
+        clear[window] -= alpha
+        seen[window[0]] = alpha.sum()
     return seen / np.maximum(covered.sum(axis=(1, 2)), 1e-6)
 
 
@@ -115,7 +127,7 @@ def _boxes(item: SpriteObject, path: Path, extent: tuple[float, float]) -> np.nd
     corners = (path.position[:, None] + rotated * path.radius[:, None, None]) / np.asarray(extent)[None, None]
     boxes = np.clip(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=-1), 0, 1)
     inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return np.where(inside[:, None], boxes, 0)
+    return np.where(inside[:, None], boxes, 0).astype(np.float32)
 
 
 def _background(scene: Scene, camera: CameraPath, height: int, width: int) -> np.ndarray:

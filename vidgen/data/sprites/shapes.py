@@ -4,6 +4,8 @@ Coordinates are (y, x) with y pointing down. The sizes of the unit shapes are ch
 big.
 """
 
+import math
+
 import numpy as np
 
 from vidgen.core.typing import Float
@@ -36,10 +38,10 @@ def signed_distance(shape: Shape, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         case Shape.SQUARE:
             return np.maximum(np.abs(y), np.abs(x)) - SQUARE_SIDE
         case Shape.TRIANGLE:
-            slanted = np.float32(np.sqrt(0.75)) * np.abs(x) - 0.5 * y
+            slanted = math.sqrt(0.75) * np.abs(x) - 0.5 * y
             return np.maximum(slanted, y) - TRIANGLE_RADIUS / 2
         case Shape.DIAMOND:
-            norm = np.hypot(DIAMOND_HEIGHT, DIAMOND_WIDTH)
+            norm = math.hypot(DIAMOND_HEIGHT, DIAMOND_WIDTH)
             return (
                 np.abs(y) * DIAMOND_WIDTH + np.abs(x) * DIAMOND_HEIGHT - DIAMOND_HEIGHT * DIAMOND_WIDTH
             ) / norm
@@ -68,7 +70,7 @@ def outline(shape: Shape) -> Float[np.ndarray, "p 2"]:
         case Shape.CIRCLE:
             return _polygon(1.0, 64)
         case Shape.SQUARE:
-            return _polygon(SQUARE_SIDE * np.sqrt(2), 4, turn=np.pi / 4)
+            return _polygon(SQUARE_SIDE * math.sqrt(2), 4, turn=math.pi / 4)
         case Shape.TRIANGLE:
             return _polygon(TRIANGLE_RADIUS, 3)
         case Shape.DIAMOND:
@@ -92,11 +94,11 @@ def _polygon(radius: float, corners: int, turn: float = 0.0) -> np.ndarray:
 
 def _star(y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Five points, one upwards: fold into a tenth of the circle, where the outline is one straight edge."""
-    sector = 2 * np.pi / 5
+    sector = 2 * math.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius = np.hypot(y, x)
-    along, across = STAR_INNER * np.cos(np.pi / 5) - STAR_OUTER, STAR_INNER * np.sin(np.pi / 5)
-    length = np.hypot(along, across)
+    along, across = STAR_INNER * math.cos(math.pi / 5) - STAR_OUTER, STAR_INNER * math.sin(math.pi / 5)
+    length = math.hypot(along, across)
     return (across / length) * (radius * np.cos(angle) - STAR_OUTER) - (along / length) * radius * np.sin(
         angle
     )
