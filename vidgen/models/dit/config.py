@@ -1,0 +1,74 @@
+"""Options of the patch transformer, and its named variants."""
+
+import dataclasses
+from typing import Literal
+
+from vidgen.nn.layers import FeedForwardKind
+from vidgen.nn.stack import Remat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of the denoising transformer; the structure is that of Wan 2.1's (arXiv 2503.20314).
+
+    Attributes:
+      in_channels: channels of the latents.
+      patch_size: latent frames, rows and columns per token.
+      text_dim: width of the text encoder's output.
+      freq_dim: width of the sinusoidal timestep embedding.
+      ffn: plain or gated feed-forward.
+      dtype: compute dtype of matrix products; weights, norms and modulation are float32.
+      remat: what the backward pass finds saved.
+    """
+
+    in_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    model_dim: int = 1536
+    num_layers: int = 30
+    num_heads: int = 12
+    ffn_dim: int = 8960
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn: FeedForwardKind = "gelu"
+    eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+
+    def __post_init__(self):
+        if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:
+            raise ValueError(
+                f"model_dim={self.model_dim} must be an even multiple of num_heads={self.num_heads}, "
+                "for rotary embedding turns pairs of each head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens per axis for latents of that size.
+
+        Raises:
+          ValueError: the size is not a multiple of the patch.
+        """
+        size = (frames, height, width)
+        if any(n % p for n, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(
+                f"latents of (frames, height, width) {size} do not divide into patches of {self.patch_size}; "
+                "choose a video size whose latents do"
+            )
+        frames, height, width = (n // p for n, p in zip(size, self.patch_size, strict=True))
+        return frames, height, width
+
+
+VARIANTS: dict[str, DiTConfig] = {
+    "wan2.1-1.3b": DiTConfig(),
+    "wan2.1-14b": DiTConfig(model_dim=5120, num_layers=40, num_heads=40, ffn_dim=13824),
+    "small": DiTConfig(model_dim=384, num_layers=12, num_heads=6, ffn_dim=1536, text_dim=256),
+    "nano": DiTConfig(model_dim=256, num_layers=8, num_heads=4, ffn_dim=1024, text_dim=192),
+    "tiny": DiTConfig(
+        in_channels=8, model_dim=96, num_layers=2, num_heads=4, ffn_dim=192, text_dim=64, freq_dim=64
+    ),
+}
+"""Shapes by name; Wan's are for its weights, the rest for training from scratch."""

@@ -1,0 +1,87 @@
+"""Blocks of the patch transformer, named after Wan's."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidgen.core.typing import Array, Bool, Float
+from vidgen.models.dit.config import DiTConfig
+from vidgen.nn.attention import MultiHeadAttention
+from vidgen.nn.embeddings import timestep_embedding
+from vidgen.nn.layers import FeedForward, Linear
+from vidgen.nn.norms import LayerNorm, layer_norm
+from vidgen.nn.variables import param, zeros
+
+_normal = jax.nn.initializers.normal(0.02)
+
+
+def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array, eps: float) -> Float[Array, "b s d"]:
+    """Layer norm without weights, then scale and shift per token or per clip (`b s d` or `b 1 d`)."""
+    return (layer_norm(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep to modulation vectors, text features to model width."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d = config.model_dim
+        self.freq_dim = config.freq_dim
+        self.time_1 = Linear(config.freq_dim, d, axes=(None, "embed"), init=_normal, rngs=rngs)
+        self.time_2 = Linear(d, d, axes=("embed", "mlp"), init=_normal, rngs=rngs)
+        # Zero: every block starts as the identity (adaLN-Zero; Peebles and Xie, arXiv 2212.09748).
+        self.time_proj = Linear(d, 6 * d, axes=("embed", "mlp"), init=zeros, rngs=rngs)
+        self.text_1 = Linear(config.text_dim, d, axes=(None, "embed"), init=_normal, rngs=rngs)
+        self.text_2 = Linear(d, d, axes=("embed", "mlp"), init=_normal, rngs=rngs)
+
+    def time(self, timestep: Float[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s 6 d"]]:
+        """Embedding of the timestep and the six modulation vectors of a block, in float32."""
+        embedded = self.time_2(jax.nn.silu(self.time_1(timestep_embedding(timestep, self.freq_dim))))
+        modulation = self.time_proj(jax.nn.silu(embedded))
+        return embedded, modulation.reshape(*timestep.shape, 6, -1)
+
+    def text(self, features: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+        return self.text_2(jax.nn.gelu(self.text_1(features), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention, text cross-attention and feed-forward; the timestep modulates the first and the last."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d = config.model_dim
+        self.eps = config.eps
+        self.scale_shift_table = param(rngs, zeros, (6, d), (None, "embed"))
+        self.self_attention = MultiHeadAttention(d, config.num_heads, eps=config.eps, rngs=rngs)
+        self.cross_norm = LayerNorm(d, eps=config.eps, rngs=rngs)
+        self.cross_attention = MultiHeadAttention(d, config.num_heads, eps=config.eps, rngs=rngs)
+        self.ffn = FeedForward(d, config.ffn_dim, kind=config.ffn, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        *,
+        modulation: Float[Array, "b s2 6 d"],
+        angles: Float[Array, "b s k2"],
+        text: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+    ) -> Float[Array, "b s d"]:
+        """One layer; `modulation` has one row per token, or one row (s2 = 1) for all."""
+        parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, :, 0] for part in parts)
+        y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles)
+        x = x + (y * gate1).astype(x.dtype)
+        x = x + self.cross_attention(self.cross_norm(x), text, key_mask=text_mask)
+        y = self.ffn(modulate(x, shift2, scale2, self.eps))
+        return x + (y * gate2).astype(x.dtype)
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection of each token to its patch of velocity; starts at zero."""
+
+    def __init__(self, config: DiTConfig, features: int, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.scale_shift_table = param(rngs, zeros, (2, config.model_dim), (None, "embed"))
+        self.proj = Linear(config.model_dim, features, axes=("embed", "patch"), init=zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"], embedded: Float[Array, "b s2 d"]) -> Float[Array, "b s p"]:
+        shift, scale = jnp.split(embedded[:, :, None] + self.scale_shift_table[...][None, None], 2, axis=2)
+        return self.proj(modulate(x, shift[:, :, 0], scale[:, :, 0], self.eps))

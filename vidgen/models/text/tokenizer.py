@@ -1,0 +1,45 @@
+"""Prompts as bytes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vidgen.core.typing import Bool, Int
+
+END = 256
+PADDING = 257
+VOCABULARY = 258
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more bytes than the text encoder was made for."""
+
+
+def tokenize(
+    prompts: Sequence[str], max_bytes: int, *, truncate: bool = False
+) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+    """UTF-8 bytes followed by an end mark, padded; l = max_bytes + 1.
+
+    Args:
+      truncate: cut long prompts instead of raising (training captions).
+
+    Returns:
+      Token ids (int32) and which of them are not padding; the end mark is always there.
+
+    Raises:
+      PromptTooLong: names the part that would be lost.
+    """
+    tokens = np.full((len(prompts), max_bytes + 1), PADDING, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        data = prompt.encode("utf-8")
+        if len(data) > max_bytes:
+            if not truncate:
+                lost = data[max_bytes:].decode("utf-8", errors="ignore")
+                raise PromptTooLong(
+                    f"the prompt has {len(data)} bytes, the text encoder takes {max_bytes}; "
+                    f"shorten it by this end: {lost!r}"
+                )
+            data = data[:max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
+        row[: len(data)] = np.frombuffer(data, np.uint8)
+        row[len(data)] = END
+    return tokens, tokens != PADDING

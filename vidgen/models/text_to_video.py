@@ -1,0 +1,38 @@
+"""A text encoder and a patch transformer trained together."""
+
+from typing import NamedTuple
+
+from flax import nnx
+
+from vidgen.core.typing import Array, Bool, Float, Int, Latents
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
+
+
+class Condition(NamedTuple):
+    """What the transformer is told besides latents and timestep; a pytree with the batch first."""
+
+    text: Float[Array, "b l c"]
+    mask: Bool[Array, "b l"]
+
+
+class TextToVideo(nnx.Module):
+    """Predicts velocity from noisy latents, a timestep and a prompt."""
+
+    def __init__(self, dit: DiTConfig, text: ByteEncoderConfig, *, rngs: nnx.Rngs):
+        if dit.text_dim != text.dim:
+            raise ValueError(
+                f"dit.text_dim={dit.text_dim} differs from text.dim={text.dim}: set them to the same width"
+            )
+        self.text = ByteEncoder(text, rngs=rngs)
+        self.dit = DiT(dit, rngs=rngs)
+
+    def condition(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Condition:
+        """Encodes tokenized prompts."""
+        return Condition(self.text(tokens, mask), mask)
+
+    def velocity(self, latents: Latents, timestep: Float[Array, "b"], condition: Condition) -> Latents:
+        """Velocity, shaped as the latents, float32."""
+        return self.dit(latents, timestep, condition.text, condition.mask)

@@ -1,0 +1,155 @@
+"""The causal video autoencoder: pixels to normalised latents and back, images being one-frame videos."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidgen.core.typing import Array, Float, Latents, Video
+from vidgen.models.video_vae.config import VAEConfig
+from vidgen.models.video_vae.modules import Downsample, MidBlock, ResidualBlock, Upsample
+from vidgen.nn.layers import CausalConv3d, pixel_shuffle, pixel_unshuffle
+from vidgen.nn.norms import ChannelNorm
+from vidgen.nn.variables import Buffer
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over raw (not normalised) latents."""
+
+    mean: Float[Array, "b t h w c"]
+    log_variance: Float[Array, "b t h w c"]
+
+    def sample(self, key: Array) -> Float[Array, "b t h w c"]:
+        return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
+
+    def kl(self) -> Float[Array, ""]:
+        """Divergence from the standard normal, in nats, mean over latent elements."""
+        variance = jnp.exp(self.log_variance)
+        return 0.5 * (jnp.square(self.mean) + variance - 1.0 - self.log_variance).mean()
+
+
+class Encoder(nnx.Module):
+    """Pixels to the posterior's mean and log variance, one above the other in channels."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        self.remat = config.remat
+        self.conv_in = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3), rngs=rngs)
+        blocks: list[nnx.Module] = []
+        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            for index in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))
+            if level < len(config.temporal_downsample):
+                blocks.append(Downsample(dim_out, temporal=config.temporal_downsample[level], rngs=rngs))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(dims[-1], rngs=rngs)
+        self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.latent_channels, (3, 3, 3), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+        x = _run([*self.down_blocks, self.mid_block], self.conv_in(x), self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Raw latents to pixels."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        mults = config.dim_mult[::-1]
+        dims = [config.base_dim * mult for mult in (mults[0], *mults)]
+        upsample = config.temporal_downsample[::-1]
+        self.remat = config.remat
+        self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
+        self.mid_block = MidBlock(dims[0], rngs=rngs)
+        blocks: list[nnx.Module] = []
+        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            dim_in = dim_in // 2 if level else dim_in  # upsampling has halved the channels
+            for index in range(config.num_res_blocks + 1):
+                blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))
+            if level < len(upsample):
+                blocks.append(Upsample(dim_out, temporal=upsample[level], rngs=rngs))
+        self.up_blocks = nnx.List(blocks)
+        self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
+        self.conv_out = CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3), rngs=rngs)
+
+    def __call__(self, z: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
+        x = _run([self.mid_block, *self.up_blocks], self.conv_in(z), self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+def _run(blocks: list, x: Array, remat: bool) -> Array:
+    for block in blocks:
+        x = jax.checkpoint(lambda block, x: block(x))(block, x) if remat else block(x)
+    return x
+
+
+class VideoVAE(nnx.Module):
+    """KL autoencoder, causal in time: frame 0 is a latent frame, then each group of frames becomes one.
+
+    A latent frame depends on no later frame of the video. Latents handed out are normalised by the
+    per-channel statistics that are kept as buffers and updated in training.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        z = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = CausalConv3d(2 * z, 2 * z, (1, 1, 1), rngs=rngs)
+        self.post_quant_conv = CausalConv3d(z, z, (1, 1, 1), rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.latents_mean = Buffer(jnp.zeros(z))
+        self.latents_variance = Buffer(jnp.ones(z))
+        self.latents_count = Buffer(jnp.zeros(()))
+
+    def posterior(self, video: Video) -> Posterior:
+        """Distribution over raw latents, in float32.
+
+        Args:
+          video: pixels in [-1, 1], `b t h w 3`; t is 1 + n * temporal_factor, h and w multiples of
+            spatial_factor.
+
+        Raises:
+          ValueError: the size is not one that the VAE takes.
+        """
+        self.config.latent_shape(*video.shape[1:4])
+        x = pixel_unshuffle(video.astype(self.config.dtype), self.config.patch_size)
+        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
+
+    def encode(self, video: Video) -> Latents:
+        """Normalised mean latents of a video in [-1, 1]; float32."""
+        return self.normalise(self.posterior(video).mean)
+
+    def decode(self, latents: Latents) -> Video:
+        """Video in [-1, 1] (float32, not clipped) of normalised latents."""
+        return self.decode_raw(self.denormalise(latents))
+
+    def decode_raw(self, latents: Latents) -> Video:
+        """Video of raw latents, as sampled from a `Posterior`."""
+        x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)))
+        return pixel_shuffle(x, self.config.patch_size).astype(jnp.float32)
+
+    def normalise(self, raw: Latents) -> Latents:
+        mean, deviation = self._statistics()
+        return (raw - mean) / deviation
+
+    def denormalise(self, latents: Latents) -> Latents:
+        mean, deviation = self._statistics()
+        return latents * deviation + mean
+
+    def update_statistics(self, raw: Latents) -> None:
+        """Moves the per-channel mean and variance towards those of `raw`: an average, then exponential."""
+        rate = jnp.maximum(1.0 / (self.latents_count[...] + 1.0), 0.01)
+        mean = raw.mean((0, 1, 2, 3))
+        shift = mean - self.latents_mean[...]
+        variance = raw.var((0, 1, 2, 3)) + (1.0 - rate) * jnp.square(shift)
+        self.latents_variance[...] += rate * (variance - self.latents_variance[...])
+        self.latents_mean[...] += rate * shift
+        self.latents_count[...] += 1.0
+
+    def _statistics(self) -> tuple[Array, Array]:
+        shape = (1, 1, 1, 1, -1)
+        deviation = jnp.sqrt(self.latents_variance[...] + 1e-8)
+        return self.latents_mean[...].reshape(shape), deviation.reshape(shape)

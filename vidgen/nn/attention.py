@@ -1,0 +1,50 @@
+"""Multi-head attention with RMS-normalised queries and keys."""
+
+from flax import nnx
+
+from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.nn.embeddings import apply_rope
+from vidgen.nn.layers import Linear
+from vidgen.nn.norms import RMSNorm
+from vidgen.ops.attention import attention
+
+
+class MultiHeadAttention(nnx.Module):
+    """Self-attention, or cross-attention when given a context; q and k are normalised across all heads (Wan)."""
+
+    def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.query = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
+        self.key = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
+        self.value = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
+        self.out = Linear(dim, dim, axes=("heads", "embed"), rngs=rngs)
+        self.query_norm = RMSNorm(dim, eps=eps, rngs=rngs)
+        self.key_norm = RMSNorm(dim, eps=eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        context: Float[Array, "b r d"] | None = None,
+        *,
+        angles: Float[Array, "b s k2"] | None = None,
+        key_mask: Bool[Array, "b r"] | None = None,
+        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Attends from `x` to `context` (default: to itself).
+
+        Args:
+          angles: rotary angles, for self-attention.
+          key_mask: which context tokens may be seen.
+          segment_ids: of queries and keys, for packed sequences.
+        """
+        source = x if context is None else context
+        query = self._heads(self.query_norm(self.query(x)))
+        key = self._heads(self.key_norm(self.key(source)))
+        value = self._heads(self.value(source))
+        if angles is not None:
+            query, key = apply_rope(query, angles), apply_rope(key, angles)
+        y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        return self.out(y.reshape(x.shape))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)

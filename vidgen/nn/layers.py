@@ -1,0 +1,96 @@
+"""Linear maps, convolutions and feed-forward networks. The compute dtype is that of the input."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidgen.core.typing import Array, Float
+from vidgen.nn.variables import param, zeros
+from vidgen.ops.convolution import conv3d
+
+Axes = tuple[str | None, ...]
+FeedForwardKind = Literal["gelu", "geglu", "swiglu"]
+
+xavier_uniform = jax.nn.initializers.xavier_uniform()
+_conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: Axes = ("embed", "mlp"),
+        use_bias: bool = True,
+        init: Callable[..., Array] = xavier_uniform,
+    ):
+        self.kernel = param(rngs, init, (in_features, out_features), axes)
+        self.bias = param(rngs, zeros, (out_features,), axes[-1:]) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class CausalConv3d(nnx.Module):
+    """Convolution over time and space: centred in space, looking only backward in time (zeros before frame 0)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int, int],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel_size = kernel_size
+        shape = (*kernel_size, in_channels, out_channels)
+        self.kernel = param(rngs, _conv_init, shape, (None, None, None, "conv_in", "conv_out"))
+        self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
+
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
+        taps, height, width = self.kernel_size
+        space = ((height // 2, height // 2), (width // 2, width // 2))
+        y = conv3d(x, self.kernel[...], padding=((taps - 1, 0), *space))
+        return y + self.bias[...].astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Two-layer perceptron, plain (`gelu`, tanh form) or gated (`geglu`, `swiglu`; Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int, *, kind: FeedForwardKind = "gelu", rngs: nnx.Rngs):
+        self.kind = kind
+        self.up = Linear(dim, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.gate = None if kind == "gelu" else Linear(dim, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.down = Linear(hidden, dim, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        hidden = self.up(x)
+        if self.gate is None:
+            hidden = jax.nn.gelu(hidden, approximate=True)
+        elif self.kind == "geglu":
+            hidden = jax.nn.gelu(self.gate(x), approximate=True) * hidden
+        else:
+            hidden = jax.nn.silu(self.gate(x)) * hidden
+        return self.down(hidden)
+
+
+def pixel_unshuffle(x: Float[Array, "b t h w c"], factor: int) -> Float[Array, "b t h2 w2 c2"]:
+    """Moves `factor` x `factor` neighbourhoods into channels (ordered channel, column, row, as Wan 2.2's VAE)."""
+    b, t, h, w, c = x.shape
+    x = x.reshape(b, t, h // factor, factor, w // factor, factor, c)
+    return jnp.transpose(x, (0, 1, 2, 4, 6, 5, 3)).reshape(b, t, h // factor, w // factor, -1)
+
+
+def pixel_shuffle(x: Float[Array, "b t h w c"], factor: int) -> Float[Array, "b t h2 w2 c2"]:
+    """Inverse of `pixel_unshuffle`."""
+    b, t, h, w, c = x.shape
+    x = x.reshape(b, t, h, w, c // factor**2, factor, factor)
+    return jnp.transpose(x, (0, 1, 2, 6, 3, 5, 4)).reshape(b, t, h * factor, w * factor, -1)

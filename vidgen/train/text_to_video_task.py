@@ -1,0 +1,68 @@
+"""Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vidgen.core import pixels, rng
+from vidgen.core.typing import Array, Bool, Float, Int, Metrics
+from vidgen.diffusion.rectified_flow import velocity_loss
+from vidgen.diffusion.timesteps import LogitNormal, Uniform
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.tokenizer import tokenize
+from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.train.trained import load_vae
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextToVideoTask:
+    """Velocity prediction under text, with captions dropped at random for classifier-free guidance.
+
+    Attributes:
+      vae: workdir of a VAE's training run, or of any run that used one.
+      caption_dropout: share of clips trained with an empty prompt.
+      density: where in time training looks.
+    """
+
+    kind: Literal["text_to_video"] = "text_to_video"
+    vae: str
+    dit: DiTConfig = DiTConfig()
+    text: ByteEncoderConfig = ByteEncoderConfig()
+    caption_dropout: float = 0.1
+    density: LogitNormal | Uniform = LogitNormal()
+
+    def build(self, rngs: nnx.Rngs) -> TextToVideo:
+        return TextToVideo(self.dit, self.text, rngs=rngs)
+
+    def frozen(self) -> VideoVAE:
+        return load_vae(self.vae)
+
+    def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)
+        return {"video": batch["video"], "tokens": tokens, "mask": mask}
+
+    def loss(
+        self, model: nnx.Module, frozen: nnx.Module | None, batch: Mapping[str, Array], key: Array
+    ) -> tuple[Float[Array, ""], Metrics]:
+        assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
+        clean = jax.lax.stop_gradient(frozen.encode(pixels.to_float(batch["video"])))
+        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
+        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean))
+        tokens, mask = self._drop_captions(batch["tokens"], batch["mask"], rng.stream(key, "caption"))
+        condition = model.condition(tokens, mask)
+        losses = velocity_loss(lambda x, t: model.velocity(x, t, condition), clean, noise, timestep)
+        return losses.mean(), {"latent_std": clean.std()}
+
+    def _drop_captions(
+        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"], key: Array
+    ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"]]:
+        empty_tokens, empty_mask = tokenize([""], self.text.max_bytes)
+        drop = jax.random.bernoulli(key, self.caption_dropout, (len(tokens), 1))
+        return jnp.where(drop, empty_tokens, tokens), jnp.where(drop, empty_mask, mask)
