@@ -34,7 +34,7 @@ MOTIONS: Mapping[Motion, tuple[str, ...]] = MappingProxyType(
         Motion.UP: ("moving up", "rising", "going up", "moving upwards", "floating up"),
         Motion.DOWN: ("moving down", "falling", "going down", "moving downwards", "sinking down"),
         Motion.BOUNCE: ("bouncing up and down", "bouncing", "bouncing on the spot"),
-        Motion.ORBIT: ("moving in a circle", "orbiting", "going around in a circle"),
+        Motion.ORBIT: ("orbiting", "circling around", "moving around in a loop"),
         Motion.GROW: ("growing", "growing larger", "getting bigger"),
         Motion.SHRINK: ("shrinking", "shrinking in size", "getting smaller"),
         Motion.SPIN: ("spinning", "rotating", "turning around its centre"),
