@@ -16,8 +16,9 @@ def run(code, **environment):
 
 def test_level_from_the_environment_and_no_jax_at_import():
     code = (
-        "import sys; from vidgen.core.logging import get_logger; get_logger('x');"
-        "log = get_logger('vidgen.train'); log.debug('fine'); log.info('plain'); assert 'jax' not in sys.modules"
+        "import sys; from vidgen.core.logging import get_logger;"
+        "get_logger('x'); log = get_logger('vidgen.train'); log.debug('fine'); log.info('plain');"
+        "assert 'jax' not in sys.modules"
     )
     debug, info = run(code, VIDGEN_LOG="debug"), run(code)
     assert debug.returncode == info.returncode == 0, debug.stderr + info.stderr

@@ -22,10 +22,10 @@ _USER_ERRORS = (ValueError, OSError, flags.Error)
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """The exit status of a command's `main`: 2, after one line on stderr, where the user can mend the error.
+    """The exit status of a command's `main`: 2, after one line on stderr, for errors that users can mend.
 
-    Those are a ValueError (`ConfigError` and the like), an OSError (a missing file) and a wrong flag. Anything
-    else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback.
+    Those are a ValueError (`ConfigError` and the like), an OSError (a missing file) and a wrong flag.
+    Anything else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback.
 
     Args:
       command: takes the arguments after the program's name; returns its exit status, None being 0.

@@ -11,7 +11,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeGuard, TypeVar, Union
 
 __all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
 
@@ -61,13 +61,13 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if f.init]
         return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
     if _is_mapping(value):
         return {str(key): _plain(value[key], f"{where}.{key}") for key in value}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, pathlib.PurePath):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -212,7 +212,7 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
     """ConfigDict is no `Mapping`, but it has keys and items like one."""
     return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__"))
 

@@ -22,7 +22,7 @@ class _Handler(logging.StreamHandler):
         logging.Handler.__init__(self)
 
     @property
-    def stream(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def stream(self):
         return sys.stderr
 
 

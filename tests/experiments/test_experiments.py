@@ -1,0 +1,48 @@
+"""Every experiment resolves, as written and as ":tiny". Training them is tested with the runner."""
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+
+import ml_collections
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "experiments").glob("*/*.py")
+    if not path.name.startswith("_")
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_says_how_to_run_it(name):
+    module = importlib.import_module(name)
+    path = name.replace(".", "/") + ".py"
+    assert f"--config={path}" in (inspect.getdoc(module) or ""), f"{path}: the docstring gives no command"
+
+
+@pytest.mark.parametrize("argument", [None, "tiny"])
+@pytest.mark.parametrize("name", NAMES)
+def test_get_config_gives_values(name, argument):
+    module = importlib.import_module(name)
+    config = module.get_config() if argument is None else module.get_config(argument)
+    assert isinstance(config, ml_collections.ConfigDict)
+    assert not [
+        value for value in leaves(config.to_dict()) if dataclasses.is_dataclass(value) or callable(value)
+    ]
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [value]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_differs_and_unknown_arguments_are_errors(name):
+    module = importlib.import_module(name)
+    assert module.get_config("tiny").to_dict() != module.get_config().to_dict()
+    with pytest.raises(ValueError, match="tiny"):
+        module.get_config("no-such-argument")
