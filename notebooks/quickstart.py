@@ -44,8 +44,8 @@ RUNS = pathlib.Path("runs")
 # %% [markdown]
 # ## The VAE
 #
-# `vidgen train` takes an experiment, a Python file of values, and a folder for everything that the run writes.
-# Any value can be changed on the command line. Running the same command again goes on where it stopped.
+# `vidgen train` takes an experiment, a Python file of values, and a folder for what the run writes. Any value
+# can be changed on the command line. Running the same command again goes on where it stopped.
 
 
 # %%
@@ -94,5 +94,5 @@ vidgen.save_video("a_red_circle.gif", video, fps=8)
 display(Image(filename="a_red_circle.gif", width=256))
 
 # %% [markdown]
-# A model this small, trained this briefly, paints the background and a blob. Drop `:tiny` and give it an hour,
-# or train on a folder of your own: see the README.
+# A model this small, trained this briefly, paints the background and a blob. Drop `:tiny` and give it an
+# hour, or train on a folder of your own: see the README.

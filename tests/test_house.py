@@ -59,9 +59,9 @@ def test_links_and_files_named_in_the_documents_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_in_the_documents_exist(page):
     text = page.read_text()
-    commands = set(re.findall(r"(?:^|`|\$ )vidgen ([a-z]\w*)", text, flags=re.MULTILINE))
+    commands = set(re.findall(r"(?:^ {4}|`|\$ )vidgen ([a-z]\w*)", text, flags=re.MULTILINE))
     modules = set(re.findall(r"python3? -m (vidgen[\w.]*|launch[\w.]*|benchmarks[\w.]*)", text))
-    targets = set(re.findall(r"(?:^|`|\$ )make ([a-z][\w-]*)", text, flags=re.MULTILINE))
+    targets = set(re.findall(r"(?:^ {4}|`|\$ )make ([a-z][\w-]*)", text, flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert {c for c in commands if not (ROOT / f"vidgen/cli/{c}.py").exists()} == set()
     assert {m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()} == set()
