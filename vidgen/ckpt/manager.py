@@ -1,0 +1,169 @@
+"""Checkpoints of a run: asynchronous, atomic, restorable onto another mesh. The only module that knows Orbax."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vidgen.core.tree import named_leaves
+from vidgen.core.typing import PyTree
+
+__all__ = ["CheckpointError", "CheckpointManager"]
+
+_STATE = "state"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says where it is, what is wrong and what to do."""
+
+
+class CheckpointManager:
+    """The checkpoints below one directory, one folder per step.
+
+    A save is written in the background to a temporary name and renamed when it is complete: a folder that carries a step's
+    number is whole. Saving again, `wait` and `close` wait for it. A context manager.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path | str,
+        *,
+        every: int = 1000,
+        keep: int = 2,
+        keep_every: int | None = None,
+        cleanup: bool = False,
+    ):
+        """Makes the directory where it is missing.
+
+        Args:
+          every: steps between saves, as `should_save` answers.
+          keep: how many of the newest checkpoints stay.
+          keep_every: checkpoints at multiples of this stay too; None keeps the newest only.
+          cleanup: removes what killed saves left behind. For the one run that writes here, never for readers.
+        """
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every is not None:
+            kept.append(policies.EveryNSteps(keep_every))
+        self.directory = pathlib.Path(directory).absolute()
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=cleanup,
+        )
+        self._every = every
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, oldest first."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def should_save(self, step: int) -> bool:
+        """Whether `step` is one of those that are saved on schedule."""
+        return step % self._every == 0
+
+    def save(self, step: int, state: PyTree, parts: Mapping[str, Any] | None = None) -> None:
+        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there already stays.
+
+        Args:
+          state: a tree of arrays.
+          parts: JSON-able values that belong to the same step, by name.
+        """
+        if step in self.steps():
+            return
+        self._orbax.save_checkpointables_async(step, {_STATE: state, **(parts or {})}, force=True)
+
+    def restore(
+        self, abstract_state: PyTree, step: int | None = None, parts: tuple[str, ...] = ()
+    ) -> tuple[int, PyTree, dict[str, Any]]:
+        """The state of a checkpoint, and the JSON values asked for.
+
+        Args:
+          abstract_state: `jax.ShapeDtypeStruct`s with the shardings that the arrays shall have.
+          step: which; None is the newest.
+          parts: names as given to `save`.
+
+        Raises:
+          CheckpointError: no such checkpoint, or one of another model: the arrays that differ are named.
+        """
+        step = self._existing(step)
+        where = self.directory / str(step)
+        missing = [name for name in (_STATE, *parts) if not (where / name).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"{where} lacks {', '.join(missing)}: it is damaged, or no checkpoint of a training run"
+            )
+        self._check(abstract_state, step, where)
+        wanted = {_STATE: abstract_state, **dict.fromkeys(parts)}
+        loaded = self._orbax.load_checkpointables(step, wanted)
+        return step, loaded[_STATE], {name: loaded[name] for name in parts}
+
+    def wait(self) -> None:
+        """Until the save that is under way is complete.
+
+        Raises:
+          Exception: whatever stopped the save.
+        """
+        self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self._orbax.close()
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(
+                f"{self.directory} has no complete checkpoint: train first, or name another directory"
+            )
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
+        return step
+
+    def _check(self, abstract_state: PyTree, step: int, where: pathlib.Path) -> None:
+        saved = {
+            _plain(name): leaf.shape
+            for name, leaf in named_leaves(
+                self._orbax.checkpointables_metadata(step).metadata[_STATE]
+            ).items()
+        }
+        wanted = {_plain(name): _stored_shape(leaf) for name, leaf in named_leaves(abstract_state).items()}
+        problems = [f"{name}: missing in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
+        problems += [f"{name}: only in the checkpoint" for name in sorted(saved.keys() - wanted.keys())]
+        problems += [
+            f"{name}: shape {tuple(saved[name])} in the checkpoint, {wanted[name]} expected"
+            for name in sorted(wanted.keys() & saved.keys())
+            if tuple(saved[name]) != wanted[name]
+        ]
+        if problems:
+            shown = "\n  ".join(problems[:20] + (["..."] if len(problems) > 20 else []))
+            raise CheckpointError(
+                f"{where} is of another model or optimizer ({len(problems)} arrays differ): use the config that it was "
+                f"trained with\n  {shown}"
+            )
+
+
+def _plain(name: str) -> str:
+    """Stored names end in `.value` where the tree's have a variable."""
+    return name.removesuffix(".value")
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, leaf).shape
+    return tuple(leaf.shape)

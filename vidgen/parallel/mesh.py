@@ -1,0 +1,49 @@
+"""The device mesh: how many ways data, parameters, tokens and matrices are divided."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+__all__ = ["AXES", "MeshOptions"]
+
+AXES = ("data", "fsdp", "context", "tensor")
+"""Mesh axes: replicas of the model, shards of its state, of the sequence, and of its matrices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """Size of each mesh axis; at most one may be -1 and takes the devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all devices of all processes), with automatic sharding.
+
+        Raises:
+          ValueError: the sizes do not multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else list(devices)
+        sizes = self._sizes(len(devices))
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+    def _sizes(self, num_devices: int) -> tuple[int, ...]:
+        sizes = {name: getattr(self, name) for name in AXES}
+        shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+            raise ValueError(f"mesh ({shown}): sizes must be positive, and at most one may be -1")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if num_devices % fixed or (not free and fixed != num_devices):
+            raise ValueError(
+                f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, found {num_devices}: "
+                "change the mesh sizes, or set one of them to -1 to take the devices that are left"
+            )
+        for name in free:
+            sizes[name] = num_devices // fixed
+        return tuple(sizes.values())

@@ -1,0 +1,118 @@
+"""Several processes as one program: starting them, dividing a batch among them, stopping them at the same step."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from vidgen.core.typing import Array
+from vidgen.parallel.rules import RULES, batch_sharding
+
+__all__ = ["global_batch", "initialize", "is_main_process", "row_shard", "stop_requested_anywhere", "sync"]
+
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of this program; call before anything touches a device.
+
+    What is not given comes from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). With a
+    coordinator of "auto", jax asks the cluster (TPU pods, Slurm, ...). Without a coordinator this is one process
+    and nothing happens.
+
+    Args:
+      coordinator: host:port of process 0, or "auto".
+
+    Raises:
+      ValueError: a coordinator without the number of processes and the number of this one.
+    """
+    coordinator = coordinator or os.environ.get(COORDINATOR)
+    if coordinator is None:
+        return
+    if coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    num_processes = _number(num_processes, NUM_PROCESSES)
+    process_id = _number(process_id, PROCESS_ID)
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _number(value: int | None, variable: str) -> int:
+    text = os.environ.get(variable) if value is None else str(value)
+    if text is None or not text.isdecimal():
+        raise ValueError(f"a coordinator is given, and {variable} is {text!r}: give a number")
+    return int(text)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return jax.process_index() == 0
+
+
+def sync(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def stop_requested_anywhere(step: int, requested_here: bool) -> bool:
+    """Whether to stop after `step`: the same answer, at the same step, on every process.
+
+    With one process it is the flag of this one. With several, jax's coordination service listens for SIGTERM on each of
+    them and agrees on a step; all processes must call this at every step.
+    """
+    if jax.process_count() == 1:
+        return requested_here
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def row_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a global batch this process must load: (index, count), as a `Loader` takes them.
+
+    Processes whose devices hold the same rows (those that share a model, not a batch) get the same index.
+
+    Raises:
+      ValueError: the processes' rows do not cut the batch into equal contiguous parts.
+    """
+    rows_of: dict[int, set[int]] = {}
+    batch_axes = [mesh.axis_names.index(name) for name in RULES["batch"]]
+    for position, device in np.ndenumerate(mesh.devices):
+        row = 0
+        for axis in batch_axes:
+            row = row * mesh.devices.shape[axis] + position[axis]
+        rows_of.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    total = sum(len(part) for part in parts)
+    equal = all(part == tuple(range(i * len(part), (i + 1) * len(part))) for i, part in enumerate(parts))
+    if not equal or total != len(set().union(*rows_of.values())):
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} over {len(rows_of)} processes gives them unequal rows of a batch ({rows_of}): "
+            "make data * fsdp a multiple or a divisor of the number of processes"
+        )
+    return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+
+
+def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process' rows of a batch as global arrays, cut over the mesh along the first axis.
+
+    Raises:
+      ValueError: the rows do not divide over the devices that share the batch.
+    """
+    sharding = batch_sharding(mesh)
+    ways = int(np.prod([mesh.shape[name] for name in RULES["batch"]]))
+    _, count = row_shard(mesh)
+    batch = {}
+    for name, array in arrays.items():
+        rows = len(array) * count
+        if rows % ways:
+            raise ValueError(
+                f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
+                f"make run.batch_size a multiple of {ways}, or give the mesh fewer"
+            )
+        batch[name] = jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+    return batch

@@ -1,0 +1,114 @@
+"""The one table from logical axis names to mesh axes, and the shardings that follow from it."""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from vidgen.core.typing import Array, PyTree
+
+__all__ = ["RULES", "batch_sharding", "constrain", "constrain_tree", "partition_spec", "shardings"]
+
+RULES: dict[str, tuple[str, ...]] = {
+    # Parameters: matrices are cut both ways, along `fsdp` where they touch the residual stream, along `tensor` inside.
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "conv_in": ("fsdp",),
+    "conv_out": ("tensor",),
+    "patch": (),
+    # Activations. The batch goes first, so `embed` of an activation finds `fsdp` taken and stays whole.
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),
+    "time": (),
+    "height": ("context",),
+    "width": (),
+}
+"""Mesh axes by logical axis name, in the order in which a dimension is cut."""
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """How an array with these logical axes is cut over the mesh.
+
+    A mesh axis is used once per array, by the first dimension that asks for it, and only where it divides that dimension;
+    everything else is replicated.
+
+    Raises:
+      ValueError: a name that the table does not have, or not one name per dimension.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"an array of shape {tuple(shape)} has the logical axes {tuple(axes)}: one name each"
+        )
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        chosen: list[str] = []
+        parts = 1
+        for axis in _rule(name):
+            length = mesh.shape[axis]
+            if axis not in used and length > 1 and size % (parts * length) == 0:
+                chosen.append(axis)
+                parts *= length
+        used.update(chosen)
+        entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(abstract_tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """The sharding of every array of a tree: variables with metadata `axes` by the table, the rest replicated.
+
+    Args:
+      abstract_tree: arrays or `jax.ShapeDtypeStruct`s, as they are or in `nnx.Variable`s; of an optimizer's state too.
+    """
+
+    def of_variable(node):
+        axes = node.get_metadata().get("axes") if isinstance(node, nnx.Variable) else None
+
+        def of_array(leaf):
+            spec = partition_spec(axes, leaf.shape, mesh) if axes and leaf.ndim else PartitionSpec()
+            return NamedSharding(mesh, spec)
+
+        return jax.tree.map(of_array, node)
+
+    return jax.tree.map(of_variable, abstract_tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the rows of a batch lie on the mesh, whatever the other dimensions."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """`x`, laid over the mesh in context (`jax.set_mesh`) by its logical axes; `x` itself where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def constrain_tree(tree: PyTree) -> PyTree:
+    """`tree`, laid over the mesh in context as `shardings` says; inside a step it keeps the state where it was born."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def _rule(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    if name not in RULES:
+        nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f'unknown logical axis "{name}"; did you mean "{nearest}"? Known: {", ".join(sorted(RULES))} '
+            "(vidgen/parallel/rules.py)"
+        )
+    return RULES[name]

@@ -1,0 +1,144 @@
+"""Optimizers as options: AdamW, and Muon for the matrices; learning rates with warm-up and cosine decay."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from vidgen.core.typing import PyTree
+
+__all__ = ["AdamW", "Muon", "cosine_schedule"]
+
+
+def cosine_schedule(peak: float, *, warmup_steps: int, num_steps: int, end: float) -> optax.Schedule:
+    """Learning rate by step: rises linearly to `peak` over `warmup_steps`, falls along a half cosine to `peak * end`.
+
+    The first step already has a rate of peak / warmup_steps. A run shorter than its warm-up never falls.
+    """
+
+    def schedule(step):
+        warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+        progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
+        return peak * warm * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
+
+    return schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay on matrices, not on biases, gains or other vectors (arXiv:1711.05101).
+
+    Attributes:
+      warmup_steps: steps of linear warm-up.
+      end_fraction: learning rate at the end, as a fraction of `learning_rate`.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = 3e-4
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 500
+    end_fraction: float = 0.1
+
+    def schedule(self, num_steps: int) -> optax.Schedule:
+        """Learning rate by step."""
+        return cosine_schedule(
+            self.learning_rate, warmup_steps=self.warmup_steps, num_steps=num_steps, end=self.end_fraction
+        )
+
+    def transformation(self, num_steps: int) -> optax.GradientTransformation:
+        """The update rule for a run of `num_steps`."""
+        return optax.adamw(
+            self.schedule(num_steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=_decayed,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz for matrices, AdamW for embeddings, vectors and convolutions.
+
+    Stacked layers are orthogonalised one by one; an attention projection whose heads have an axis of their own is one matrix.
+    Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so the learning rates of both are alike.
+
+    Attributes:
+      beta: momentum.
+      adam_b1, adam_b2: of the parameters that are no matrices.
+      consistent_rms: root mean square of an update, in units of the learning rate.
+    """
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: float = 3e-4
+    beta: float = 0.95
+    weight_decay: float = 0.01
+    consistent_rms: float = 0.2
+    adam_b1: float = 0.9
+    adam_b2: float = 0.99
+    warmup_steps: int = 500
+    end_fraction: float = 0.1
+
+    def schedule(self, num_steps: int) -> optax.Schedule:
+        """Learning rate by step."""
+        return cosine_schedule(
+            self.learning_rate, warmup_steps=self.warmup_steps, num_steps=num_steps, end=self.end_fraction
+        )
+
+    def transformation(self, num_steps: int) -> optax.GradientTransformation:
+        """The update rule for a run of `num_steps`."""
+        return optax.contrib.muon(
+            self.schedule(num_steps),
+            beta=self.beta,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=_decayed,
+            consistent_rms=self.consistent_rms,
+            adam_b1=self.adam_b1,
+            adam_b2=self.adam_b2,
+            adam_weight_decay=self.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+        )
+
+
+_NO_MATRIX = frozenset({"vocab", "patch", "conv_in", "conv_out"})
+"""Parameters with one of these axes are tables, the first or last projection, or filters."""
+
+
+def _decayed(params: PyTree) -> PyTree:
+    """Which parameters decay: those with two dimensions or more, not counting the stack's."""
+    return _by_variable(params, lambda axes, array: array.ndim - axes[:1].count("layers") >= 2)
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """The two sides of each parameter that is a matrix, None for the others."""
+    return _by_variable(params, _matrix_sides)
+
+
+def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    if len(axes) != array.ndim or _NO_MATRIX.intersection(axes):
+        return None
+    first = axes[:1].count("layers")
+    dims = list(range(first, len(axes)))
+    # ("embed", "heads", "head_dim") and ("heads", "head_dim", "embed") are matrices whose one side is two dimensions.
+    if len(dims) == 3 and axes[first + 1 :] == ("heads", "head_dim"):
+        return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1], dims[2]))
+    if len(dims) == 3 and axes[first:-1] == ("heads", "head_dim"):
+        return optax.contrib.MuonDimensionNumbers((dims[0], dims[1]), (dims[2],))
+    return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1],)) if len(dims) == 2 else None
+
+
+def _by_variable(params: PyTree, of_array) -> PyTree:
+    """A tree like `params` with `of_array(axes, array)` in the place of each array; no axes are ()."""
+
+    def of_node(node):
+        axes = tuple(node.get_metadata().get("axes") or ()) if isinstance(node, nnx.Variable) else ()
+        return jax.tree.map(lambda array: of_array(axes, array), node)
+
+    return jax.tree.map(of_node, params, is_leaf=lambda node: isinstance(node, nnx.Variable))

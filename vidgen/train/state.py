@@ -1,0 +1,96 @@
+"""The state of a training run: everything that a step changes, sharded over the mesh from birth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vidgen.core import rng
+from vidgen.core.tree import named_leaves
+from vidgen.core.typing import Array, Int, Key, PyTree
+from vidgen.nn.variables import Buffer
+from vidgen.parallel.rules import shardings
+from vidgen.train.task import Task
+
+__all__ = ["TrainState", "abstract_state", "ema_model", "init_state", "place_frozen"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a step takes and gives back. The graph definition of the module stays outside.
+
+    Parameters, optimizer moments and EMA are float32; the moments and the EMA carry their parameters' logical axes.
+    """
+
+    step: Int[Array, ""]
+    params: nnx.State
+    buffers: nnx.State
+    ema: nnx.State
+    opt_state: PyTree
+    key: Key[Array, ""]
+
+
+def init_state(
+    task: Task, tx: optax.GradientTransformation, key: Key[Array, ""], mesh: Mesh
+) -> tuple[TrainState, nnx.GraphDef]:
+    """The state before the first step, each shard made on the device where it stays.
+
+    The numbers depend on `key` only, not on the mesh.
+
+    Raises:
+      TypeError: a parameter that is not float32.
+    """
+    abstract, graphdef = abstract_state(task, tx, mesh)
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    with jax.set_mesh(mesh):
+        return jax.jit(_initial(task, tx), out_shardings=out_shardings)(key), graphdef
+
+
+def abstract_state(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, nnx.GraphDef]:
+    """Shapes, types and shardings of the state, computing nothing: what a checkpoint is restored into."""
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(_initial(task, tx), jax.random.key(0))
+        graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), graph=False)[0]
+    for name, leaf in named_leaves(abstract.params).items():
+        if leaf.dtype != jnp.float32:
+            raise TypeError(
+                f"parameter {name} is {leaf.dtype}: parameters are kept in float32, cast where they are used"
+            )
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings(abstract, mesh)), graphdef
+
+
+def ema_model(state: TrainState, graphdef: nnx.GraphDef) -> nnx.Module:
+    """The module with averaged weights and current buffers: what is sampled from and evaluated."""
+    copy = jax.tree.map(lambda x: x, (state.ema, state.buffers))
+    return nnx.merge(graphdef, *copy)
+
+
+def place_frozen(module: nnx.Module | None, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State] | None:
+    """A module that is only read, split and laid over the mesh."""
+    if module is None:
+        return None
+    graphdef, state = nnx.split(module, graph=False)
+    return graphdef, jax.device_put(state, shardings(state, mesh))
+
+
+def _initial(task: Task, tx: optax.GradientTransformation):
+    def initial(key: Key[Array, ""]) -> TrainState:
+        module = task.build(nnx.Rngs(rng.stream(key, "params")))
+        _, params, buffers = nnx.split(module, nnx.Param, Buffer, graph=False)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            buffers=buffers,
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=tx.init(params),
+            key=rng.stream(key, "train"),
+        )
+
+    return initial

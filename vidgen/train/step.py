@@ -1,0 +1,131 @@
+"""One step of training as a pure function: (state, frozen, batch) -> (state, metrics)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from vidgen.core.typing import Array, Float, Key, Metrics, PyTree
+from vidgen.nn.variables import Buffer
+from vidgen.parallel.rules import constrain_tree
+from vidgen.train.state import TrainState
+from vidgen.train.task import Task
+
+__all__ = ["StepOptions", "TrainStep", "make_train_step"]
+
+TrainStep = Callable[[TrainState, nnx.State | None, dict[str, Array]], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How gradients become an update.
+
+    Attributes:
+      grad_accumulation: micro-batches per step, computed one after the other; must divide the batch.
+      grad_clip: largest global norm of the gradient; None leaves it as it is.
+      ema_decay: of the averaged weights, approached as (1 + step) / (10 + step).
+    """
+
+    grad_accumulation: int = 1
+    grad_clip: float | None = 1.0
+    ema_decay: float = 0.999
+
+
+def make_train_step(
+    task: Task,
+    graphdef: nnx.GraphDef,
+    frozen_graphdef: nnx.GraphDef | None,
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+    schedule: optax.Schedule | None = None,
+) -> TrainStep:
+    """The compiled step. It consumes the state that it is given (donated).
+
+    Where the loss or the gradient's norm is not finite, nothing but the step number changes.
+
+    Args:
+      graphdef: of the trained module, as `init_state` gives it.
+      frozen_graphdef: of the task's frozen module, or None.
+      schedule: learning rate by step, for the metrics.
+
+    Returns:
+      A function of (state, frozen state or None, batch). Its metrics are the task's, and `loss`, `grad_norm` and
+      `learning_rate`: float32 scalars on the device.
+    """
+
+    def loss_fn(
+        params: PyTree, buffers: PyTree, frozen: PyTree, batch: dict[str, Array], key: Key[Array, ""]
+    ):
+        # Variables may be written only at the trace level that made them: the buffers are made anew in here.
+        buffers, frozen = jax.tree.map(lambda x: x, (buffers, frozen))
+        model = nnx.merge(graphdef, params, buffers)
+        frozen_model = None if frozen_graphdef is None else nnx.merge(frozen_graphdef, frozen)
+        loss, metrics = task.loss(model, frozen_model, batch, key)
+        return loss.astype(jnp.float32), (metrics, nnx.state(model, Buffer, graph=False))
+
+    def step(state: TrainState, frozen: PyTree, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        loss, metrics, buffers, grads = _gradients(
+            loss_fn, state, frozen, batch, key, options.grad_accumulation
+        )
+        grads = constrain_tree(grads)
+        grad_norm = optax.tree.norm(grads)
+        if options.grad_clip is not None:
+            scale = options.grad_clip / jnp.maximum(grad_norm, options.grad_clip)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = _average(state.ema, params, _decay(state.step, options.ema_decay))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        old = (state.params, state.buffers, state.ema, state.opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, buffers, ema, opt_state), old)
+        new_state = TrainState(
+            step=state.step + 1,
+            key=state.key,
+            **dict(zip(("params", "buffers", "ema", "opt_state"), new, strict=True)),
+        )
+        extra = {"loss": loss, "grad_norm": grad_norm}
+        if schedule is not None:
+            extra["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return constrain_tree(new_state), {**metrics, **extra}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array, ""], count: int):
+    """Loss, metrics, buffers and gradients over the batch, in `count` micro-batches."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if count == 1:
+        (loss, (metrics, buffers)), grads = grad_fn(state.params, state.buffers, frozen, batch, key)
+        return loss, metrics, buffers, grads
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % count:
+            raise ValueError(f"grad_accumulation is {count}, which does not divide the batch of {x.shape[0]}")
+        # Row i goes to micro-batch i % count, so that each stays spread over all devices without communication.
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(carry, inputs):
+        buffers, total = carry
+        micro, index = inputs
+        (loss, (metrics, buffers)), grads = grad_fn(
+            state.params, buffers, frozen, micro, jax.random.fold_in(key, index)
+        )
+        return (buffers, jax.tree.map(jnp.add, total, grads)), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    inputs = (jax.tree.map(split, batch), jnp.arange(count))
+    (buffers, total), (losses, metrics) = jax.lax.scan(body, (state.buffers, zeros), inputs)
+    mean = lambda x: x.mean(0)  # noqa: E731
+    return mean(losses), jax.tree.map(mean, metrics), buffers, jax.tree.map(lambda g: g / count, total)
+
+
+def _decay(step: Array, decay: float) -> Float[Array, ""]:
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def _average(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda e, p: e * decay + p.astype(jnp.float32) * (1 - decay), ema, params)
