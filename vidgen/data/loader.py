@@ -19,17 +19,17 @@ _REPLACEMENTS = 64
 class Loader(Iterator[dict[str, Any]]):
     """Endless batches of a clip source, for one process of several.
 
-    Position `q` of the endless sequence of clips depends on the source's length, the seed and `shuffle` only; step `k`
-    is the positions `[k * B, (k + 1) * B)`, of which process `p` of `P` decodes `[k * B + p * B / P, ...)` alone. Every
-    epoch has a shuffle of its own. Decoding runs ahead in threads, clip by clip; the state describes the
-    batches that were handed out, never what was read ahead.
+    Position `q` of the endless sequence of clips depends on the source's length, the seed and `shuffle` only;
+    step `k` is the positions `[k * B, (k + 1) * B)`, of which process `p` of `P` decodes `[k * B + p * B / P,
+    ...)` alone. Every epoch has a shuffle of its own. Decoding runs ahead in threads, clip by clip; the state
+    describes the batches that were handed out, never what was read ahead.
 
-    A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the source's other entries,
-    arrays stacked over the batch and anything else as lists.
+    A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the
+    source's other entries, arrays stacked over the batch and anything else as lists.
 
     Attributes:
-      broken: the clips of this process that could not be decoded: their reason by name. Each is logged when it is
-        first met, and replaced by another clip, the same one in every run.
+      broken: the clips of this process that could not be decoded: their reason by name. Each is logged when
+        it is first met, and replaced by another clip, the same one in every run.
       num_replaced: how often a broken clip was replaced.
     """
 
@@ -97,7 +97,7 @@ class Loader(Iterator[dict[str, Any]]):
     def get_state(self) -> dict[str, int]:
         """Where the sequence stands: JSON-able, and equal on all processes.
 
-        `next_index` counts clips over all processes, so that a run may go on with another number of processes.
+        `next_index` counts clips over all processes, whose number may be another when the run goes on.
         """
         return {
             "next_index": self._step * self._batch_size,
@@ -118,8 +118,8 @@ class Loader(Iterator[dict[str, Any]]):
         step, rest = divmod(state["next_index"], self._batch_size)
         if rest:
             raise ValueError(
-                f"the loader's state stands after {state['next_index']} clips, which is not a whole number of batches "
-                f"of {self._batch_size}: use the batch size of the run that saved it."
+                f"the loader's state stands after {state['next_index']} clips, not a whole number of "
+                f"batches of {self._batch_size}: use the batch size of the run that saved it."
             )
         if state["num_clips"] != len(self._source):
             get_logger(__name__).warning(
@@ -152,8 +152,8 @@ class Loader(Iterator[dict[str, Any]]):
                 rng = rng or np.random.default_rng((self._seed, position))
                 index = int(rng.integers(len(self._source)))
         raise RuntimeError(
-            f"{1 + _REPLACEMENTS} clips in a row could not be decoded; {len(self.broken)} broken so far, for instance "
-            f"{dict(list(self.broken.items())[:3])}. Check the data: {self._source!r}."
+            f"{1 + _REPLACEMENTS} clips in a row could not be decoded; {len(self.broken)} broken so far, for "
+            f"instance {dict(list(self.broken.items())[:3])}. Check the data: {self._source!r}."
         )
 
     def _note_broken(self, error: BrokenClip) -> None:

@@ -17,8 +17,8 @@ class ClipSource(Protocol):
         """One clip.
 
         Returns:
-          `video` uint8 [t h w 3]; `caption` str; `name` str, unique and readable by a person; and any extra numpy
-          arrays of a shape that is the same for every clip, or strings.
+          `video` uint8 [t h w 3]; `caption` str; `name` str, unique and readable by a person; and any extra
+          numpy arrays of a shape that is the same for every clip, or strings.
 
         Raises:
           BrokenClip: the clip cannot be decoded; the loader takes another one in its place.

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, PngImagePlugin
 
@@ -37,9 +38,9 @@ def save_video(
 ) -> None:
     """Writes a clip to a file, in the format that the file's name asks for.
 
-    `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; a side of odd length is made even by repeating
-    its last row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one frame as it is;
-    several as a grid in reading order, as square as it gets, with black in the places left over.
+    `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; a side of odd length is made even by
+    repeating its last row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one
+    frame as it is; several as a grid in reading order, as square as it gets, black where places are left over.
 
     The folder is made if it is missing. The file appears whole or not at all.
 
@@ -87,7 +88,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
                 return _image_texts(image)
         with av.open(str(path)) as container:
             texts = dict(container.metadata)
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot read it: {error}") from error
     return _parse(texts.get("comment", "")) or texts
 
@@ -111,7 +112,7 @@ def write_mp4(
       metadata: texts, stored as JSON in the container's comment.
       crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.
       preset: x264's, "ultrafast" to "veryslow".
-      pix_fmt: "yuv420p" plays everywhere; "rgb24" is stored as it is (x264's RGB mode), which few players show.
+      pix_fmt: "yuv420p" plays everywhere; "rgb24" is x264's RGB mode, which few players show.
     """
     video = _pad_to_even(video)
     rgb = pix_fmt == "rgb24"

@@ -1,0 +1,182 @@
+"""Frames out of video and image files: frame-accurate, resampled in time, resized and cropped."""
+
+import itertools
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+
+from vidgen.core.typing import RGBClip
+from vidgen.data import image_reader
+from vidgen.data.geometry import Crop
+from vidgen.data.source import BrokenClip
+from vidgen.data.video_file import TIME_ROUNDING, TimedFrame, VideoFile, VideoInfo, orientation
+
+__all__ = ["probe", "read_clip"]
+
+_UNSPECIFIED = 2
+"""The number of "no colour matrix given" in ITU-T H.273."""
+
+_HD_LINES = 577
+"""From this height on, video without a colour tag is taken to be BT.709, below it BT.601, as players do."""
+
+_SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """What a video or image file holds; decodes one frame.
+
+    Raises:
+      BrokenClip: it cannot be read, or has no picture.
+    """
+    path = pathlib.Path(path)
+    if image_reader.is_image(path):
+        width, height, codec, mode = image_reader.probe_image(path)
+        return VideoInfo(
+            width=width,
+            height=height,
+            fps=0.0,
+            num_frames=1,
+            duration=0.0,
+            rotation=0,
+            pixel_aspect=1.0,
+            codec=codec,
+            pix_fmt=mode,
+            has_audio=False,
+            is_image=True,
+        )
+    with VideoFile(path) as video:
+        return video.info()
+
+
+def read_clip(
+    file: str | os.PathLike[str] | BinaryIO,
+    *,
+    start: float = 0.0,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    crop_at: tuple[float, float] = (0.5, 0.5),
+) -> RGBClip:
+    """Frames of a file at a given rate and size.
+
+    Frame `i` of the clip is the file's frame whose presentation time is nearest to `start + i / fps`, of two
+    equally near ones the earlier. Each is turned as the file's display matrix says, resized with its aspect
+    ratio kept (anti-aliased bicubic) until it covers `height` x `width`, and cropped. Transparency is laid on
+    white. High dynamic range is not tone-mapped. An image is a clip of one frame.
+
+    Args:
+      file: a video or an image, or a video held in memory.
+      start: seconds after the file's first frame.
+      num_frames: how many; None reads to the end.
+      fps: frames per second; None takes the file's frames one by one, as they come.
+      height: pixels of the result; None leaves the size of the file (give both sides or none).
+      width: as `height`.
+      crop_at: where the crop lies between top and bottom and between left and right, each in [0, 1].
+
+    Returns:
+      uint8 [num_frames height width 3].
+
+    Raises:
+      BrokenClip: the file is damaged, has no picture, or ends before the clip does.
+      ValueError: the arguments do not fit each other.
+    """
+    if (height is None) != (width is None):
+        raise ValueError(f"height is {height} and width is {width}: give both, or none of them.")
+    if start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
+        raise ValueError(
+            f"start is {start}, fps {fps}, num_frames {num_frames}: "
+            "expected start >= 0, fps > 0 and num_frames >= 1."
+        )
+    size = None if height is None or width is None else (height, width)
+    if isinstance(file, (str, os.PathLike)):
+        file = pathlib.Path(file)
+        if image_reader.is_image(file):
+            if num_frames not in (None, 1):
+                raise BrokenClip(str(file), f"an image is one frame, {num_frames} are wanted")
+            return image_reader.read_image(file, size=size, crop_at=crop_at)[None]
+    with VideoFile(file) as video:
+        frames = video.frames_from(start)
+        chosen = _one_by_one(frames, start) if fps is None else _nearest(frames, start, fps)
+        clip = _to_rgb_clip(video, itertools.islice(chosen, num_frames), size, crop_at)
+    if len(clip) < (num_frames or 1):
+        rate = f" at {fps:g} fps" if fps else ""
+        raise BrokenClip(
+            video.name, f"only {len(clip)} of {num_frames or 1} frames{rate} follow {start:.3f} s"
+        )
+    return np.stack(clip)
+
+
+def _to_rgb_clip(
+    video: VideoFile,
+    frames: Iterable[av.VideoFrame],
+    size: tuple[int, int] | None,
+    crop_at: tuple[float, float],
+) -> list[np.ndarray]:
+    """The frames as pictures; one that comes several times in a row is converted once."""
+    reformatter = VideoReformatter()
+    clip: list[np.ndarray] = []
+    last: av.VideoFrame | None = None
+    for frame in frames:
+        if frame is not last:
+            turn = orientation(frame)
+            shown = (frame.width, frame.height) if turn.swaps_sides else (frame.height, frame.width)
+            crop = Crop.covering(shown, size, pixel_aspect=video.pixel_aspect(turn), crop_at=crop_at)
+            stored = crop.resized[::-1] if turn.swaps_sides else crop.resized
+            picture = crop.apply(turn.apply(_to_rgb(reformatter, frame, *stored)))
+        clip.append(picture)
+        last = frame
+    return clip
+
+
+def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """uint8 [height width 3]."""
+    if any(component.is_alpha for component in frame.format.components):
+        frame = _on_white(frame)
+    untagged_hd = frame.colorspace == _UNSPECIFIED and frame.height >= _HD_LINES
+    rgb = reformatter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=Colorspace.ITU709 if untagged_hd else None,
+        interpolation=_SCALER,
+        threads=1,
+    )
+    return rgb.to_ndarray()
+
+
+def _one_by_one(frames: Iterator[TimedFrame], start: float) -> Iterator[av.VideoFrame]:
+    """The frames as they come, from the one that is on screen at `start`."""
+    for _, end, frame in frames:
+        if end > start + TIME_ROUNDING:
+            yield frame
+
+
+def _nearest(frames: Iterator[TimedFrame], start: float, fps: float) -> Iterator[av.VideoFrame]:
+    """For each target time before the end of the last frame, the frame that is nearest to it."""
+    previous = next(frames, None)
+    if previous is None:
+        return
+    index = 0
+    for current in frames:
+        middle = (previous.time + current.time) / 2
+        while start + index / fps <= middle + TIME_ROUNDING:
+            yield previous.frame
+            index += 1
+        previous = current
+    while start + index / fps < previous.end - TIME_ROUNDING:
+        yield previous.frame
+        index += 1
+
+
+def _on_white(frame: av.VideoFrame) -> av.VideoFrame:
+    pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
+    alpha = pixels[..., 3:]
+    opaque = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return av.VideoFrame.from_ndarray(opaque.astype(np.uint8), format="rgb24")
