@@ -51,12 +51,12 @@ test-slow: .venv/.dev
 
 # A stamp per set of pins: a second run installs nothing, a changed pin installs again.
 .venv/.base: requirements/base.txt pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements/base.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements/base.txt
 	$(BIN)/python -m pip install -qq --no-deps -e .
 	@touch $@
 
 .venv/.dev: requirements/dev.txt pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements/dev.txt
 	$(BIN)/python -m pip install -qq --no-deps -e .
 	@touch $@ .venv/.base
 
