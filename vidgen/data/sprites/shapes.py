@@ -20,6 +20,8 @@ STAR_OUTER, STAR_INNER = 1.25, 0.54
 CROSS_LENGTH, CROSS_WIDTH = 1.12, 0.36
 RING_OUTER, RING_INNER = 1.08, 0.56
 CRESCENT_OUTER, CRESCENT_INNER, CRESCENT_SHIFT = 1.15, 0.95, 0.65
+CRESCENT_CENTROID = -0.444
+"""Where the crescent's centre of area lies from that of its outer circle; it turns around the former."""
 
 
 def signed_distance(shape: Shape, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -54,6 +56,7 @@ def signed_distance(shape: Shape, y: np.ndarray, x: np.ndarray) -> np.ndarray:
             middle, half = (RING_OUTER + RING_INNER) / 2, (RING_OUTER - RING_INNER) / 2
             return np.abs(np.hypot(y, x) - middle) - half
         case Shape.CRESCENT:
+            x = x + CRESCENT_CENTROID
             return np.maximum(
                 np.hypot(y, x) - CRESCENT_OUTER, CRESCENT_INNER - np.hypot(y, x - CRESCENT_SHIFT)
             )
@@ -84,7 +87,8 @@ def outline(shape: Shape) -> Float[np.ndarray, "p 2"]:
             return _polygon(RING_OUTER, 64)
         case Shape.CRESCENT:
             arc = _polygon(CRESCENT_OUTER, 256)
-            return arc[np.hypot(arc[:, 0], arc[:, 1] - CRESCENT_SHIFT) >= CRESCENT_INNER]
+            kept = np.hypot(arc[:, 0], arc[:, 1] - CRESCENT_SHIFT) >= CRESCENT_INNER
+            return arc[kept] - [0, CRESCENT_CENTROID]
 
 
 def _polygon(radius: float, corners: int, turn: float = 0.0) -> np.ndarray:
