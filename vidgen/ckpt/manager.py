@@ -15,7 +15,7 @@ __all__ = ["CheckpointError", "CheckpointManager"]
 _STATE = "state"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says where it is, what is wrong and what to do."""
 
 

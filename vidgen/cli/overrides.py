@@ -1,0 +1,60 @@
+"""Experiment configs from the command line: `--config=path.py:argument --config.section.key=value`."""
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vidgen.core.config import ConfigError
+
+__all__ = ["load_config"]
+
+_OVERRIDE = re.compile(r"--?config\.([\w.]+)=(.*)", re.DOTALL)
+
+
+def load_config(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of `get_config` in a Python file, with the overrides put in; not yet checked against any type.
+
+    Args:
+      spec: path of the file, and after a colon the argument of `get_config`, if it shall get one.
+      overrides: `--config.a.b=value`; values are Python literals, `true`, `false`, or else strings. Keys
+        that the file leaves out may be given.
+
+    Raises:
+      ConfigError: the file is missing or wrong, or an override is no override.
+    """
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=["vidgen"])
+    try:
+        flag_values(["vidgen", f"--config={spec}"])
+    except (flags.Error, OSError) as error:
+        raise ConfigError(f"--config={spec}: {error}") from error
+    values = flag_values["config"].value.to_dict()
+    for override in overrides:
+        match = _OVERRIDE.fullmatch(override)
+        if match is None:
+            raise ConfigError(f'"{override}" is no option; values are changed by --config.section.key=value')
+        _put(values, match[1].split("."), match[2])
+    return values
+
+
+def _put(values: dict[str, Any], path: Sequence[str], text: str) -> None:
+    for depth, key in enumerate(path[:-1]):
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"config.{'.'.join(path)}: {'.'.join(path[: depth + 1])} is the value {values!r}"
+            )
+    values[path[-1]] = text if isinstance(values.get(path[-1]), str) else _literal(text)
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,112 @@
+"""`vidgen train`: trains what an experiment config describes, or goes on where it stopped."""
+
+import argparse
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from vidgen.cli.main import run
+from vidgen.cli.overrides import load_config
+from vidgen.core.config import resolve
+from vidgen.core.logging import get_logger
+
+__all__ = ["main"]
+
+_log = get_logger(__name__)
+
+_EPILOG = """\
+examples:
+  vidgen train --config=experiments/vae/sprites.py:tiny --workdir=runs/vae
+  vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit --config.task.vae=runs/vae
+  vidgen train --config=experiments/vae/sprites.py --workdir=runs/vae --config.run.batch_size=16
+
+Any value of the config is changed by --config.section.key=value; config.json in the workdir shows them all.
+The same command again resumes exactly where the run stopped. SIGTERM and Ctrl-C save before they stop.
+Environment: JAX_COMPILATION_CACHE_DIR keeps compiled programs between runs.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments after the command's name.
+
+    Returns:
+      0 when the run is complete or was stopped by a signal and saved, 1 when the loss is not finite.
+    """
+    arguments, overrides = _parser().parse_known_args(argv)
+    values = load_config(arguments.config, overrides)
+
+    # What needs jax is imported late: --help and wrong options answer at once.
+    from vidgen.parallel import processes
+    from vidgen.train.experiment import Experiment
+
+    experiment = resolve(Experiment, values)
+    processes.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    return _train(experiment, arguments.workdir, f"vidgen train {shlex.join(argv)}")
+
+
+def _train(experiment, workdir: pathlib.Path, command: str) -> int:
+    from vidgen.data.loader import Loader
+    from vidgen.parallel import processes
+    from vidgen.train.experiment import claim_workdir
+    from vidgen.train.loop import fit
+    from vidgen.train.recent import NonFiniteLoss
+
+    mesh = experiment.mesh.build()
+    index, count = processes.row_shard(mesh)
+    if processes.is_main_process():
+        claim_workdir(experiment, workdir)
+    processes.sync("workdir")
+    loader = Loader(
+        experiment.data.source(),
+        batch_size=experiment.run.batch_size,
+        seed=experiment.run.seed,
+        process_index=index,
+        process_count=count,
+        num_threads=experiment.run.num_threads,
+    )
+    try:
+        with loader:
+            fit(
+                task=experiment.task,
+                loader=loader,
+                options=experiment.run,
+                optimizer=experiment.optimizer,
+                workdir=workdir,
+                mesh=mesh,
+                resume_with=command,
+            )
+    except NonFiniteLoss as error:
+        print(f"vidgen: {error}", file=sys.stderr)
+        return 1
+    if loader.broken:
+        _log.warning("%d clips could not be decoded and were replaced: %s", len(loader.broken), loader.broken)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen train",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG)"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="folder of the run: config, checkpoints, metrics"
+    )
+    several = parser.add_argument_group("several processes", "or from the environment, see launch/local.py")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help='of process 0, or "auto" on a cluster')
+    several.add_argument("--num-processes", type=int)
+    several.add_argument("--process-id", type=int)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

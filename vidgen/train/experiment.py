@@ -1,0 +1,107 @@
+"""An experiment: everything that a training run is made of, as values, and the folder that it owns."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from vidgen.core.config import ConfigError, resolve, to_dict
+from vidgen.data.sprites.source import SpritesData
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.train.optimizer import AdamW, Muon
+from vidgen.train.options import RunOptions
+from vidgen.train.vae_task import VAETask
+
+__all__ = ["Experiment", "claim_workdir", "load_experiment"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is trained, on what, how, for how long and over which devices."""
+
+    task: VAETask
+    data: SpritesData
+    optimizer: AdamW | Muon = AdamW()
+    run: RunOptions = RunOptions()
+    mesh: MeshOptions = MeshOptions()
+
+
+_MAY_CHANGE = (
+    "mesh.",
+    "run.num_steps",
+    "run.log_every",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.num_threads",
+)
+"""Beginnings of the keys that may differ when a run is resumed: they do not change what a step computes."""
+
+
+def load_experiment(workdir: pathlib.Path | str) -> Experiment:
+    """The experiment that a training run's folder was made by.
+
+    Raises:
+      FileNotFoundError: `workdir` has no config.json.
+      ConfigError: config.json is not one of this version of the code.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {workdir} is not the workdir of a training run")
+    return resolve(Experiment, _read(path), where=str(path))
+
+
+def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str) -> None:
+    """Makes `workdir` the folder of this experiment: writes config.json, or checks the one that is there.
+
+    A run may be resumed with another mesh, number of steps, intervals and threads.
+
+    Raises:
+      ConfigError: the folder belongs to another experiment; the keys that differ are named.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    new = to_dict(experiment)
+    if path.exists():
+        differing = [key for key in _differences(_read(path), new) if not key.startswith(_MAY_CHANGE)]
+        if differing:
+            raise ConfigError(
+                f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
+                f"{_shown(differing, _read(path), new)}. Use another --workdir, or the config it was started with."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): restore it, or use another workdir") from error
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    """The dotted keys whose values differ."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        key for key in sorted(flat_old.keys() | flat_new.keys()) if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in _flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _shown(keys: list[str], old: Any, new: Any) -> str:
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return ", ".join(
+        f"{key} {flat_old.get(key, '(absent)')!r} -> {flat_new.get(key, '(absent)')!r}" for key in keys
+    )
