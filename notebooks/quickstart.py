@@ -73,7 +73,7 @@ train("vae/sprites.py", RUNS / "vae")
 # It learns to turn noise into the latents of the VAE just trained.
 
 # %%
-train("dit/sprites.py", RUNS / "dit", f"--config.vae={RUNS / 'vae'}")
+train("dit/sprites.py", RUNS / "dit", f"--config.task.vae={RUNS / 'vae'}")
 
 # %% [markdown]
 # ## A video
