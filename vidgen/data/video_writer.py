@@ -40,7 +40,7 @@ def save_video(
 
     `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; a side of odd length is made even by
     repeating its last row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one
-    frame as it is; several as a grid in reading order, as square as it gets, black where places are left over.
+    frame as it is; several as a grid in reading order, as square as it gets, the rest black.
 
     The folder is made if it is missing. The file appears whole or not at all.
 
