@@ -1,0 +1,96 @@
+"""Weights as safetensors: a tree of arrays by dotted names, without optimizer and without pickle."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vidgen.core.tree import named_leaves
+from vidgen.core.typing import PyTree
+
+__all__ = ["WeightsError", "load_weights", "save_weights"]
+
+
+class WeightsError(ValueError):
+    """A file of weights that does not fit the model; the message names every tensor concerned."""
+
+
+def save_weights(
+    path: pathlib.Path | str, tree: PyTree, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the arrays of `tree` under their dotted names; the file appears whole or not at all.
+
+    With several processes all of them must call this; process 0 writes.
+
+    Args:
+      metadata: strings for the file's header.
+    """
+    path = pathlib.Path(path)
+    arrays = {name: np.asarray(_on_host(leaf), order="C") for name, leaf in named_leaves(tree).items()}
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(arrays, temporary, metadata=dict(metadata or {}))
+    os.replace(temporary, path)
+
+
+def load_weights(path: pathlib.Path | str, abstract_tree: PyTree) -> PyTree:
+    """The arrays of a file in a tree like `abstract_tree`.
+
+    Args:
+      abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a sharding the
+        arrays are laid out by it. Floating point numbers are cast to the type asked for.
+
+    Raises:
+      FileNotFoundError: no such file.
+      WeightsError: tensors are missing, left over, or of another shape; all of them are named.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format")
+    names = named_leaves(abstract_tree)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            problems = list(_problems(names, shapes))
+            if problems:
+                listed = "\n  ".join(problems)
+                raise WeightsError(
+                    f"{path} does not fit the model ({len(problems)} tensors): use the config that it was made with"
+                    f"\n  {listed}"
+                )
+            arrays = [_placed(file.get_tensor(name), leaf) for name, leaf in names.items()]
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no complete safetensors file ({error}): write it again") from error
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
+
+
+def _problems(wanted: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in sorted(wanted.keys() - found.keys()):
+        yield f"{name}: missing in the file, expected {tuple(wanted[name].shape)}"
+    for name in sorted(found.keys() - wanted.keys()):
+        yield f"{name}: only in the file, {found[name]}"
+    for name in sorted(wanted.keys() & found.keys()):
+        if found[name] != tuple(wanted[name].shape):
+            yield f"{name}: {found[name]} in the file, expected {tuple(wanted[name].shape)}"
+
+
+def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
+    array = array.astype(leaf.dtype)
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jax.numpy.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
