@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidgen.core.typing import Float, UInt8
-from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, RGB, Backdrop
+from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, RGB, Backdrop, Shape
 from vidgen.data.sprites.motion import CameraPath, Path, SpriteObject, camera_path, object_path
 from vidgen.data.sprites.scene import Background, Scene
 from vidgen.data.sprites.shapes import outline, reach, signed_distance
@@ -48,7 +48,7 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     seconds = np.arange(num_frames) / fps
     camera = camera_path(scene.camera, seconds, scene.duration, scene.extent)
     paths = [camera.to_screen(object_path(o, seconds, scene.duration), scene.extent) for o in scene.objects]
-    layers = [coverage(o, p, min(height, width)) for o, p in zip(scene.objects, paths, strict=True)]
+    layers = [coverage(o.shape, p, min(height, width)) for o, p in zip(scene.objects, paths, strict=True)]
     background = np.clip(_background(scene, camera, height, width) + 0.5, 0, 255).astype(np.uint8)
     video = np.empty((num_frames, height, width, 3), np.uint8)
     video[:] = background
@@ -62,11 +62,11 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     )
 
 
-def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.ndarray]:
+def coverage(shape: Shape, path: Path, unit: int) -> tuple[np.ndarray, np.ndarray]:
     """How much of each pixel around an object it covers.
 
     Args:
-        item: the object.
+        shape: which outline.
         path: where it is in the frame.
         unit: pixels per unit of length.
 
@@ -75,7 +75,7 @@ def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.
         may lie outside the frame.
     """
     centre, radius = path.position * unit - 0.5, path.radius * unit
-    half = float(radius.max()) * reach(item.shape) + 1
+    half = float(radius.max()) * reach(shape) + 1
     corner = np.ceil(centre - half).astype(int)
     steps = np.arange(int(2 * half) + 1)
     offset = (corner - centre)[:, :, None] + steps
@@ -85,7 +85,7 @@ def coverage(item: SpriteObject, path: Path, unit: int) -> tuple[np.ndarray, np.
     if path.angle.any():
         cos, sin = (f(path.angle).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
         y, x = y * cos - x * sin, y * sin + x * cos
-    distance = signed_distance(item.shape, y, x) * radius.astype(np.float32)[:, None, None]
+    distance = signed_distance(shape, y, x) * radius.astype(np.float32)[:, None, None]
     return np.clip(0.5 - distance, 0, 1), corner
 
 

@@ -1,0 +1,165 @@
+"""Find objects of the sprite world in pixels: which colours are there, and which pixels are theirs.
+
+The background is desaturated and varies at most from top to bottom plus a faint texture; objects are saturated.
+That is all that is assumed, so that blurry and noisy generated videos can be read too.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import ndimage
+
+from vidgen.core.typing import Bool, Float
+from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, Backdrop
+
+__all__ = ["BackgroundReading", "Layer", "estimate_background", "segment", "smallest_area"]
+
+SATURATED = 105.0
+"""Difference of the largest and the smallest channel that no background reaches and all objects exceed."""
+COLOUR_RADIUS = 75.0
+"""How far, in 8-bit RGB, the inside of an object may be from its named colour."""
+GRADIENT_SPAN = 30.0
+TEXTURE_CONTRAST = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackgroundReading:
+    """What the background looks like.
+
+    Attributes:
+        rows: colour per row, 8-bit scale.
+        residual: luminance above or below `rows`, zero on objects.
+    """
+
+    kind: Backdrop
+    colour: str
+    colour_below: str | None
+    rows: Float[np.ndarray, "h 3"]
+    residual: Float[np.ndarray, "t h w"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """All pixels of one colour.
+
+    Attributes:
+        mask: pixels that belong to it more than to anything else.
+        alpha: coverage in [0, 1], fractional at edges towards the background.
+        crowded: pixels of the mask next to another object.
+    """
+
+    colour: str
+    mask: Bool[np.ndarray, "t h w"]
+    alpha: Float[np.ndarray, "t h w"]
+    crowded: Bool[np.ndarray, "t h w"]
+
+
+def smallest_area(height: int, width: int) -> float:
+    """Pixels below which something is not an object: about a third of the smallest shape."""
+    return 0.004 * min(height, width) ** 2
+
+
+def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReading:
+    """Fit the background: a line per channel through the rows' medians over all desaturated pixels."""
+    height = video.shape[1]
+    empty = np.ptp(video, axis=-1) < SATURATED
+    hidden = np.where(empty[..., None], video, np.nan).transpose(1, 0, 2, 3).reshape(height, -1, 3)
+    usable = empty.transpose(1, 0, 2).reshape(height, -1).mean(axis=1) > 0.05
+    centres = (np.arange(height) + 0.5) / height
+    if usable.sum() < 2:  # all of the frame is saturated: take its mean for the background
+        line = np.stack([video.mean(axis=(0, 1, 2)), np.zeros(3)])
+    else:
+        medians = np.nanmedian(hidden[usable], axis=1)
+        design = np.stack([np.ones(usable.sum()), centres[usable]], axis=1)
+        line = np.linalg.lstsq(design, medians, rcond=None)[0]
+    rows = line[:1] + centres[:, None] * line[1:]
+    # objects' blurred edges are not saturated: keep clear of them
+    clear = empty & ~ndimage.binary_dilation(~empty, np.ones((1, 3, 3), bool), iterations=2)
+    residual = np.where(clear, (video - rows[None, :, None]).mean(axis=-1), 0).astype(np.float32)
+    smooth = ndimage.uniform_filter(residual, (1, 3, 3))
+    contrast = np.sqrt(np.square(smooth[clear]).mean()) if clear.any() else 0.0
+    top, bottom = (_nearest(line[0] + at * line[1], BACKGROUND_COLOURS) for at in (0.0, 1.0))
+    kind, below = Backdrop.PLAIN, None
+    if contrast > TEXTURE_CONTRAST:
+        kind = Backdrop.TEXTURED
+    elif top != bottom and np.linalg.norm(line[1]) > GRADIENT_SPAN:
+        kind, below = Backdrop.GRADIENT, bottom
+    colour = top if below else _nearest(line[0] + 0.5 * line[1], BACKGROUND_COLOURS)
+    return BackgroundReading(kind=kind, colour=colour, colour_below=below, rows=rows, residual=residual)
+
+
+def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) -> list[Layer]:
+    """Layers of the colours that are present, the largest first."""
+    backdrop = np.broadcast_to(background.rows[None, :, None], video.shape)
+    present = _present_colours(video, backdrop)
+    if not present:
+        return []
+    palette = np.stack([_typical(video, core, COLOURS[name]) for name, core in present.items()])
+    distances = np.stack(
+        [np.linalg.norm(video - backdrop, axis=-1)] + [np.linalg.norm(video - c, axis=-1) for c in palette]
+    )
+    labels = distances.argmin(axis=0)
+    area = smallest_area(*video.shape[1:3])
+    masks = [_without_specks(labels == k + 1, area / 4) for k in range(len(palette))]
+    cross = np.ones((1, 3, 3), bool)
+    near = [ndimage.binary_dilation(mask, cross) for mask in masks]
+    layers = []
+    for k, name in enumerate(present):
+        others = (
+            np.any([n for j, n in enumerate(near) if j != k], axis=0)
+            if len(near) > 1
+            else np.zeros_like(near[k])
+        )
+        direction = palette[k] - backdrop
+        share = ((video - backdrop) * direction).sum(axis=-1) / np.square(direction).sum(axis=-1)
+        alpha = np.where(near[k] & ~others, np.clip(share, 0, 1), masks[k]).astype(np.float32)
+        layers.append(Layer(colour=name, mask=masks[k], alpha=alpha, crowded=masks[k] & others))
+    return layers
+
+
+def _nearest(colour: np.ndarray, named) -> str:
+    names = list(named)
+    return names[int(np.argmin([np.linalg.norm(colour - np.asarray(named[name])) for name in names]))]
+
+
+def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.ndarray]:
+    """Cores of the colours that are there: colour by colour, the largest first.
+
+    The blurred rim of an object can look like another colour (red on white is pink there), so what lies next to
+    a larger object is not counted for a smaller one.
+    """
+    distances = np.stack(
+        [np.linalg.norm(video - np.asarray(rgb, np.float32), axis=-1) for rgb in COLOURS.values()]
+        + [np.linalg.norm(video - backdrop, axis=-1)]
+    )
+    nearest = np.where(distances.min(axis=0) < COLOUR_RADIUS, distances.argmin(axis=0), -1)
+    cores = {name: nearest == k for k, name in enumerate(COLOURS)}
+    enough = smallest_area(*video.shape[1:3])
+    taken = np.zeros(video.shape[:3], bool)
+    present = {}
+    for name in sorted(cores, key=lambda n: -int(cores[n].sum())):
+        core = _without_specks(cores[name] & ~taken, enough / 4)
+        frames = core.sum(axis=(1, 2))
+        if (frames > enough).mean() >= 0.25:
+            present[name] = core
+            taken |= ndimage.binary_dilation(core, np.ones((1, 3, 3), bool), iterations=2)
+    return present
+
+
+def _typical(video: np.ndarray, core: np.ndarray, named: tuple[int, int, int]) -> np.ndarray:
+    """The colour inside an object as it was really drawn, no more than a little off the named one."""
+    measured = np.median(video[core], axis=0)
+    return (measured + np.asarray(named, np.float32)) / 2
+
+
+def _without_specks(mask: np.ndarray, area: float) -> np.ndarray:
+    """Drop connected pieces (within a frame) of fewer pixels."""
+    structure = np.zeros((3, 3, 3), bool)
+    structure[1] = True
+    labels, count = ndimage.label(mask, structure)
+    if not count:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    keep = sizes >= area
+    keep[0] = False
+    return keep[labels]
