@@ -2,8 +2,8 @@
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config=... --workdir=...
 
-For trying a multi-host setup where there is one host: each process gets its share of CPU devices. SIGTERM and SIGINT are
-passed on to all; when one process fails the others are ended, and its status is returned.
+For trying a multi-host setup where there is one host: each process gets its share of CPU devices. SIGTERM and
+SIGINT are passed on to all; when one process fails the others are ended, and its status is returned.
 """
 
 import argparse

@@ -45,8 +45,8 @@ def load_weights(path: pathlib.Path | str, abstract_tree: PyTree) -> PyTree:
     """The arrays of a file in a tree like `abstract_tree`.
 
     Args:
-      abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a sharding the
-        arrays are laid out by it. Floating point numbers are cast to the type asked for.
+      abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a
+        sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
 
     Raises:
       FileNotFoundError: no such file.
@@ -63,7 +63,7 @@ def load_weights(path: pathlib.Path | str, abstract_tree: PyTree) -> PyTree:
             if problems:
                 listed = "\n  ".join(problems)
                 raise WeightsError(
-                    f"{path} does not fit the model ({len(problems)} tensors): use the config that it was made with"
+                    f"{path} does not fit the model ({len(problems)} tensors): use the config of its run"
                     f"\n  {listed}"
                 )
             arrays = [_placed(file.get_tensor(name), leaf) for name, leaf in names.items()]

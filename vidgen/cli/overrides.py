@@ -16,7 +16,7 @@ _OVERRIDE = re.compile(r"--?config\.([\w.]+)=(.*)", re.DOTALL)
 
 
 def load_config(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of `get_config` in a Python file, with the overrides put in; not yet checked against any type.
+    """The values of `get_config` in a Python file, with the overrides put in; not checked against types yet.
 
     Args:
       spec: path of the file, and after a colon the argument of `get_config`, if it shall get one.

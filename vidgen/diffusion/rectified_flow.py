@@ -15,6 +15,6 @@ def interpolate(clean: Latents, noise: Latents, timestep: Float[Array, "b"]) -> 
 def velocity_loss(
     network: VelocityNetwork, clean: Latents, noise: Latents, timestep: Float[Array, "b"]
 ) -> Float[Array, "b"]:
-    """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips unweighted."""
+    """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips evenly."""
     predicted = network(interpolate(clean, noise, timestep), timestep).astype(jnp.float32)
     return jnp.square(predicted - (noise - clean)).mean((1, 2, 3, 4))

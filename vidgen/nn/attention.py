@@ -10,7 +10,7 @@ from vidgen.ops.attention import attention
 
 
 class MultiHeadAttention(nnx.Module):
-    """Self-attention, or cross-attention when given a context; q and k are normalised across all heads (Wan)."""
+    """Self-attention, or cross-attention given a context; q and k are normalised across all heads (Wan)."""
 
     def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
         self.num_heads = num_heads

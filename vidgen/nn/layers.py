@@ -40,7 +40,7 @@ class Linear(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution over time and space: centred in space, looking only backward in time (zeros before frame 0)."""
+    """Convolution over time and space: centred in space, backward in time (zeros before frame 0)."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CausalConv3d(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two-layer perceptron, plain (`gelu`, tanh form) or gated (`geglu`, `swiglu`; Shazeer, arXiv 2002.05202)."""
+    """Two-layer perceptron, plain (`gelu`, tanh form) or gated (`geglu`, `swiglu`; arXiv:2002.05202)."""
 
     def __init__(self, dim: int, hidden: int, *, kind: FeedForwardKind = "gelu", rngs: nnx.Rngs):
         self.kind = kind
@@ -83,7 +83,7 @@ class FeedForward(nnx.Module):
 
 
 def pixel_unshuffle(x: Float[Array, "b t h w c"], factor: int) -> Float[Array, "b t h2 w2 c2"]:
-    """Moves `factor` x `factor` neighbourhoods into channels (ordered channel, column, row, as Wan 2.2's VAE)."""
+    """Moves `factor` x `factor` neighbourhoods into channels (order: channel, column, row, as Wan 2.2)."""
     b, t, h, w, c = x.shape
     x = x.reshape(b, t, h // factor, factor, w // factor, factor, c)
     return jnp.transpose(x, (0, 1, 2, 4, 6, 5, 3)).reshape(b, t, h // factor, w // factor, -1)

@@ -1,4 +1,4 @@
-"""Equal layers as one: constructed by `vmap`, applied by `scan`, rematerialised by policy. The only such place."""
+"""Equal layers as one: constructed by `vmap`, applied by `scan`, rematerialised by policy. Done only here."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar

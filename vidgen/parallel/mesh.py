@@ -41,8 +41,8 @@ class MeshOptions:
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if num_devices % fixed or (not free and fixed != num_devices):
             raise ValueError(
-                f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, found {num_devices}: "
-                "change the mesh sizes, or set one of them to -1 to take the devices that are left"
+                f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, "
+                f"found {num_devices}: change the mesh sizes, or set one of them to -1 to take the devices that are left"
             )
         for name in free:
             sizes[name] = num_devices // fixed

@@ -1,4 +1,4 @@
-"""Several processes as one program: starting them, dividing a batch among them, stopping them at the same step."""
+"""Several processes as one program: starting them, dividing a batch, stopping at the same step."""
 
 import os
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ def initialize(
 ) -> None:
     """Joins the other processes of this program; call before anything touches a device.
 
-    What is not given comes from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID). With a
-    coordinator of "auto", jax asks the cluster (TPU pods, Slurm, ...). Without a coordinator this is one process
-    and nothing happens.
+    What is not given comes from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID).
+    With a coordinator of "auto", jax asks the cluster (TPU pods, Slurm, ...). Without a coordinator this is
+    one process and nothing happens.
 
     Args:
       coordinator: host:port of process 0, or "auto".
@@ -64,8 +64,8 @@ def sync(name: str) -> None:
 def stop_requested_anywhere(step: int, requested_here: bool) -> bool:
     """Whether to stop after `step`: the same answer, at the same step, on every process.
 
-    With one process it is the flag of this one. With several, jax's coordination service listens for SIGTERM on each of
-    them and agrees on a step; all processes must call this at every step.
+    With one process it is the flag of this one. With several, jax's coordination service listens for SIGTERM
+    on each of them and agrees on a step; all processes must call this at every step.
     """
     if jax.process_count() == 1:
         return requested_here
@@ -92,8 +92,8 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     equal = all(part == tuple(range(i * len(part), (i + 1) * len(part))) for i, part in enumerate(parts))
     if not equal or total != len(set().union(*rows_of.values())):
         raise ValueError(
-            f"the mesh {dict(mesh.shape)} over {len(rows_of)} processes gives them unequal rows of a batch ({rows_of}): "
-            "make data * fsdp a multiple or a divisor of the number of processes"
+            f"the mesh {dict(mesh.shape)} over {len(rows_of)} processes gives them unequal rows of a batch "
+            f"({rows_of}): make data * fsdp a multiple or a divisor of the number of processes"
         )
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 

@@ -12,7 +12,8 @@ from vidgen.core.typing import Array, PyTree
 __all__ = ["RULES", "batch_sharding", "constrain", "constrain_tree", "partition_spec", "shardings"]
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Parameters: matrices are cut both ways, along `fsdp` where they touch the residual stream, along `tensor` inside.
+    # Parameters: matrices are cut both ways, along `fsdp` where they touch the residual stream, along
+    # `tensor` inside.
     "layers": (),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
@@ -37,8 +38,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """How an array with these logical axes is cut over the mesh.
 
-    A mesh axis is used once per array, by the first dimension that asks for it, and only where it divides that dimension;
-    everything else is replicated.
+    A mesh axis is used once per array, by the first dimension that asks for it, and only where it divides
+    that dimension; everything else is replicated.
 
     Raises:
       ValueError: a name that the table does not have, or not one name per dimension.
@@ -63,10 +64,11 @@ def partition_spec(
 
 
 def shardings(abstract_tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """The sharding of every array of a tree: variables with metadata `axes` by the table, the rest replicated.
+    """The sharding of every array of a tree: variables with `axes` metadata by the table, others replicated.
 
     Args:
-      abstract_tree: arrays or `jax.ShapeDtypeStruct`s, as they are or in `nnx.Variable`s; of an optimizer's state too.
+      abstract_tree: arrays or `jax.ShapeDtypeStruct`s, as they are or in `nnx.Variable`s; of an optimizer's
+        state too.
     """
 
     def of_variable(node):
@@ -87,7 +89,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """`x`, laid over the mesh in context (`jax.set_mesh`) by its logical axes; `x` itself where there is none."""
+    """`x`, laid over the mesh in context (`jax.set_mesh`) by its logical axes; or `x` where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -95,7 +97,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def constrain_tree(tree: PyTree) -> PyTree:
-    """`tree`, laid over the mesh in context as `shardings` says; inside a step it keeps the state where it was born."""
+    """`tree`, laid over the mesh in context by `shardings`: a step's state stays where it was born."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

@@ -54,8 +54,8 @@ def fit(
 ) -> TrainState:
     """Trains to `options.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
-    A run that was stopped, killed or preempted goes on bit-exactly: same parameters, moments, averages, noise and clips.
-    SIGTERM and SIGINT finish the step, save, and return.
+    A run that was stopped, killed or preempted goes on bit-exactly: same parameters, moments, averages, noise
+    and clips. SIGTERM and SIGINT finish the step, save, and return.
 
     Args:
       loader: batches with `video` (for the rate of frames) and `name` (for reports), for this process.
@@ -66,7 +66,8 @@ def fit(
       The state after the last step.
 
     Raises:
-      NonFiniteLoss: the clips of the step are in `workdir`/nonfinite_<step>.json; checkpoints stay as they were.
+      NonFiniteLoss: the clips of the step are in `workdir`/nonfinite_<step>.json; checkpoints stay as they
+        were.
       CheckpointError: the newest checkpoint is of another model.
     """
     workdir = pathlib.Path(workdir)
@@ -128,7 +129,7 @@ def _restore_or_init(
     mesh: Mesh,
     checkpoints: CheckpointManager,
 ) -> tuple[TrainState, nnx.GraphDef, int]:
-    """The state to go on from, the module's graph, and the steps done; the loader is set to the same place."""
+    """The state to go on from, the module's graph, and the steps done; the loader is set to that place."""
     if checkpoints.latest_step() is None:
         state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
         _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))

@@ -15,8 +15,8 @@ __all__ = ["MetricsWriter"]
 class MetricsWriter:
     """Writes scalars by step to `workdir`/metrics.jsonl and `workdir`/tensorboard.
 
-    Opened for a run that resumes, it first drops the lines after the step that the run resumes from, so each step
-    is there once.
+    Opened for a run that resumes, it first drops the lines after the step that the run resumes from, so each
+    step is there once.
     """
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0, enabled: bool = True):

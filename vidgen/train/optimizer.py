@@ -14,7 +14,7 @@ __all__ = ["AdamW", "Muon", "cosine_schedule"]
 
 
 def cosine_schedule(peak: float, *, warmup_steps: int, num_steps: int, end: float) -> optax.Schedule:
-    """Learning rate by step: rises linearly to `peak` over `warmup_steps`, falls along a half cosine to `peak * end`.
+    """Learning rate by step: a linear rise to `peak` in `warmup_steps`, a half cosine down to `peak * end`.
 
     The first step already has a rate of peak / warmup_steps. A run shorter than its warm-up never falls.
     """
@@ -67,8 +67,9 @@ class AdamW:
 class Muon:
     """Momentum orthogonalised by Newton-Schulz for matrices, AdamW for embeddings, vectors and convolutions.
 
-    Stacked layers are orthogonalised one by one; an attention projection whose heads have an axis of their own is one matrix.
-    Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so the learning rates of both are alike.
+    Stacked layers are orthogonalised one by one; an attention projection whose heads have an axis of their
+    own is one matrix. Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so the
+    learning rates of both are alike.
 
     Attributes:
       beta: momentum.
@@ -126,7 +127,8 @@ def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.Muo
         return None
     first = axes[:1].count("layers")
     dims = list(range(first, len(axes)))
-    # ("embed", "heads", "head_dim") and ("heads", "head_dim", "embed") are matrices whose one side is two dimensions.
+    # ("embed", "heads", "head_dim") and ("heads", "head_dim", "embed") are matrices whose one side is two
+    # dimensions.
     if len(dims) == 3 and axes[first + 1 :] == ("heads", "head_dim"):
         return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1], dims[2]))
     if len(dims) == 3 and axes[first:-1] == ("heads", "head_dim"):

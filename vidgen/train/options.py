@@ -42,5 +42,6 @@ class RunOptions:
                 raise ValueError(f"run.{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
-                f"run.grad_accumulation is {self.grad_accumulation}, which does not divide run.batch_size {self.batch_size}"
+                f"run.grad_accumulation is {self.grad_accumulation}, which does not divide "
+                f"run.batch_size {self.batch_size}"
             )

@@ -1,4 +1,4 @@
-"""The steps since the last line of the log: their metrics, still on the device, and the clips that they saw."""
+"""The steps since the last line of the log: their metrics, still on the device, and their clips."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _IN_FLIGHT = 2
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is not finite; the message says at which step, and where its clips are named."""
+    """The loss or the gradient is not finite; the message says at which step, and where its clips are."""
 
 
 class RecentSteps:
@@ -63,7 +63,8 @@ class RecentSteps:
         )
         os.replace(temporary, path)
         raise NonFiniteLoss(
-            f"step {step}: loss is {values['loss']}, norm of the gradient is {values['grad_norm']}. The clips of this batch "
-            f"are named in {path}; nothing was saved since the last checkpoint, from which the same command goes on. "
+            f"step {step}: loss is {values['loss']}, norm of the gradient is {values['grad_norm']}. "
+            f"The clips of this batch are named in {path}; nothing was saved since the last checkpoint, from which "
+            "the same command goes on. "
             "Look at the clips, or lower optimizer.learning_rate or run.grad_clip."
         )

@@ -23,7 +23,8 @@ __all__ = ["TrainState", "abstract_state", "ema_model", "init_state", "place_fro
 class TrainState:
     """What a step takes and gives back. The graph definition of the module stays outside.
 
-    Parameters, optimizer moments and EMA are float32; the moments and the EMA carry their parameters' logical axes.
+    Parameters, optimizer moments and EMA are float32; the moments and the EMA carry their parameters' logical
+    axes.
     """
 
     step: Int[Array, ""]

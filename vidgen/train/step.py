@@ -52,8 +52,8 @@ def make_train_step(
       schedule: learning rate by step, for the metrics.
 
     Returns:
-      A function of (state, frozen state or None, batch). Its metrics are the task's, and `loss`, `grad_norm` and
-      `learning_rate`: float32 scalars on the device.
+      A function of (state, frozen state or None, batch). Its metrics are the task's, and `loss`, `grad_norm`
+      and `learning_rate`: float32 scalars on the device.
     """
 
     def loss_fn(
@@ -105,7 +105,8 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
     def split(x: Array) -> Array:
         if x.shape[0] % count:
             raise ValueError(f"grad_accumulation is {count}, which does not divide the batch of {x.shape[0]}")
-        # Row i goes to micro-batch i % count, so that each stays spread over all devices without communication.
+        # Row i goes to micro-batch i % count, so that each stays spread over all devices without
+        # communication.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     def body(carry, inputs):

@@ -44,7 +44,7 @@ class ConditionEmbedder(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, text cross-attention and feed-forward; the timestep modulates the first and the last."""
+    """Self-attention, text cross-attention and feed-forward; the timestep modulates first and last."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
