@@ -74,7 +74,8 @@ class FolderData:
 
     Held out is the last second of every `heldout_every` seconds of a video. A clip that touches such a second
     belongs to `heldout`, every other one to `train`, so no training clip shows a frame of a held-out second.
-    Of images, about one of every `heldout_every` is held out, chosen by its name.
+    That holds out about (clip length + 1 s) / `heldout_every` of the clips. Images, and videos shorter than
+    `heldout_every` seconds, are held out whole: one of every `heldout_every`, chosen by a hash of the name.
 
     Attributes:
       kind: picks this kind of data in a config.
@@ -91,8 +92,7 @@ class FolderData:
       split: `train`, `heldout`, or `all` for both.
       heldout_every: seconds of which the last is held out; must leave room for a clip.
       crop: `center`, or `random`: the place drawn once for each clip.
-      flip: whether half of the clips, always the same, are mirrored. Captions that say left or right then
-        lie.
+      flip: whether half of the clips, always the same, are mirrored. Mind captions that say "left".
       seed: of random crops and flips.
 
     Raises:
@@ -109,7 +109,7 @@ class FolderData:
     captions: str | None = None
     require_captions: bool = False
     split: Literal["train", "heldout", "all"] = "all"
-    heldout_every: int = 10
+    heldout_every: int = 20
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     seed: int = 0
@@ -167,7 +167,8 @@ class FolderData:
         if not report.used:
             raise ValueError(
                 f"{self.path}: no clip of {self.num_frames} frames at {self.fps:g} fps can be used for "
-                f'"{self.split}": {reasons or "the folder is empty"}. `vidgen data check` lists every file.'
+                f'"{self.split}" (heldout_every={self.heldout_every}): {reasons or "the folder is empty"}. '
+                "`vidgen data check` lists every file."
             )
         log.info("%s: %d clips of %d files", self.path, report.num_clips, len(report.used))
         if report.rejected:
@@ -212,7 +213,7 @@ class FolderData:
     def _in_split(self, name: str, info: VideoInfo, start: float) -> bool:
         if self.split == "all":
             return True
-        if info.is_image:
+        if info.duration < self.heldout_every:
             heldout = _stable_hash(name) % self.heldout_every == 0
         else:
             end = start + self.clip_seconds

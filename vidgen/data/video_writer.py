@@ -107,14 +107,17 @@ def write_mp4(
 
     Args:
       target: a file, or a buffer in memory.
-      video: uint8 [t h w 3]; sides of odd length are made even by repeating the last row or column.
+      video: uint8 [t h w 3]; in yuv420p, sides of odd length are made even by repeating the last row or
+        column.
       fps: frames per second.
       metadata: texts, stored as JSON in the container's comment.
       crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.
       preset: x264's, "ultrafast" to "veryslow".
-      pix_fmt: "yuv420p" plays everywhere; "rgb24" is x264's RGB mode, which few players show.
+      pix_fmt: "yuv420p" plays everywhere; "yuv444p" keeps odd sizes and all colour detail; "rgb24" is x264's
+        RGB mode. Few players show these two.
     """
-    video = _pad_to_even(video)
+    if pix_fmt == "yuv420p":
+        video = _pad_to_even(video)
     rgb = pix_fmt == "rgb24"
     options = {"movflags": "+faststart"} if isinstance(target, pathlib.Path) else {}
     file = str(target) if isinstance(target, pathlib.Path) else target

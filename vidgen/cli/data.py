@@ -1,0 +1,206 @@
+"""`vidgen data`: checks a folder of videos, or writes clips as ArrayRecord files.
+
+Examples:
+  vidgen data check clips --num-frames 17 --fps 8
+  vidgen data build folder clips --out records --height 128 --width 128 --heldout-every 20
+  vidgen data build sprites --out records --num-clips 1000 --num-heldout 100
+"""
+
+import argparse
+import concurrent.futures
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vidgen.data.check import find_damage
+from vidgen.data.folder import FolderData, FolderReport, UsedFile
+
+__all__ = ["main"]
+
+_CHECK_THREADS = 4
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `vidgen data`.
+
+    Args:
+      argv: the arguments after `data`.
+
+    Returns:
+      0; 1 if no clip is left to use; 2 where the command is wrong, or its folder missing.
+    """
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"vidgen data: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    check = commands.add_parser("check", help="list every file that is used, and why the others are not")
+    _add_folder_options(check)
+    check.add_argument(
+        "--decode", action="store_true", help="decode every file to its end, to find damage inside"
+    )
+    check.set_defaults(run=_check)
+    build = commands.add_parser(
+        "build", help="write clips as records, for training from local or cloud storage"
+    )
+    kinds = build.add_subparsers(required=True, metavar="kind")
+    folder = kinds.add_parser("folder", help="the clips of a folder of videos")
+    _add_folder_options(folder)
+    folder.add_argument(
+        "--heldout-every",
+        type=int,
+        metavar="SECONDS",
+        help="write a split `heldout` too: clips that touch the last of every so many seconds",
+    )
+    _add_build_options(folder, encoding="h264")
+    folder.set_defaults(run=_build_folder)
+    sprites = kinds.add_parser(
+        "sprites", help="clips of the procedural world, with captions and ground truth"
+    )
+    _add_clip_options(sprites)
+    sprites.add_argument("--num-clips", type=int, default=1000, help="clips for training (default 1000)")
+    sprites.add_argument(
+        "--num-heldout", type=int, default=0, help="clips of a split `heldout` (default none)"
+    )
+    sprites.add_argument("--seed", type=int, default=0, help="of the clips (default 0)")
+    _add_build_options(sprites, encoding="lossless")
+    sprites.set_defaults(run=_build_sprites)
+    return parser
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (default 17)")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames per second of a clip (default 8)")
+    parser.add_argument("--height", type=int, default=64, help="pixels (default 64)")
+    parser.add_argument("--width", type=int, default=64, help="pixels (default 64)")
+
+
+def _add_folder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the folder; those below it are searched too")
+    _add_clip_options(parser)
+    parser.add_argument("--stride", type=float, help="seconds between clips (default: end to end)")
+    parser.add_argument("--captions", metavar="FILE", help="a .jsonl or .csv with the captions of all files")
+    parser.add_argument("--require-captions", action="store_true", help="leave out files without a caption")
+
+
+def _add_build_options(parser: argparse.ArgumentParser, *, encoding: str) -> None:
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="OUT", help="folder to write to")
+    parser.add_argument(
+        "--encoding",
+        choices=("lossless", "h264"),
+        default=encoding,
+        help=f"how frames are kept: every pixel as it is, or compressed (default {encoding})",
+    )
+
+
+def _folder_data(options: argparse.Namespace, **more: object) -> FolderData:
+    return FolderData(
+        path=options.dir,
+        num_frames=options.num_frames,
+        height=options.height,
+        width=options.width,
+        fps=options.fps,
+        stride=options.stride,
+        captions=options.captions,
+        require_captions=options.require_captions,
+        **more,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    data = _folder_data(options)
+    report = _without_damage(data.scan(), full=options.decode)
+    for file in report.used:
+        print(_describe(file))
+    for name, reason in report.rejected:
+        print(f"NOT USED  {name}: {reason}")
+    clips = f"{report.num_clips} clips of {data.num_frames} frames at {data.fps:g} fps"
+    print(f"{clips}, from {len(report.used)} files; {len(report.rejected)} files not used")
+    if report.without_caption:
+        print(f"{len(report.without_caption)} of the files used have no caption")
+    if not report.used:
+        print(f"vidgen data: nothing in {options.dir} can be used", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _without_damage(report: FolderReport, *, full: bool) -> FolderReport:
+    """The report after decoding the files: those with damage are moved to the rejected ones."""
+    with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        found = list(pool.map(lambda file: find_damage(file.path, file.info, full=full), report.used))
+    damaged = [(file.name, why) for file, why in zip(report.used, found, strict=True) if why]
+    return FolderReport(
+        used=tuple(file for file, why in zip(report.used, found, strict=True) if not why),
+        rejected=tuple(sorted([*report.rejected, *damaged])),
+    )
+
+
+def _describe(file: UsedFile) -> str:
+    info = file.info
+    if info.is_image:
+        shape = f"{info.width}x{info.height} image ({info.codec})"
+    else:
+        count = f"{info.num_frames} frames" if info.num_frames else "frames not counted"
+        shape = (
+            f"{info.width}x{info.height}, {info.fps:.5g} fps, {count}, {info.duration:.2f} s ({info.codec})"
+        )
+    turned = f", shown turned by {info.rotation} degrees" if info.rotation else ""
+    caption = f'"{file.caption}"' if file.caption else "no caption"
+    return f"used      {file.name}: {len(file.starts)} clips; {shape}{turned}; {caption}"
+
+
+def _build_folder(options: argparse.Namespace) -> int:
+    if options.heldout_every is None:
+        splits = {"train": _folder_data(options)}
+    else:
+        splits = {
+            split: _folder_data(options, split=split, heldout_every=options.heldout_every)
+            for split in ("train", "heldout")
+        }
+    return _build({split: data.source() for split, data in splits.items()}, options)
+
+
+def _build_sprites(options: argparse.Namespace) -> int:
+    from vidgen.data.sprites.source import SpritesData
+
+    counts = {"train": options.num_clips, "heldout": options.num_heldout}
+    sources = {
+        split: SpritesData(
+            num_clips=count,
+            seed=options.seed,
+            num_frames=options.num_frames,
+            height=options.height,
+            width=options.width,
+            fps=options.fps,
+            split=split,
+        ).source()
+        for split, count in counts.items()
+        if count
+    }
+    return _build(sources, options)
+
+
+def _build(sources: dict, options: argparse.Namespace) -> int:
+    from vidgen.data.tfds_builder import build_records  # a second of imports that `check` does not need
+
+    report = build_records(sources, options.out, fps=options.fps, encoding=options.encoding)
+    for name, reason in report.broken.items():
+        print(f"LEFT OUT  {name}: {reason}")
+    counts = ", ".join(f"{count} clips in {split}" for split, count in report.num_clips.items())
+    print(f"wrote {counts}: {report.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
