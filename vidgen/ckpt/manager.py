@@ -81,7 +81,12 @@ class CheckpointManager:
         self._orbax.save_checkpointables_async(step, {_STATE: state, **(parts or {})}, force=True)
 
     def restore(
-        self, abstract_state: PyTree, step: int | None = None, parts: tuple[str, ...] = ()
+        self,
+        abstract_state: PyTree,
+        step: int | None = None,
+        parts: tuple[str, ...] = (),
+        *,
+        partial: bool = False,
     ) -> tuple[int, PyTree, dict[str, Any]]:
         """The state of a checkpoint, and the JSON values asked for.
 
@@ -89,10 +94,12 @@ class CheckpointManager:
           abstract_state: `jax.ShapeDtypeStruct`s with the shardings that the arrays shall have.
           step: which; None is the newest.
           parts: names as given to `save`.
+          partial: reads only the arrays that `abstract_state` has, and leaves the others alone.
 
         Raises:
           CheckpointError: no such checkpoint, or one of another model: the arrays that differ are named.
         """
+        self.wait()
         step = self._existing(step)
         where = self.directory / str(step)
         missing = [name for name in (_STATE, *parts) if not (where / name).is_dir()]
@@ -100,9 +107,11 @@ class CheckpointManager:
             raise CheckpointError(
                 f"{where} lacks {', '.join(missing)}: it is damaged, or no checkpoint of a training run"
             )
-        self._check(abstract_state, step, where)
+        self._check(abstract_state, step, where, partial)
         wanted = {_STATE: abstract_state, **dict.fromkeys(parts)}
-        loaded = self._orbax.load_checkpointables(step, wanted)
+        # The context is made here, not at construction: it holds for this load alone.
+        with ocp.Context(pytree_options=_loading(partial)):
+            loaded = ocp.load_checkpointables(where, wanted)
         return step, loaded[_STATE], {name: loaded[name] for name in parts}
 
     def wait(self) -> None:
@@ -135,7 +144,7 @@ class CheckpointManager:
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
         return step
 
-    def _check(self, abstract_state: PyTree, step: int, where: pathlib.Path) -> None:
+    def _check(self, abstract_state: PyTree, step: int, where: pathlib.Path, partial: bool) -> None:
         saved = {
             _plain(name): leaf.shape
             for name, leaf in named_leaves(
@@ -144,7 +153,8 @@ class CheckpointManager:
         }
         wanted = {_plain(name): _stored_shape(leaf) for name, leaf in named_leaves(abstract_state).items()}
         problems = [f"{name}: missing in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
-        problems += [f"{name}: only in the checkpoint" for name in sorted(saved.keys() - wanted.keys())]
+        left_over = () if partial else sorted(saved.keys() - wanted.keys())
+        problems += [f"{name}: only in the checkpoint" for name in left_over]
         problems += [
             f"{name}: shape {tuple(saved[name])} in the checkpoint, {wanted[name]} expected"
             for name in sorted(wanted.keys() & saved.keys())
@@ -156,6 +166,11 @@ class CheckpointManager:
                 f"{where} is of another model or optimizer ({len(problems)} arrays differ): use the config that it was "
                 f"trained with\n  {shown}"
             )
+
+
+def _loading(partial: bool) -> ocp.options.PyTreeOptions:
+    options = ocp.options.PyTreeOptions
+    return options(loading=options.Loading(partial_load=partial))
 
 
 def _plain(name: str) -> str:

@@ -57,8 +57,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
 
     mesh = experiment.mesh.build()
     index, count = processes.row_shard(mesh)
-    if processes.is_main_process():
-        claim_workdir(experiment, workdir)
+    claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
     loader = Loader(
         experiment.data.source(),

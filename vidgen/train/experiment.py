@@ -7,10 +7,12 @@ import pathlib
 from typing import Any
 
 from vidgen.core.config import ConfigError, resolve, to_dict
+from vidgen.data.folder import FolderData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_task import VAETask
 
 __all__ = ["Experiment", "claim_workdir", "load_experiment"]
@@ -20,8 +22,8 @@ __all__ = ["Experiment", "claim_workdir", "load_experiment"]
 class Experiment:
     """What is trained, on what, how, for how long and over which devices."""
 
-    task: VAETask
-    data: SpritesData
+    task: VAETask | TextToVideoTask
+    data: SpritesData | FolderData
     optimizer: AdamW | Muon = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
@@ -52,10 +54,13 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
     return resolve(Experiment, _read(path), where=str(path))
 
 
-def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str) -> None:
-    """Makes `workdir` the folder of this experiment: writes config.json, or checks the one that is there.
+def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write: bool = True) -> None:
+    """Makes `workdir` the folder of this experiment: checks the config.json that is there, or writes one.
 
     A run may be resumed with another mesh, number of steps, intervals and threads.
+
+    Args:
+      write: False on the processes that only check.
 
     Raises:
       ConfigError: the folder belongs to another experiment; the keys that differ are named.
@@ -69,6 +74,8 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str) -> None:
                 f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
                 f"{_shown(differing, _read(path), new)}. Use another --workdir, or the config it was started with."
             )
+    if not write:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(new, indent=2) + "\n")
