@@ -34,7 +34,7 @@ unit: .venv/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --durations=15
 
 notebooks: $(NOTEBOOKS)
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS)
+	VIDGEN_VARIANT=tiny $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS)
 
 # Compiles for TPU topologies with libtpu, which is why it is not part of `make test`.
 test-slow: .venv/.dev

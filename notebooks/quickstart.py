@@ -24,6 +24,7 @@
 # `jupytext --to ipynb notebooks/quickstart.py` makes a notebook of this file, which Colab opens.
 
 # %%
+import os
 import pathlib
 import subprocess
 import sys
@@ -40,6 +41,9 @@ import vidgen
 
 EXPERIMENTS = pathlib.Path(experiments.__file__).parent
 RUNS = pathlib.Path("runs")
+VARIANT = os.environ.get(
+    "VIDGEN_VARIANT", "demo"
+)  # "tiny" is two steps, which only shows that everything runs
 
 # %% [markdown]
 # ## The VAE
@@ -51,16 +55,16 @@ RUNS = pathlib.Path("runs")
 # %%
 def train(experiment, workdir, *options):
     """Runs `vidgen train` and shows its last lines."""
+    config = f"{EXPERIMENTS / experiment}:{VARIANT}" if VARIANT else f"{EXPERIMENTS / experiment}"
     command = [
         sys.executable,
         "-m",
         "vidgen.cli.train",
-        f"--config={EXPERIMENTS / experiment}:tiny",
+        f"--config={config}",
         f"--workdir={workdir}",
+        *options,
     ]
-    result = subprocess.run(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print("\n".join(result.stdout.splitlines()[-8:]))
     result.check_returncode()
 
@@ -94,5 +98,5 @@ vidgen.save_video("a_red_circle.gif", video, fps=8)
 display(Image(filename="a_red_circle.gif", width=256))
 
 # %% [markdown]
-# A model this small, trained this briefly, paints the background and a blob. Drop `:tiny` and give it an
-# hour, or train on a folder of your own: see the README.
+# A model this small, trained this briefly, paints the background and a blob. Set VARIANT to ""
+# and give it an hour, or train on a folder of your own: see the README.

@@ -8,6 +8,9 @@ import pathlib
 import ml_collections
 import pytest
 
+from vidgen.core.config import resolve, to_dict
+from vidgen.train.experiment import Experiment
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -25,13 +28,14 @@ def test_docstring_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("argument", [None, "tiny"])
 @pytest.mark.parametrize("name", NAMES)
-def test_get_config_gives_values(name, argument):
+def test_get_config_gives_values_that_resolve(name, argument):
     module = importlib.import_module(name)
     config = module.get_config() if argument is None else module.get_config(argument)
     assert isinstance(config, ml_collections.ConfigDict)
-    assert not [
-        value for value in leaves(config.to_dict()) if dataclasses.is_dataclass(value) or callable(value)
-    ]
+    values = config.to_dict()
+    assert not [value for value in leaves(values) if dataclasses.is_dataclass(value) or callable(value)]
+    experiment = resolve(Experiment, values)
+    assert resolve(Experiment, to_dict(experiment)) == experiment
 
 
 def leaves(value):

@@ -42,7 +42,7 @@ class MeshOptions:
         if num_devices % fixed or (not free and fixed != num_devices):
             raise ValueError(
                 f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, "
-                f"found {num_devices}: change the mesh sizes, or set one of them to -1 to take the devices that are left"
+                f"found {num_devices}: change the sizes, or set one to -1 to take the devices that are left"
             )
         for name in free:
             sizes[name] = num_devices // fixed

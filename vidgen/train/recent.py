@@ -64,7 +64,7 @@ class RecentSteps:
         os.replace(temporary, path)
         raise NonFiniteLoss(
             f"step {step}: loss is {values['loss']}, norm of the gradient is {values['grad_norm']}. "
-            f"The clips of this batch are named in {path}; nothing was saved since the last checkpoint, from which "
-            "the same command goes on. "
+            f"The clips of this batch are named in {path}; nothing was saved since the last checkpoint, from "
+            "which the same command goes on. "
             "Look at the clips, or lower optimizer.learning_rate or run.grad_clip."
         )
