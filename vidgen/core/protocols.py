@@ -1,10 +1,11 @@
 """Roles that more than one layer speaks of."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vidgen.core.typing import Array, Float, Latents
 
 
+@runtime_checkable
 class VelocityNetwork(Protocol):
     """A network as diffusion and sampling see it: everything but latents and timestep is bound already."""
 

@@ -1,7 +1,7 @@
 """Densities from which training draws timesteps, in [0, 1], 1 being noise."""
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 
@@ -13,6 +13,7 @@ def shift_timestep(timestep: Float[Array, "..."], shift: float) -> Float[Array, 
     return shift * timestep / (1.0 + (shift - 1.0) * timestep)
 
 
+@runtime_checkable
 class TimestepDensity(Protocol):
     """Where in time training looks."""
 

@@ -1,7 +1,7 @@
 """The role of an evaluation inside a training run."""
 
 import pathlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -10,6 +10,7 @@ from vidgen.core.typing import Metrics
 __all__ = ["Evaluator"]
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Looks at the model every so many steps: scores, sample grids.
 

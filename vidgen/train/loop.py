@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -31,6 +31,7 @@ _log = get_logger(__name__)
 _DATA = "data"
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless sequence of host batches that can say where it stands, and go there."""
 

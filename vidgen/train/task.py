@@ -1,7 +1,7 @@
 """The role that a kind of training plays in the loop."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -9,6 +9,7 @@ from flax import nnx
 from vidgen.core.typing import Array, Float, Metrics
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained: a module, the arrays that it needs of a batch, and its loss.
 
