@@ -1,6 +1,7 @@
 """The rules of the house that no linter knows: sizes, and commands in the documents that exist."""
 
 import ast
+import importlib
 import pathlib
 import re
 import statistics
@@ -75,3 +76,11 @@ def test_pins_are_plain():
         assert [
             line for line in lines if not re.match(r"^[\w.-]+(\[[\w,-]+\])?==[\w.!+]+( ; .+)?$", line)
         ] == []
+
+
+MODULES = [".".join(p.with_suffix("").parts) for p in tracked("vidgen/**/*.py") if p.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_imports_with_its_signatures_checked(module):
+    assert importlib.import_module(module).__doc__, f"{module} has no docstring"
