@@ -8,12 +8,15 @@ Examples:
 
 import argparse
 import concurrent.futures
+import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from vidgen.data.check import find_damage
 from vidgen.data.folder import FolderData, FolderReport, UsedFile
+from vidgen.data.source import ClipSource
 
 __all__ = ["main"]
 
@@ -174,7 +177,10 @@ def _build_folder(options: argparse.Namespace) -> int:
 def _build_sprites(options: argparse.Namespace) -> int:
     from vidgen.data.sprites.source import SpritesData
 
-    counts = {"train": options.num_clips, "heldout": options.num_heldout}
+    counts: dict[Literal["train", "heldout"], int] = {
+        "train": options.num_clips,
+        "heldout": options.num_heldout,
+    }
     sources = {
         split: SpritesData(
             num_clips=count,
@@ -191,10 +197,11 @@ def _build_sprites(options: argparse.Namespace) -> int:
     return _build(sources, options)
 
 
-def _build(sources: dict, options: argparse.Namespace) -> int:
+def _build(sources: Mapping[str, ClipSource], options: argparse.Namespace) -> int:
     from vidgen.data.tfds_builder import build_records  # a second of imports that `check` does not need
 
-    report = build_records(sources, options.out, fps=options.fps, encoding=options.encoding)
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress, and speaks of downloads
+        report = build_records(sources, options.out, fps=options.fps, encoding=options.encoding)
     for name, reason in report.broken.items():
         print(f"LEFT OUT  {name}: {reason}")
     counts = ", ".join(f"{count} clips in {split}" for split, count in report.num_clips.items())

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 __all__ = ["CAPTION_SUFFIXES", "FolderCaptions"]
 
@@ -30,7 +30,7 @@ class FolderCaptions:
     list_file: pathlib.Path | None
 
     @classmethod
-    def load(cls, root: pathlib.Path, list_file: str | None) -> Self:
+    def load(cls, root: pathlib.Path, list_file: str | None) -> "FolderCaptions":
         """Reads the list of captions of a folder.
 
         A `.jsonl` list has an object per line, a `.csv` list a row per clip under a line of column names. The

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Self
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class Orientation:
     quarter_turns: int = 0
 
     @classmethod
-    def from_matrix(cls, matrix: np.ndarray) -> Self:
+    def from_matrix(cls, matrix: np.ndarray) -> "Orientation":
         """Of the nine numbers of a display matrix (ISO/IEC 14496-12, 8.3.2), rounded to 90 degrees."""
         a, b, c, d = (float(matrix[index]) for index in (0, 1, 3, 4))
         mirror = a * d - b * c < 0
@@ -71,7 +70,7 @@ class Crop:
         *,
         pixel_aspect: float = 1.0,
         crop_at: tuple[float, float] = (0.5, 0.5),
-    ) -> Self:
+    ) -> "Crop":
         """The crop of a picture to a size.
 
         Args:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import grain
 import numpy as np
@@ -134,7 +134,7 @@ class Loader(Iterator[dict[str, Any]]):
         """Drops what was read ahead and ends the threads; the loader gives no batches after that."""
         self._rows.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:

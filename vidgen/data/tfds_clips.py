@@ -69,7 +69,7 @@ class ArrayRecordData:
             raise ValueError(
                 f'{self.path}: no split "{self.split}"; there are: {", ".join(splits) or "none"}.'
             )
-        records = builder.as_data_source(self.split)
+        records = builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
         if len(records) == 0:
             raise ValueError(f'{self.path}: the split "{self.split}" has no clips.')
         source = ArrayRecordSource(self, records)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -93,7 +93,7 @@ class VideoFile:
         self._origin = float((self._stream.start_time or 0) * self._tick)
         self._started = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "VideoFile":
         return self
 
     def __exit__(self, *_: object) -> None:
