@@ -10,13 +10,17 @@ from vidgen.data.sprites.attributes import DIAMETERS, Backdrop, Motion, Shape, S
 from vidgen.evals.camera_reading import camera_offsets
 from vidgen.evals.motion_reading import read_motion
 from vidgen.evals.segmentation import BackgroundReading, Layer, estimate_background, segment, smallest_area
-from vidgen.evals.shape_matching import match_shape, unit_area
+from vidgen.evals.shape_matching import match_quality, match_shape, unit_area
 
 __all__ = ["Detection", "ObjectReading", "detect"]
 
 WORKING_SIZE = 96
 """Larger frames are averaged down to about this."""
-FRAMES_FOR_SHAPE = 4
+FRAMES_FOR_SHAPE = 3
+MOSTLY = 0.6
+"""Share of an object's area that is enough to say where it is."""
+SAME_FIT = 0.94
+"""An object that touches another is in front of it, or barely covered, if its shape fits this well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,15 +128,17 @@ def _track(layer: Layer, frames: list[int], masks: list[np.ndarray]) -> Track:
 
 def _read(colour: str, track: Track, offsets: np.ndarray, num_frames: int) -> ObjectReading:
     area = track.alpha.sum(axis=(1, 2))
-    good = np.flatnonzero(track.whole)
-    if not len(good):  # nowhere whole: where most of it is seen
-        good = np.flatnonzero(area >= 0.9 * area.max())
-    best = good[np.argsort(-area[good], kind="stable")][: 2 * FRAMES_FOR_SHAPE : 2]
+    whole = np.flatnonzero(track.whole)
+    if not len(whole):  # nowhere alone: where most of it is seen
+        whole = np.flatnonzero(area >= 0.8 * area.max())
+    best = whole[np.argsort(-area[whole], kind="stable")][: 2 * FRAMES_FOR_SHAPE : 2]
     shape = match_shape(track.alpha[best], track.centre[best]).shape
+    fit = match_quality(shape, track.alpha, track.centre)
+    good = np.flatnonzero(track.whole | (fit > SAME_FIT * np.median(fit[best])))
     radius = np.sqrt(area[good] / unit_area(shape)) / min(track.alpha.shape[1:])
     middle, growth = _growth(track.frames[good], radius, num_frames)
     size = min(DIAMETERS, key=lambda s: abs(np.log(2 * middle / DIAMETERS[s])))
-    seen = good if len(good) >= max(3, len(area) // 2) else np.arange(len(area))
+    seen = np.union1d(good, np.flatnonzero(area > MOSTLY * np.median(area[good])))
     position = track.centre + np.stack([np.zeros(len(area)), offsets[track.frames]], axis=-1)
     motion = read_motion(
         shape=shape,

@@ -12,8 +12,10 @@ GROWN = 1.55
 """Between the 1.3 of a camera zoom and the 1.85 that is left of growing against one."""
 MOVED = 0.15
 """Share of the frame. Straight moves cover at least 0.36; a zoom moves what is still by up to 0.1."""
-RETURNED = 0.5
-"""A path whose ends are closer than this share of its extent comes back."""
+RETURNED = 0.6
+"""A path whose ends are closer than this share of its length comes back."""
+ROUND = 0.25
+"""Ratio of a path's spreads across and along, above which it is not straight."""
 TURNED = 0.93
 """Mean resultant length of the angles, below which an object spins."""
 FRAMES_FOR_ANGLE = 9
@@ -45,11 +47,11 @@ def read_motion(
     span, net = np.ptp(position, axis=0), position[-1] - position[0]
     if span.max() < MOVED:
         return Motion.SPIN if _spins(shape, alpha, centre) else Motion.STILL
-    returned = np.abs(net) < RETURNED * span.max()
-    if span.min() > 0.5 * span.max() and returned.all():
+    along, across = np.linalg.svd(position - position.mean(axis=0, keepdims=True), compute_uv=False)
+    if across > ROUND * along:
         return Motion.ORBIT
     if span[0] >= span[1]:
-        if returned[0]:
+        if abs(net[0]) < RETURNED * np.abs(np.diff(position[:, 0])).sum():
             return Motion.BOUNCE
         return Motion.DOWN if net[0] > 0 else Motion.UP
     return Motion.RIGHT if net[1] > 0 else Motion.LEFT

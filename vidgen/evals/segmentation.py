@@ -1,7 +1,7 @@
 """Find objects of the sprite world in pixels: which colours are there, and which pixels are theirs.
 
-The background is desaturated and varies at most from top to bottom plus a faint texture; objects are saturated.
-That is all that is assumed, so that blurry and noisy generated videos can be read too.
+The background is desaturated and varies at most from top to bottom plus a faint texture; objects are
+saturated. That is all that is assumed, so that blurry and noisy generated videos can be read too.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def smallest_area(height: int, width: int) -> float:
 def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReading:
     """Fit the background: a line per channel through the rows' medians over all desaturated pixels."""
     height = video.shape[1]
-    empty = np.ptp(video, axis=-1) < SATURATED
+    empty = _saturation(video) < SATURATED
     hidden = np.where(empty[..., None], video, np.nan).transpose(1, 0, 2, 3).reshape(height, -1, 3)
     usable = empty.transpose(1, 0, 2).reshape(height, -1).mean(axis=1) > 0.05
     centres = (np.arange(height) + 0.5) / height
@@ -90,17 +90,14 @@ def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReadin
 
 def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) -> list[Layer]:
     """Layers of the colours that are present, the largest first."""
-    backdrop = np.broadcast_to(background.rows[None, :, None], video.shape)
+    backdrop = np.broadcast_to(background.rows[None, :, None].astype(np.float32), video.shape)
     present = _present_colours(video, backdrop)
     if not present:
         return []
     palette = np.stack([_typical(video, core, COLOURS[name]) for name, core in present.items()])
-    distances = np.stack(
-        [np.linalg.norm(video - backdrop, axis=-1)] + [np.linalg.norm(video - c, axis=-1) for c in palette]
-    )
-    labels = distances.argmin(axis=0)
+    labels = _distances(video, backdrop, palette).argmin(axis=0)
     area = smallest_area(*video.shape[1:3])
-    masks = [_without_specks(labels == k + 1, area / 4) for k in range(len(palette))]
+    masks = [_without_specks(labels == k, area / 4) for k in range(len(palette))]
     cross = np.ones((1, 3, 3), bool)
     near = [ndimage.binary_dilation(mask, cross) for mask in masks]
     layers = []
@@ -111,10 +108,27 @@ def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) 
             else np.zeros_like(near[k])
         )
         direction = palette[k] - backdrop
-        share = ((video - backdrop) * direction).sum(axis=-1) / np.square(direction).sum(axis=-1)
+        share = _dot(video - backdrop, direction) / _dot(direction, direction)
         alpha = np.where(near[k] & ~others, np.clip(share, 0, 1), masks[k]).astype(np.float32)
         layers.append(Layer(colour=name, mask=masks[k], alpha=alpha, crowded=masks[k] & others))
     return layers
+
+
+def _saturation(video: np.ndarray) -> np.ndarray:
+    red, green, blue = np.moveaxis(video, -1, 0)
+    return np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("thwc,thwc->thw", a, b)
+
+
+def _distances(video: np.ndarray, backdrop: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Distances in RGB to each colour and, last, to the background: [k + 1, t, h, w]."""
+    squares = _dot(video, video)[None] - 2 * np.tensordot(palette, video, (1, 3))
+    squares += np.square(palette).sum(axis=1)[:, None, None, None]
+    apart = video - backdrop
+    return np.sqrt(np.maximum(np.concatenate([squares, _dot(apart, apart)[None]]), 0))
 
 
 def _nearest(colour: np.ndarray, named) -> str:
@@ -125,13 +139,10 @@ def _nearest(colour: np.ndarray, named) -> str:
 def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.ndarray]:
     """Cores of the colours that are there: colour by colour, the largest first.
 
-    The blurred rim of an object can look like another colour (red on white is pink there), so what lies next to
-    a larger object is not counted for a smaller one.
+    The blurred rim of an object can look like another colour (red on white is pink there), so what
+    lies next to a larger object is not counted for a smaller one.
     """
-    distances = np.stack(
-        [np.linalg.norm(video - np.asarray(rgb, np.float32), axis=-1) for rgb in COLOURS.values()]
-        + [np.linalg.norm(video - backdrop, axis=-1)]
-    )
+    distances = _distances(video, backdrop, np.asarray(list(COLOURS.values()), np.float32))
     nearest = np.where(distances.min(axis=0) < COLOUR_RADIUS, distances.argmin(axis=0), -1)
     cores = {name: nearest == k for k, name in enumerate(COLOURS)}
     enough = smallest_area(*video.shape[1:3])
@@ -154,11 +165,11 @@ def _typical(video: np.ndarray, core: np.ndarray, named: tuple[int, int, int]) -
 
 def _without_specks(mask: np.ndarray, area: float) -> np.ndarray:
     """Drop connected pieces (within a frame) of fewer pixels."""
+    if not mask.any():
+        return mask
     structure = np.zeros((3, 3, 3), bool)
     structure[1] = True
-    labels, count = ndimage.label(mask, structure)
-    if not count:
-        return mask
+    labels, _ = ndimage.label(mask, structure)
     sizes = np.bincount(labels.ravel())
     keep = sizes >= area
     keep[0] = False

@@ -10,7 +10,7 @@ from vidgen.data.sprites.attributes import Shape
 from vidgen.data.sprites.motion import Path
 from vidgen.data.sprites.render import coverage
 
-__all__ = ["SYMMETRY", "ShapeMatch", "match_angles", "match_shape", "unit_area"]
+__all__ = ["SYMMETRY", "ShapeMatch", "match_angles", "match_quality", "match_shape", "unit_area"]
 
 SYMMETRY = {
     Shape.CIRCLE: 0.0,
@@ -23,7 +23,7 @@ SYMMETRY = {
     Shape.CRESCENT: 2 * np.pi,
 }
 """Angle after which a shape looks the same; zero where every angle does."""
-COARSE, FINE = np.radians(12.0), np.radians(6.0)
+COARSE, FINE = np.radians(15.0), np.radians(6.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,13 @@ def match_shape(alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 
     """
     scores = {shape: float(_overlaps(shape, alpha, centre, COARSE).max(axis=1).mean()) for shape in Shape}
     return ShapeMatch(shape=max(scores, key=lambda s: scores[s]), scores=scores)
+
+
+def match_quality(
+    shape: Shape, alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 2"]
+) -> Float[np.ndarray, " t"]:
+    """How well a known shape fits in each frame, in [0, 1]; less where part of the object is hidden."""
+    return _overlaps(shape, alpha, centre, COARSE).max(axis=1)
 
 
 def match_angles(
