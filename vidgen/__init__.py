@@ -1,0 +1,24 @@
+"""vidgen: training and sampling of Sora-class video models in JAX.
+
+pipe = vidgen.load("runs/dit")
+video = pipe("a red circle moving left", num_frames=17, seed=0)
+vidgen.save_video("a.mp4", video, fps=pipe.fps)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidgen.data.video_io import save_video
+    from vidgen.pipeline import Pipeline, load
+
+__all__ = ["Pipeline", "load", "save_video"]
+
+_HOMES = {"Pipeline": "vidgen.pipeline", "load": "vidgen.pipeline", "save_video": "vidgen.data.video_io"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `vidgen --help` does not wait for JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vidgen' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,7 +7,7 @@ Axis letters: `b` batch, `t` frames, `h` height, `w` width, `c` channels, `s` to
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt8, UInt32
 
 __all__ = [
     "Array",
@@ -22,6 +22,7 @@ __all__ = [
     "Shaped",
     "Tokens",
     "UInt8",
+    "UInt32",
     "Video",
 ]
 

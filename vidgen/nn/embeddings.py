@@ -17,8 +17,8 @@ def timestep_embedding(
     """
     half = dim // 2
     frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 1000.0 * timestep.astype(jnp.float32)[..., None] * frequencies.reshape(
-        (1,) * timestep.ndim + (half,)
+    angles = (
+        1000.0 * timestep.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * timestep.ndim + (half,))
     )
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

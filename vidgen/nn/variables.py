@@ -35,8 +35,10 @@ def param(
 
 
 def zeros(_key: Array, shape: tuple[int, ...]) -> Array:
+    """Initialiser of biases, and of layers that start silent."""
     return jax.numpy.zeros(shape)
 
 
 def ones(_key: Array, shape: tuple[int, ...]) -> Array:
+    """Initialiser of gains."""
     return jax.numpy.ones(shape)

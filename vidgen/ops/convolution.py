@@ -35,9 +35,7 @@ def _native(x: Array, kernel: Array, strides: tuple[int, int, int], padding: Pad
     )
 
 
-def _time_taps_as_channels(
-    x: Array, kernel: Array, strides: tuple[int, int, int], padding: Padding
-) -> Array:
+def _time_taps_as_channels(x: Array, kernel: Array, strides: tuple[int, int, int], padding: Padding) -> Array:
     taps, kernel_height, kernel_width, channels, features = kernel.shape
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     batch, frames, height, width, _ = x.shape

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vidgen.core.protocols import VelocityNetwork
-from vidgen.core.typing import Array, Latents, PyTree
+from vidgen.core.typing import Array, Latents, PyTree, UInt32
 from vidgen.sampling.steppers import Stepper
 from vidgen.sampling.time_grid import TimeGrid
 
@@ -13,7 +13,9 @@ def sample(network: VelocityNetwork, noise: Latents, *, grid: TimeGrid, stepper:
     """Integrates from noise at t = 1 to clean latents at t = 0."""
     timesteps = jnp.asarray(grid.timesteps())
 
-    def body(carry: tuple[Latents, PyTree], times: tuple[Array, Array]) -> tuple[tuple[Latents, PyTree], None]:
+    def body(
+        carry: tuple[Latents, PyTree], times: tuple[Array, Array]
+    ) -> tuple[tuple[Latents, PyTree], None]:
         latents, memory = carry
         return stepper.step(network, latents, memory, *times), None
 
@@ -21,6 +23,6 @@ def sample(network: VelocityNetwork, noise: Latents, *, grid: TimeGrid, stepper:
     return latents
 
 
-def initial_noise(seeds: tuple[int, ...], shape: tuple[int, int, int, int]) -> Latents:
+def initial_noise(seeds: UInt32[Array, "b"], shape: tuple[int, int, int, int]) -> Latents:
     """Standard normal latents, one clip per seed; a clip's noise depends on its seed and shape alone."""
-    return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)

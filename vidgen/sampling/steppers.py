@@ -1,7 +1,7 @@
 """Integrators of the sampling ODE dx/dt = velocity, from t = 1 down to t = 0."""
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -11,6 +11,7 @@ from vidgen.core.typing import Array, Float, Latents, PyTree
 Time = Float[Array, ""]
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """One step of an integrator; `memory` is what it keeps between steps."""
 
@@ -72,7 +73,11 @@ class DPMSolver:
     kind: Literal["dpm_solver"] = "dpm_solver"
 
     def init(self, latents: Latents) -> PyTree:
-        return {"clean": jnp.zeros_like(latents), "t": jnp.asarray(1.0, jnp.float32), "first": jnp.asarray(True)}
+        return {
+            "clean": jnp.zeros_like(latents),
+            "t": jnp.asarray(1.0, jnp.float32),
+            "first": jnp.asarray(True),
+        }
 
     def step(
         self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time

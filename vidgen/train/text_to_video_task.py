@@ -18,7 +18,7 @@ from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.model import VideoVAE
-from vidgen.train.trained import load_vae
+from vidgen.train.vae_folder import load_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,9 @@ class DiT(nnx.Module):
         """
         config = self.config
         if latents.shape[-1] != config.in_channels:
-            raise ValueError(f"latents have {latents.shape[-1]} channels, the model takes {config.in_channels}")
+            raise ValueError(
+                f"latents have {latents.shape[-1]} channels, the model takes {config.in_channels}"
+            )
         grid = config.token_grid(*latents.shape[1:4])
         angles = rope_angles(grid_positions(*grid)[None], config.head_dim, theta=config.rope_theta)
         embedded, modulation = self.condition_embedder.time(

@@ -79,7 +79,12 @@ VARIANTS: dict[str, VAEConfig] = {
         base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2
     ),
     "nano": VAEConfig(
-        base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2
+        base_dim=16,
+        latent_channels=8,
+        dim_mult=(1, 2, 4),
+        num_res_blocks=1,
+        temporal_downsample=(True, True),
+        patch_size=2,
     ),
     "tiny": VAEConfig(
         base_dim=8,

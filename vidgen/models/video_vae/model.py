@@ -1,5 +1,6 @@
 """The causal video autoencoder: pixels to normalised latents and back, images being one-frame videos."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ class Encoder(nnx.Module):
         self.remat = config.remat
         self.conv_in = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3), rngs=rngs)
         blocks: list[nnx.Module] = []
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             for index in range(config.num_res_blocks):
                 blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))
             if level < len(config.temporal_downsample):
@@ -63,7 +64,7 @@ class Decoder(nnx.Module):
         self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
         self.mid_block = MidBlock(dims[0], rngs=rngs)
         blocks: list[nnx.Module] = []
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
             dim_in = dim_in // 2 if level else dim_in  # upsampling has halved the channels
             for index in range(config.num_res_blocks + 1):
                 blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))

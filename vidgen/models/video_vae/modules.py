@@ -23,7 +23,9 @@ class ResidualBlock(nnx.Module):
         self.norm2 = ChannelNorm(out_channels, rngs=rngs)
         self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3), rngs=rngs)
         self.shortcut = (
-            None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, (1, 1, 1), rngs=rngs)
+            None
+            if in_channels == out_channels
+            else CausalConv3d(in_channels, out_channels, (1, 1, 1), rngs=rngs)
         )
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:

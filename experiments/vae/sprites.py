@@ -1,0 +1,50 @@
+"""Video VAE on the sprite world: 4 x 8 x 8 compression of 64 x 64 clips.
+
+Run:       vidgen train --config=experiments/vae/sprites.py --workdir=runs/vae
+Arguments: (none) the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests.
+Hardware:  two CPU cores, an hour; any accelerator, minutes.
+Expect:    docs/log.md has the PSNR on held-out sprites.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from vidgen.models.video_vae.config import VARIANTS
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The values of `vidgen.train.experiment.Experiment`."""
+    config = ConfigDict()
+    config.task = {"kind": "vae", "model": dataclasses.asdict(VARIANTS["nano"]), "kl_weight": 1e-4}
+    config.data = {
+        "kind": "sprites",
+        "num_frames": 5,
+        "height": 64,
+        "width": 64,
+        "fps": 8.0,
+        "max_objects": 2,
+        "cameras": ("static",),
+    }
+    config.data.backgrounds = ("plain", "gradient")
+    config.optimizer = {"kind": "adamw", "learning_rate": 2e-3, "warmup_steps": 50, "end_fraction": 0.02}
+    config.run = {
+        "num_steps": 1600,
+        "batch_size": 8,
+        "log_every": 25,
+        "checkpoint_every": 250,
+        "eval_every": 500,
+    }
+    config.mesh = {"data": -1}
+    if arg == "demo":
+        config.task.model = dataclasses.asdict(VARIANTS["tiny"])
+        config.data.update(height=32, width=32, max_objects=1, backgrounds=("plain",))
+        config.run.update(num_steps=400, batch_size=16, log_every=20, eval_every=400)
+        config.run.ema_decay = 0.99
+    elif arg == "tiny":
+        config.task.model = dataclasses.asdict(VARIANTS["tiny"])
+        config.data.update(height=16, width=16, num_clips=64)
+        config.run.update(num_steps=2, batch_size=8, log_every=1, checkpoint_every=2, eval_every=2)
+    elif arg:
+        raise ValueError(f"unknown argument {arg!r}: use none, 'demo' or 'tiny'")
+    return config

@@ -1,0 +1,113 @@
+"""Prompts to videos with a trained model and its VAE."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vidgen.core import pixels
+from vidgen.core.typing import Array, Bool, Float, Int, UInt8, UInt32
+from vidgen.models.text.tokenizer import tokenize
+from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.parallel.rules import constrain
+from vidgen.sampling.guidance import classifier_free_guidance
+from vidgen.sampling.sampler import initial_noise, sample
+from vidgen.sampling.steppers import DPMSolver, Euler, Heun
+from vidgen.sampling.time_grid import TimeGrid
+
+__all__ = ["SamplingOptions", "generate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How videos are made of noise.
+
+    Attributes:
+      grid: timesteps visited.
+      stepper: integrator.
+      guidance_scale: of classifier-free guidance; 1 is none, at half the cost.
+    """
+
+    grid: TimeGrid = TimeGrid()
+    stepper: Euler | Heun | DPMSolver = DPMSolver()
+    guidance_scale: float = 4.0
+
+
+class _Prompts(NamedTuple):
+    tokens: Int[Array, "b l"]
+    mask: Bool[Array, "b l"]
+
+
+def generate(
+    model: TextToVideo,
+    vae: VideoVAE,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int, int],
+    seeds: Sequence[int],
+    negative_prompt: str = "",
+    options: SamplingOptions = SamplingOptions(),
+) -> UInt8[np.ndarray, "b t h w 3"]:
+    """One video per prompt; a video depends on its prompt and seed, not on the others or the devices.
+
+    Args:
+      size: frames, height and width in pixels.
+      seeds: one per prompt.
+      negative_prompt: what guidance leads away from.
+
+    Raises:
+      ValueError: a size that the models do not take, or numbers of prompts and seeds that differ.
+      PromptTooLong: a prompt is longer than the text encoder takes.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(
+            f"found {len(prompts)} prompts and {len(seeds)} seeds: give at least one, and as many of each"
+        )
+    shape = vae.config.latent_shape(*size)
+    model.dit.config.token_grid(*shape[:3])
+    max_bytes = model.text.config.max_bytes
+    positive = _Prompts(*tokenize(prompts, max_bytes))
+    negative = _Prompts(*tokenize([negative_prompt] * len(prompts), max_bytes))
+    video = _generate(
+        model,
+        vae,
+        np.asarray(seeds, np.uint32),
+        positive,
+        negative,
+        np.float32(options.guidance_scale),
+        shape=shape,
+        guided=options.guidance_scale != 1.0,
+        grid=options.grid,
+        stepper=options.stepper,
+    )
+    return np.asarray(video)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "guided", "grid", "stepper"))
+def _generate(
+    model: TextToVideo,
+    vae: VideoVAE,
+    seeds: UInt32[Array, "b"],
+    positive: _Prompts,
+    negative: _Prompts,
+    guidance_scale: Float[Array, ""],
+    *,
+    shape: tuple[int, int, int, int],
+    guided: bool,
+    grid: TimeGrid,
+    stepper: Euler | Heun | DPMSolver,
+) -> UInt8[Array, "b t h w 3"]:
+    noise = constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
+    condition = model.condition(*positive)
+    if guided:
+        unconditional = model.condition(*negative)
+        network = classifier_free_guidance(model.velocity, condition, unconditional, guidance_scale)
+    else:
+        network = functools.partial(model.velocity, condition=condition)
+    latents = sample(network, noise, grid=grid, stepper=stepper)
+    # Whole on every device, so that each process can read it.
+    return constrain(pixels.to_uint8(vae.decode(latents)), None, None, None, None, None)

@@ -1,0 +1,35 @@
+"""Models out of training runs: the averaged weights of the newest checkpoint."""
+
+import pathlib
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from vidgen.ckpt.manager import CheckpointManager
+from vidgen.train.experiment import Experiment, load_experiment
+from vidgen.train.state import abstract_state, ema_model
+
+__all__ = ["load_trained"]
+
+
+def load_trained(
+    workdir: pathlib.Path | str, mesh: Mesh, *, step: int | None = None
+) -> tuple[Experiment, int, nnx.Module]:
+    """The experiment of a run, and its module with averaged weights, laid over `mesh`.
+
+    Args:
+      step: which checkpoint; None is the newest.
+
+    Returns:
+      The experiment, the step of the checkpoint, the module.
+
+    Raises:
+      FileNotFoundError: `workdir` is not that of a training run.
+      CheckpointError: it has no such checkpoint.
+    """
+    experiment = load_experiment(workdir)
+    transformation = experiment.optimizer.transformation(experiment.run.num_steps)
+    abstract, graphdef = abstract_state(experiment.task, transformation, mesh)
+    with CheckpointManager(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+        step, state, _ = checkpoints.restore(abstract, step)
+    return experiment, step, ema_model(state, graphdef)

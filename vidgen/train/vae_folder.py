@@ -1,0 +1,63 @@
+"""A VAE kept as a folder of JSON and safetensors: in the run that trained it and in each run that uses it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from flax import nnx
+
+from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.config import resolve, to_dict
+from vidgen.core.typing import Metrics
+from vidgen.models.video_vae.config import VAEConfig
+from vidgen.models.video_vae.model import VideoVAE
+
+__all__ = ["KeepVAE", "load_vae", "save_vae"]
+
+_FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
+
+
+def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
+    """Writes `workdir`/vae, replacing what is there; each file appears whole. All processes must call this."""
+    folder = pathlib.Path(workdir) / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / _WEIGHTS, nnx.state(vae, graph=False))
+    if not processes.is_main_process():
+        return
+    temporary = folder / (_CONFIG + ".tmp")
+    temporary.write_text(json.dumps(to_dict(vae.config), indent=2) + "\n")
+    os.replace(temporary, folder / _CONFIG)
+
+
+def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
+    """The VAE in `workdir`/vae.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    folder = pathlib.Path(workdir) / _FOLDER
+    if not (folder / _CONFIG).exists():
+        raise FileNotFoundError(
+            f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
+            "Train one with a config of experiments/vae, or correct task.vae"
+        )
+    config = resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
+    abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract, graph=False)
+    return nnx.merge(graphdef, load_weights(folder / _WEIGHTS, state))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepVAE:
+    """An evaluator that leaves the VAE's averaged weights where runs that build on it look for them."""
+
+    every: int
+    name: str = "vae"
+
+    def __call__(
+        self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
+    ) -> Metrics:
+        assert isinstance(model, VideoVAE)
+        save_vae(model, workdir)
+        return {}
