@@ -1,10 +1,11 @@
 """An open video file: what it holds, and its frames from any time on."""
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -72,7 +73,7 @@ class VideoFile:
     Raises `BrokenClip`, here and in every method, where the file is damaged or has no picture.
     """
 
-    def __init__(self, file: pathlib.Path | BinaryIO):
+    def __init__(self, file: pathlib.Path | io.BytesIO):
         self.name = str(file) if isinstance(file, pathlib.Path) else getattr(file, "name", "video in memory")
         try:
             self._container = av.open(
@@ -92,6 +93,9 @@ class VideoFile:
         self._tick = self._stream.time_base or Fraction(1, av.time_base)
         self._origin = float((self._stream.start_time or 0) * self._tick)
         self._started = False
+        if self._container.format.name == "avi":  # it has no presentation times; those made up start late
+            first = next(self._decode(None), None)
+            self._origin = float((first.pts or 0) * self._tick) if first else 0.0
 
     def __enter__(self) -> "VideoFile":
         return self

@@ -1,10 +1,10 @@
 """Frames out of video and image files: frame-accurate, resampled in time, resized and cropped."""
 
+import io
 import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
 import av
 import numpy as np
@@ -54,11 +54,11 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 
 def read_clip(
-    file: str | os.PathLike[str] | BinaryIO,
+    file: str | os.PathLike[str] | io.BytesIO,
     *,
-    start: float = 0.0,
+    start: float | int = 0.0,
     num_frames: int | None = None,
-    fps: float | None = None,
+    fps: float | int | None = None,
     height: int | None = None,
     width: int | None = None,
     crop_at: tuple[float, float] = (0.5, 0.5),
@@ -101,7 +101,7 @@ def read_clip(
                 raise BrokenClip(str(file), f"an image is one frame, {num_frames} are wanted")
             return image_reader.read_image(file, size=size, crop_at=crop_at)[None]
     with VideoFile(file) as video:
-        frames = video.frames_from(start)
+        frames = video.frames_from(float(start))
         chosen = _one_by_one(frames, start) if fps is None else _nearest(frames, start, fps)
         clip = _to_rgb_clip(video, itertools.islice(chosen, num_frames), size, crop_at)
     if len(clip) < (num_frames or 1):
@@ -151,14 +151,14 @@ def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, wi
     return rgb.to_ndarray()
 
 
-def _one_by_one(frames: Iterator[TimedFrame], start: float) -> Iterator[av.VideoFrame]:
+def _one_by_one(frames: Iterator[TimedFrame], start: float | int) -> Iterator[av.VideoFrame]:
     """The frames as they come, from the one that is on screen at `start`."""
     for _, end, frame in frames:
         if end > start + TIME_ROUNDING:
             yield frame
 
 
-def _nearest(frames: Iterator[TimedFrame], start: float, fps: float) -> Iterator[av.VideoFrame]:
+def _nearest(frames: Iterator[TimedFrame], start: float | int, fps: float | int) -> Iterator[av.VideoFrame]:
     """For each target time before the end of the last frame, the frame that is nearest to it."""
     previous = next(frames, None)
     if previous is None:

@@ -32,7 +32,7 @@ def save_video(
     path: str | os.PathLike[str],
     video: np.ndarray,
     *,
-    fps: float,
+    fps: float | int,
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
 ) -> None:
@@ -97,7 +97,7 @@ def write_mp4(
     target: pathlib.Path | io.BytesIO,
     video: np.ndarray,
     *,
-    fps: float,
+    fps: float | int,
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
     preset: str = "medium",
@@ -149,7 +149,7 @@ def write_mp4(
         container.mux(stream.encode())
 
 
-def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float) -> None:
+def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float | int) -> None:
     found = f"{getattr(video, 'dtype', type(video).__name__)} {list(np.shape(video))}"
     if np.ndim(video) != 4 or np.shape(video)[-1] != 3 or video.dtype != np.uint8:
         raise ValueError(f"{path}: a clip is uint8 [frames, height, width, 3]; got {found}.")
@@ -159,8 +159,11 @@ def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float) -> None:
         raise ValueError(f"{path}: fps is {fps}; expected a positive number.")
 
 
-def _rate(fps: float) -> Fraction:
-    """Frames per second as container formats want it: 29.97 is 30000/1001."""
+def _rate(fps: float | int) -> Fraction:
+    """Frames per second as a fraction of small numbers: 29.97 and its kind are 30000/1001."""
+    ntsc = Fraction(1000 * round(fps * 1.001), 1001)
+    if fps != round(fps) and abs(ntsc - fps) < 0.005:
+        return ntsc
     return Fraction(fps).limit_denominator(1001)
 
 
@@ -171,7 +174,7 @@ def _pad_to_even(video: np.ndarray) -> np.ndarray:
     return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _encode_gif(video: np.ndarray, fps: float, metadata: Mapping[str, str]) -> bytes:
+def _encode_gif(video: np.ndarray, fps: float | int, metadata: Mapping[str, str]) -> bytes:
     frames = [Image.fromarray(np.ascontiguousarray(frame)).quantize(256) for frame in video]
     ends = [round(100 * (index + 1) / fps) for index in range(len(frames))]
     durations = [max(_SHORTEST_GIF_FRAME, end - start) for start, end in zip([0, *ends], ends, strict=False)]
