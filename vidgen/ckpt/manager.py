@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous, atomic, restorable onto another mesh. The only module that knows Orbax."""
+"""Checkpoints of a run: asynchronous, atomic, restorable onto another mesh. Only this module knows Orbax."""
 
 import pathlib
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ class CheckpointError(ValueError):
 class CheckpointManager:
     """The checkpoints below one directory, one folder per step.
 
-    A save is written in the background to a temporary name and renamed when it is complete: a folder that carries a step's
-    number is whole. Saving again, `wait` and `close` wait for it. A context manager.
+    A save is written in the background to a temporary name and renamed when it is complete: a folder that
+    carries a step's number is whole. Saving again, `wait` and `close` wait for it. A context manager.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CheckpointManager:
         return step % self._every == 0
 
     def save(self, step: int, state: PyTree, parts: Mapping[str, Any] | None = None) -> None:
-        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there already stays.
+        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there stays.
 
         Args:
           state: a tree of arrays.
@@ -163,8 +163,8 @@ class CheckpointManager:
         if problems:
             shown = "\n  ".join(problems[:20] + (["..."] if len(problems) > 20 else []))
             raise CheckpointError(
-                f"{where} is of another model or optimizer ({len(problems)} arrays differ): use the config that it was "
-                f"trained with\n  {shown}"
+                f"{where} is of another model or optimizer ({len(problems)} arrays differ): "
+                f"use the config that it was trained with\n  {shown}"
             )
 
 

@@ -35,7 +35,7 @@ def initialize(
     if coordinator is None:
         return
     if coordinator == "auto":
-        os.environ.pop(COORDINATOR, None)  # jax would take the word for an address
+        os.environ.pop(COORDINATOR, None)  # jax would take the word for an address.
         jax.distributed.initialize()
         return
     num_processes = _number(num_processes, NUM_PROCESSES)

@@ -9,6 +9,7 @@ from typing import Any
 from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.data.folder import FolderData
 from vidgen.data.sprites.source import SpritesData
+from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
@@ -23,7 +24,7 @@ class Experiment:
     """What is trained, on what, how, for how long and over which devices."""
 
     task: VAETask | TextToVideoTask
-    data: SpritesData | FolderData
+    data: SpritesData | FolderData | ArrayRecordData
     optimizer: AdamW | Muon = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
@@ -72,7 +73,7 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
         if differing:
             raise ConfigError(
                 f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
-                f"{_shown(differing, _read(path), new)}. Use another --workdir, or the config it was started with."
+                f"{_shown(differing, _read(path), new)}. Use another --workdir, or the config of that run."
             )
     if not write:
         return

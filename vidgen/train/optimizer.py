@@ -95,17 +95,17 @@ class Muon:
 
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """The update rule for a run of `num_steps`."""
-        return optax.contrib.muon(
-            self.schedule(num_steps),
+        directions = optax.contrib.muon(
+            1.0,
             beta=self.beta,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=_decayed,
             consistent_rms=self.consistent_rms,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
-            adam_weight_decay=self.weight_decay,
             muon_weight_dimension_numbers=_matrices,
         )
+        # Muon's own decay has no mask for what Adam takes. The updates descend already, hence the minus.
+        decay = optax.add_decayed_weights(-self.weight_decay, mask=_decayed)
+        return optax.chain(directions, decay, optax.scale_by_schedule(self.schedule(num_steps)))
 
 
 _NO_MATRIX = frozenset({"vocab", "patch", "conv_in", "conv_out"})
@@ -113,8 +113,12 @@ _NO_MATRIX = frozenset({"vocab", "patch", "conv_in", "conv_out"})
 
 
 def _decayed(params: PyTree) -> PyTree:
-    """Which parameters decay: those with two dimensions or more, not counting the stack's."""
-    return _by_variable(params, lambda axes, array: array.ndim - axes[:1].count("layers") >= 2)
+    """Which parameters decay: those that mix two named axes; not biases, gains and tables of them."""
+
+    def decays(axes: tuple[str | None, ...], array: Any) -> bool:
+        return len([name for name in axes if name not in (None, "layers")]) >= 2 if axes else array.ndim >= 2
+
+    return _by_variable(params, decays)
 
 
 def _matrices(params: PyTree) -> PyTree:
@@ -123,17 +127,16 @@ def _matrices(params: PyTree) -> PyTree:
 
 
 def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    if len(axes) != array.ndim or _NO_MATRIX.intersection(axes):
-        return None
     first = axes[:1].count("layers")
-    dims = list(range(first, len(axes)))
-    # ("embed", "heads", "head_dim") and ("heads", "head_dim", "embed") are matrices whose one side is two
-    # dimensions.
-    if len(dims) == 3 and axes[first + 1 :] == ("heads", "head_dim"):
+    names, dims = axes[first:], range(first, array.ndim)
+    if None in names or _NO_MATRIX.intersection(names):
+        return None
+    # An attention projection whose heads have an axis of their own is a matrix with a side of two dimensions.
+    if len(names) == 3 and names[1:] == ("heads", "head_dim"):
         return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1], dims[2]))
-    if len(dims) == 3 and axes[first:-1] == ("heads", "head_dim"):
+    if len(names) == 3 and names[:2] == ("heads", "head_dim"):
         return optax.contrib.MuonDimensionNumbers((dims[0], dims[1]), (dims[2],))
-    return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1],)) if len(dims) == 2 else None
+    return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1],)) if len(names) == 2 else None
 
 
 def _by_variable(params: PyTree, of_array) -> PyTree:

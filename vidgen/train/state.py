@@ -1,6 +1,7 @@
 """The state of a training run: everything that a step changes, sharded over the mesh from birth."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from vidgen.core import rng
 from vidgen.core.tree import named_leaves
-from vidgen.core.typing import Array, Int, Key, PyTree
+from vidgen.core.typing import Array, Key
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import shardings
 from vidgen.train.task import Task
@@ -24,15 +25,23 @@ class TrainState:
     """What a step takes and gives back. The graph definition of the module stays outside.
 
     Parameters, optimizer moments and EMA are float32; the moments and the EMA carry their parameters' logical
-    axes.
+    axes. In their places may also be `jax.ShapeDtypeStruct`s, or shardings.
+
+    Attributes:
+      step: int32 [], steps done.
+      params: the `nnx.Param`s of the module.
+      buffers: its `Buffer`s.
+      ema: averaged parameters.
+      opt_state: of the optimizer.
+      key: typed random key; a step uses it folded with its number.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: nnx.State
     buffers: nnx.State
     ema: nnx.State
-    opt_state: PyTree
-    key: Key[Array, ""]
+    opt_state: Any
+    key: Any
 
 
 def init_state(

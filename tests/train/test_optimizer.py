@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vidgen.train.optimizer import AdamW, Muon, cosine_schedule
+
+
+def test_schedule_rises_linearly_and_falls_along_a_cosine():
+    schedule = cosine_schedule(2.0, warmup_steps=10, num_steps=110, end=0.1)
+    rates = [float(schedule(step)) for step in range(111)]
+    np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    assert rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(2 * (0.1 + 0.9 * 0.5), rel=1e-5)
+    assert rates[110] == pytest.approx(0.2, rel=1e-5)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert float(cosine_schedule(1.0, warmup_steps=0, num_steps=1, end=0.0)(0)) == 1.0
+
+
+def params():
+    key = jax.random.key(0)
+
+    def make(index, shape, *axes):
+        return nnx.Param(jax.random.normal(jax.random.fold_in(key, index), shape), axes=axes)
+
+    return nnx.State(
+        {
+            "matrix": make(0, (6, 4), "embed", "mlp"),
+            "stack": make(1, (3, 6, 4), "layers", "embed", "mlp"),
+            "heads": make(2, (6, 2, 4), "embed", "heads", "head_dim"),
+            "out": make(3, (3, 2, 4, 6), "layers", "heads", "head_dim", "embed"),
+            "bias": make(4, (4,), "mlp"),
+            "gains": make(5, (3, 4), "layers", "mlp"),
+            "table": make(6, (3, 6, 4), "layers", None, "embed"),
+            "tokens": make(7, (9, 4), "vocab", "embed"),
+            "conv": make(8, (3, 3, 3, 4, 4), None, None, None, "conv_in", "conv_out"),
+        }
+    )
+
+
+def updates(optimizer, grads):
+    tx = optimizer.transformation(100)
+    result, _ = tx.update(grads, tx.init(params()), params())
+    return {name: np.asarray(value[...]) for name, value in result.items()}
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, Muon])
+def test_only_what_mixes_two_axes_decays(optimizer):
+    zeros = jax.tree.map(jnp.zeros_like, params())
+    found = updates(optimizer(learning_rate=1.0, weight_decay=0.5, warmup_steps=0), zeros)
+    decayed = {"matrix", "stack", "heads", "out", "tokens", "conv"}
+    for name, value in params().items():
+        if name in decayed:
+            np.testing.assert_allclose(found[name], -0.5 * value[...], rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(found[name], 0)
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam():
+    grads = jax.tree.map(lambda x: jnp.sign(x) * (0.1 + jnp.abs(x)), params())
+    found = updates(Muon(learning_rate=1.0, weight_decay=0.0, warmup_steps=0), grads)
+
+    def spread(matrix):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        return values.max() / values.min()
+
+    matrices = [
+        found["matrix"],
+        *found["stack"],
+        found["heads"].reshape(6, 8),
+        *found["out"].reshape(3, 8, 6),
+    ]
+    for matrix in matrices:
+        assert spread(matrix) < 2.0  # Newton-Schulz brings singular values into about [0.7, 1.2].
+    assert spread(np.asarray(grads["matrix"][...])) > 2.0
+    # The first step of Adam is the sign of the gradient; Nesterov's makes it 1 + 0.9 * 0.1 / 0.19 times as long.
+    for name in ("bias", "gains", "table", "tokens", "conv"):
+        np.testing.assert_allclose(found[name], -1.4736842 * np.sign(grads[name][...]), rtol=1e-4)
+
+
+def test_adamw_is_optax_adamw():
+    grads = jax.tree.map(jnp.cos, params())
+    found = updates(AdamW(learning_rate=0.1, weight_decay=0.0, warmup_steps=0), grads)
+    tx = optax.adam(0.1, b1=0.9, b2=0.99)
+    expected, _ = tx.update(grads, tx.init(params()), params())
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value[...], rtol=1e-5)
