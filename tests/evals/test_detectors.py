@@ -14,7 +14,7 @@ from vidgen.data.sprites.source import SpritesData
 from vidgen.evals.detectors import detect
 
 SEEN = 0.6
-"""An object counts as visible in a frame that shows this share of it, and in a clip if a third of the frames do."""
+"""An object is visible in a frame that shows this share of it, and in a clip if a third of the frames do."""
 
 
 def agreement(num_clips: int, degrade=lambda video: video, **options) -> dict[str, float]:
@@ -49,7 +49,7 @@ def blur_and_noise(video):
 
 
 def test_one_object_short_clips():
-    scores = agreement(70, num_frames=9, max_objects=1, seed=11)
+    scores = agreement(80, num_frames=9, max_objects=1, seed=11)
     assert min(scores.values()) >= 0.98, scores
 
 
@@ -59,7 +59,7 @@ def test_one_object_longer_clips():
 
 
 def test_several_objects():
-    scores = agreement(50, num_frames=9, min_objects=2, max_objects=3, seed=13)
+    scores = agreement(35, num_frames=9, min_objects=2, max_objects=3, seed=13)
     assert scores["count"] >= 0.98 and scores["colour"] >= 0.98, scores
     assert min(scores.values()) >= 0.95, scores
 
@@ -121,8 +121,10 @@ def test_empty_frames(level):
     assert detect(np.full((5, 64, 64, 3), level, np.uint8)).objects == ()
 
 
-def test_noise_is_survived():
+def test_noise_does_not_pass_for_a_scene():
     noise = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    assert len(detect(noise).objects) <= 8
-    saturated = np.broadcast_to(np.array([255, 0, 0], np.uint8), (5, 64, 64, 3)).copy()
-    detect(saturated)
+    assert len(detect(noise).objects) not in (1, 2, 3)
+
+
+def test_a_saturated_frame_is_background():
+    assert detect(np.broadcast_to(np.array([222, 30, 38], np.uint8), (5, 64, 64, 3)).copy()).objects == ()

@@ -15,7 +15,7 @@ __all__ = ["compare", "evaluate_alignment", "format_alignment", "score_alignment
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "count", "background", "backdrop", "all")
 MISMATCH = {"colour": 4.0, "shape": 2.0, "motion": 0.5, "size": 0.25}
-"""What it costs to take an object found for the one asked for; colour and shape decide, the others break ties."""
+"""Cost of taking an object found for the one asked for; colour and shape decide, the others break ties."""
 
 
 def evaluate_alignment(
@@ -54,10 +54,10 @@ def score_alignment(
 ) -> dict[str, float]:
     """Share of what was asked for that is there, per attribute, in [0, 1].
 
-    `colour`, `shape`, `size` and `motion` are over the objects asked for, and an object that is missing fails them all;
-    `direction` is `motion` of those asked to go left, right, up or down. `count`, `background` (its colour or colours),
-    `backdrop` (plain, gradient or textured) and `all` (everything right at once) are over clips. An attribute that
-    nothing asked for is left out. `num_clips` is how many clips there were.
+    `colour`, `shape`, `size` and `motion` are over the objects asked for, and an object that is missing fails
+    them all; `direction` is `motion` of those asked to go left, right, up or down. `count`, `background` (its
+    colour or colours), `backdrop` (plain, gradient or textured) and `all` (everything right at once) are over
+    clips. An attribute that nothing asked for is left out. `num_clips` is how many clips there were.
 
     Raises:
         ValueError: there are no scenes, or not one video for each.

@@ -103,8 +103,9 @@ def _tracks(layer: Layer) -> list[Track]:
 
 def _pieces(mask: np.ndarray, area: float) -> list[np.ndarray]:
     """Connected pieces of a frame's mask, the largest first, without what is small for an object."""
-    labels, count = ndimage.label(mask, np.ones((3, 3), bool))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, np.ones((3, 3), bool), output=labels)
+    sizes = np.bincount(labels.ravel())[1:]
     order = [k for k in np.argsort(-sizes) if sizes[k] >= max(area / 2, 0.2 * sizes.max())]
     return [labels == k + 1 for k in order]
 
@@ -116,7 +117,7 @@ def _centre(weight: np.ndarray) -> np.ndarray:
 
 
 def _track(layer: Layer, frames: list[int], masks: list[np.ndarray]) -> Track:
-    near = ndimage.binary_dilation(np.stack(masks), np.ones((1, 3, 3), bool))
+    near = ndimage.maximum_filter(np.stack(masks).astype(np.uint8), (1, 3, 3)).astype(bool)
     alpha = layer.alpha[frames] * near
     edge = np.ones(layer.mask.shape[1:], bool)
     edge[1:-1, 1:-1] = False

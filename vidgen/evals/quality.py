@@ -52,13 +52,13 @@ def ssim(
 
 
 def evaluate_reconstruction(
-    reconstruct: Callable[[Video], Video], batches: Iterable[UInt8[np.ndarray, "b t h w 3"]]
+    reconstruct: Callable[[Video], Video], batches: Iterable[UInt8[np.ndarray, "_ _ _ _ 3"]]
 ) -> dict[str, float]:
     """Score an autoencoder.
 
     Args:
         reconstruct: encodes and decodes a batch with pixels in [-1, 1], keeping its shape.
-        batches: 8-bit clips.
+        batches: 8-bit clips [b t h w 3]; batches may differ in size.
 
     Returns:
         `psnr` in decibels and `ssim`, means over all frames after rounding to 8 bits; `num_clips`.

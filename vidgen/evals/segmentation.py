@@ -19,6 +19,7 @@ SATURATED = 105.0
 COLOUR_RADIUS = 75.0
 """How far, in 8-bit RGB, the inside of an object may be from its named colour."""
 GRADIENT_SPAN = 30.0
+MEDIAN_FRAMES = 4
 TEXTURE_CONTRAST = 5.0
 
 
@@ -63,8 +64,11 @@ def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReadin
     """Fit the background: a line per channel through the rows' medians over all desaturated pixels."""
     height = video.shape[1]
     empty = _saturation(video) < SATURATED
-    hidden = np.where(empty[..., None], video, np.nan).transpose(1, 0, 2, 3).reshape(height, -1, 3)
-    usable = empty.transpose(1, 0, 2).reshape(height, -1).mean(axis=1) > 0.05
+    some = slice(None, None, max(1, len(video) // MEDIAN_FRAMES))
+    hidden = (
+        np.where(empty[some, ..., None], video[some], np.nan).transpose(1, 0, 2, 3).reshape(height, -1, 3)
+    )
+    usable = empty[some].mean(axis=(0, 2)) > 0.05
     centres = (np.arange(height) + 0.5) / height
     if usable.sum() < 2:  # all of the frame is saturated: take its mean for the background
         line = np.stack([video.mean(axis=(0, 1, 2)), np.zeros(3)])
@@ -74,9 +78,9 @@ def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReadin
         line = np.linalg.lstsq(design, medians, rcond=None)[0]
     rows = line[:1] + centres[:, None] * line[1:]
     # objects' blurred edges are not saturated: keep clear of them
-    clear = empty & ~ndimage.binary_dilation(~empty, np.ones((1, 3, 3), bool), iterations=2)
+    clear = empty & ~_grow(~empty, 2)
     residual = np.where(clear, (video - rows[None, :, None]).mean(axis=-1), 0).astype(np.float32)
-    smooth = ndimage.uniform_filter(residual, (1, 3, 3))
+    smooth = ndimage.uniform_filter1d(ndimage.uniform_filter1d(residual, 3, axis=1), 3, axis=2)
     contrast = np.sqrt(np.square(smooth[clear]).mean()) if clear.any() else 0.0
     top, bottom = (_nearest(line[0] + at * line[1], BACKGROUND_COLOURS) for at in (0.0, 1.0))
     kind, below = Backdrop.PLAIN, None
@@ -97,9 +101,8 @@ def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) 
     palette = np.stack([_typical(video, core, COLOURS[name]) for name, core in present.items()])
     labels = _distances(video, backdrop, palette).argmin(axis=0)
     area = smallest_area(*video.shape[1:3])
-    masks = [_without_specks(labels == k, area / 4) for k in range(len(palette))]
-    cross = np.ones((1, 3, 3), bool)
-    near = [ndimage.binary_dilation(mask, cross) for mask in masks]
+    masks = [_without_specks(labels == k + 1, area / 4) for k in range(len(palette))]
+    near = [_grow(mask, 1) for mask in masks]
     layers = []
     for k, name in enumerate(present):
         others = (
@@ -108,7 +111,7 @@ def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) 
             else np.zeros_like(near[k])
         )
         direction = palette[k] - backdrop
-        share = _dot(video - backdrop, direction) / _dot(direction, direction)
+        share = _dot(video - backdrop, direction) / np.maximum(_dot(direction, direction), 1)
         alpha = np.where(near[k] & ~others, np.clip(share, 0, 1), masks[k]).astype(np.float32)
         layers.append(Layer(colour=name, mask=masks[k], alpha=alpha, crowded=masks[k] & others))
     return layers
@@ -120,15 +123,21 @@ def _saturation(video: np.ndarray) -> np.ndarray:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("thwc,thwc->thw", a, b)
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
 
 
 def _distances(video: np.ndarray, backdrop: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Distances in RGB to each colour and, last, to the background: [k + 1, t, h, w]."""
-    squares = _dot(video, video)[None] - 2 * np.tensordot(palette, video, (1, 3))
-    squares += np.square(palette).sum(axis=1)[:, None, None, None]
+    """Squared distances in RGB to the background and to each colour: [1 + k, t, h, w]."""
+    red, green, blue = (np.ascontiguousarray(plane) for plane in np.moveaxis(video, -1, 0))
+    squares = [(red - r) ** 2 + (green - g) ** 2 + (blue - b) ** 2 for r, g, b in palette]
     apart = video - backdrop
-    return np.sqrt(np.maximum(np.concatenate([squares, _dot(apart, apart)[None]]), 0))
+    return np.stack([_dot(apart, apart), *squares])
+
+
+def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask with everything in each frame that is so near to it, diagonals included."""
+    size = 2 * pixels + 1
+    return ndimage.maximum_filter(mask.astype(np.uint8), (1, size, size)).astype(bool)
 
 
 def _nearest(colour: np.ndarray, named) -> str:
@@ -143,8 +152,8 @@ def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.nd
     lies next to a larger object is not counted for a smaller one.
     """
     distances = _distances(video, backdrop, np.asarray(list(COLOURS.values()), np.float32))
-    nearest = np.where(distances.min(axis=0) < COLOUR_RADIUS, distances.argmin(axis=0), -1)
-    cores = {name: nearest == k for k, name in enumerate(COLOURS)}
+    nearest = np.where(distances.min(axis=0) < COLOUR_RADIUS**2, distances.argmin(axis=0), -1)
+    cores = {name: nearest == k + 1 for k, name in enumerate(COLOURS)}
     enough = smallest_area(*video.shape[1:3])
     taken = np.zeros(video.shape[:3], bool)
     present = {}
@@ -153,7 +162,7 @@ def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.nd
         frames = core.sum(axis=(1, 2))
         if (frames > enough).mean() >= 0.25:
             present[name] = core
-            taken |= ndimage.binary_dilation(core, np.ones((1, 3, 3), bool), iterations=2)
+            taken |= _grow(core, 2)
     return present
 
 
@@ -169,7 +178,8 @@ def _without_specks(mask: np.ndarray, area: float) -> np.ndarray:
         return mask
     structure = np.zeros((3, 3, 3), bool)
     structure[1] = True
-    labels, _ = ndimage.label(mask, structure)
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, structure, output=labels)
     sizes = np.bincount(labels.ravel())
     keep = sizes >= area
     keep[0] = False
