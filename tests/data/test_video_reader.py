@@ -129,16 +129,13 @@ def test_rotation_is_honoured(tmp_path, write, degrees, corner):
     }
     assert lit == {name: name == corner for name in lit}
     small = read_clip(path, height=16, width=16)[0, :, :, 0] > 127
-    assert small.shape == (16, 16)
-    assert (
-        small[0 if "top" in corner else -1, 0 if "left" in corner else -1] == (width == height) or small.any()
-    )
+    assert small[0 if "top" in corner else -1, 0 if "left" in corner else -1] and small.mean() < 0.1
 
 
 @pytest.mark.parametrize(
     ("name", "codec", "pix_fmt", "options"),
     [
-        ("a.mp4", "libx265", "yuv420p10le", {"x265-params": "log-level=none:crf=4"}),
+        ("a.mp4", "libx264", "yuv420p10le", {"crf": "4"}),
         ("a.mov", "mjpeg", "yuvj420p", {"qmin": "1", "qmax": "1"}),
         ("a.mp4", "libx264", "yuv444p", {"crf": "4"}),
         ("a.mov", "prores_ks", "yuv422p10le", {}),

@@ -67,9 +67,10 @@ class VidgenClips(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        return {split: self._generate_examples(source) for split, source in self._sources.items()}
+        return {split: self._generate_examples(split, source) for split, source in self._sources.items()}
 
-    def _generate_examples(self, source: ClipSource) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str, source: ClipSource) -> Iterator[tuple[int, dict[str, Any]]]:
+        written = 0
         for index in range(len(source)):
             try:
                 example = source[index]
@@ -77,7 +78,13 @@ class VidgenClips(tfds.core.GeneratorBasedBuilder):
                 self.broken[error.name] = error.reason
                 get_logger(__name__).warning("broken clip left out: %s", error)
                 continue
+            written += 1
             yield index, encode_record(example, fps=self._fps, encoding=self._encoding)
+        if not written:
+            raise ValueError(
+                f'"{split}": none of its {len(source)} clips can be decoded: '
+                f"{dict(list(self.broken.items())[:3])}."
+            )
 
 
 def build_records(

@@ -86,16 +86,13 @@ class VideoFile:
             raise BrokenClip(self.name, f"cannot be opened as video: {_reason(error)}") from error
         try:
             self._stream = self._pick_stream()
+            self._stream.codec_context.thread_count = 1
+            self._tick = self._stream.time_base or Fraction(1, av.time_base)
+            self._started = False
+            self._origin = self._find_origin()
         except BrokenClip:
             self._container.close()
             raise
-        self._stream.codec_context.thread_count = 1
-        self._tick = self._stream.time_base or Fraction(1, av.time_base)
-        self._origin = float((self._stream.start_time or 0) * self._tick)
-        self._started = False
-        if self._container.format.name == "avi":  # it has no presentation times; those made up start late
-            first = next(self._decode(None), None)
-            self._origin = float((first.pts or 0) * self._tick) if first else 0.0
 
     def __enter__(self) -> "VideoFile":
         return self
@@ -152,6 +149,15 @@ class VideoFile:
             if not stream.disposition & Disposition.attached_pic and stream.codec_context is not None:
                 return stream
         raise BrokenClip(self.name, "no video stream")
+
+    def _find_origin(self) -> float:
+        """Seconds on the container's clock at which the first frame is shown."""
+        if (
+            self._container.format.name == "avi"
+        ):  # has no presentation times; those that are made up start late
+            first = next(self._decode(None), None)
+            return float((first.pts or 0) * self._tick) if first else 0.0
+        return float((self._stream.start_time or 0) * self._tick)
 
     def _timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[TimedFrame]:
         rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
