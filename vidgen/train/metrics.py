@@ -70,6 +70,6 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return float(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")
