@@ -56,8 +56,11 @@ def init_state(
     """
     abstract, graphdef = abstract_state(task, tx, mesh)
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # One random stream per parameter is a lot of code that runs once: on CPU, optimizing it takes minutes.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     with jax.set_mesh(mesh):
-        return jax.jit(_initial(task, tx), out_shardings=out_shardings)(key), graphdef
+        initial = jax.jit(_initial(task, tx), out_shardings=out_shardings, compiler_options=options)
+        return initial(key), graphdef
 
 
 def abstract_state(
