@@ -85,7 +85,7 @@ def _shrink(video: np.ndarray, factor: int) -> np.ndarray:
 def _tracks(layer: Layer) -> list[Track]:
     """Objects of one colour. Two pieces are two objects if the colour is in two pieces in most frames."""
     area = smallest_area(*layer.mask.shape[1:])
-    pieces = [_pieces(mask, area) for mask in layer.mask]
+    pieces = [_pieces(mask, crowded, area) for mask, crowded in zip(layer.mask, layer.crowded, strict=True)]
     frames = [k for k, found in enumerate(pieces) if found]
     if not frames:
         return []
@@ -101,13 +101,21 @@ def _tracks(layer: Layer) -> list[Track]:
     return [_track(layer, frames, chain) for chain in chains]
 
 
-def _pieces(mask: np.ndarray, area: float) -> list[np.ndarray]:
-    """Connected pieces of a frame's mask, the largest first, without what is small for an object."""
+def _pieces(mask: np.ndarray, crowded: np.ndarray, area: float) -> list[np.ndarray]:
+    """Connected pieces of a frame's mask, the largest first, without what is small for an object.
+
+    Pieces that touch objects of other colours count as one: most are the rest of one object behind.
+    """
     labels = np.zeros(mask.shape, np.int32)
     ndimage.label(mask, np.ones((3, 3), bool), output=labels)
     sizes = np.bincount(labels.ravel())[1:]
     order = [k for k in np.argsort(-sizes) if sizes[k] >= max(area / 2, 0.2 * sizes.max())]
-    return [labels == k + 1 for k in order]
+    pieces = [labels == k + 1 for k in order]
+    touching = [piece for piece in pieces if (piece & crowded).any()]
+    if len(touching) < 2:
+        return pieces
+    alone = [piece for piece in pieces if not (piece & crowded).any()]
+    return [np.any(touching, axis=0), *alone]
 
 
 def _centre(weight: np.ndarray) -> np.ndarray:
@@ -155,7 +163,9 @@ def _read(colour: str, track: Track, offsets: np.ndarray, num_frames: int) -> Ob
 
 def _growth(frames: np.ndarray, radius: np.ndarray, num_frames: int) -> tuple[float, float]:
     """Radius at half time and its ratio from the first frame to the last, by a line through its logarithm."""
-    if len(frames) < 3:
+    if (
+        len(frames) < 2 or (frames[-1] - frames[0]) * 8 < num_frames - 1
+    ):  # too short a time to extrapolate from
         return float(np.median(radius)), 1.0
     slope, level = np.polyfit(frames - (num_frames - 1) / 2, np.log(radius), 1)
     return float(np.exp(level)), float(np.exp(slope * (num_frames - 1)))

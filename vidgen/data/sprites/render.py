@@ -51,7 +51,7 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
     layers = [coverage(o.shape, p, min(height, width)) for o, p in zip(scene.objects, paths, strict=True)]
     background = np.clip(_background(scene, camera, height, width) + 0.5, 0, 255).astype(np.uint8)
     video = np.empty((num_frames, height, width, 3), np.uint8)
-    video[:] = background
+    video[:] = np.ascontiguousarray(np.broadcast_to(background, (len(background), height, width, 3)))
     for item, layer in reversed(list(zip(scene.objects, layers, strict=True))):
         _paint(video, COLOURS[item.colour], *layer)
     clear = np.ones((num_frames, height, width), np.float32)

@@ -4,6 +4,7 @@ Coordinates are (y, x) with y pointing down. The sizes of the unit shapes are ch
 big.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -62,6 +63,7 @@ def signed_distance(shape: Shape, y: np.ndarray, x: np.ndarray) -> np.ndarray:
             )
 
 
+@functools.cache
 def reach(shape: Shape) -> float:
     """Radius of the smallest circle around the origin that contains the unit shape."""
     return float(np.hypot(*outline(shape).T).max())
