@@ -98,7 +98,7 @@ def test_build_folder(clips, tmp_path, capsys):
     arguments = ["build", "folder", str(clips), "--out", str(out), "--num-frames", "8", "--height", "16"]
     assert main([*arguments, "--width", "16", "--stride", "0.5"]) == 0
     assert "wrote 3 clips in train" in capsys.readouterr().out.splitlines()[-1]
-    source = ArrayRecordData(path=str(out)).source()
+    source = ArrayRecordData(path=str(out), num_frames=8, height=16, width=16).source()
     assert len(source) == 3 and source[0]["video"].shape == (8, 16, 16, 3) and source[0]["caption"] == "noise"
     assert main(arguments) == 2
     assert "records here already" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_build_sprites(tmp_path, capsys):
         main(["build", "sprites", "--out", str(out), "--num-clips", "3", "--num-heldout", "2", *sizes]) == 0
     )
     assert "wrote 3 clips in train, 2 clips in heldout" in capsys.readouterr().out
-    clip = ArrayRecordData(path=str(out), split="heldout").source()[1]
+    clip = ArrayRecordData(path=str(out), split="heldout", num_frames=2, height=16, width=16).source()[1]
     assert clip["video"].shape == (2, 16, 16, 3) and clip["boxes"].ndim == 3 and clip["caption"]
 
 

@@ -35,6 +35,7 @@ def write_frames(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     rotation: int | None = None,
+    hflip: bool = False,
     times: Sequence[float] | None = None,
     source_format: str = "rgb24",
 ) -> pathlib.Path:
@@ -48,7 +49,7 @@ def write_frames(
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation is not None:
-            stream.set_display_rotation(rotation)
+            stream.set_display_rotation(rotation, hflip=hflip)
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format=source_format)
             if times is not None:

@@ -37,6 +37,12 @@ class Noise:
         }
 
 
+def stored(path, split="train", size=(17, 23)):
+    """The records of `Noise`, as they were stored."""
+    data = ArrayRecordData(path=str(path), split=split, num_frames=3, height=size[0], width=size[1], fps=8.0)
+    return data.source()
+
+
 def assert_same(first, second):
     assert list(first) == list(second)
     for key, value in first.items():
@@ -53,7 +59,7 @@ def test_round_trip_without_tensorflow(tmp_path):
     assert report.num_clips == {"train": 5, "heldout": 2} and report.broken == {}
     for path in (tmp_path / "out", report.folder):
         for split, source in sources.items():
-            back = ArrayRecordData(path=str(path), split=split).source()
+            back = stored(path, split, source.size)
             assert isinstance(back, ClipSource) and len(back) == len(source)
             for index in range(len(source)):
                 assert_same(source[index], back[index])
@@ -80,7 +86,7 @@ def test_tfds_alone_can_read_the_records(tmp_path):
 
 def test_a_loader_reads_records(tmp_path):
     build_records({"train": Noise(5)}, tmp_path, fps=8.0, encoding="lossless")
-    with Loader(ArrayRecordData(path=str(tmp_path)).source(), batch_size=3, seed=0) as loader:
+    with Loader(stored(tmp_path), batch_size=3, seed=0) as loader:
         batch = next(loader)
     assert batch["video"].shape == (3, 3, 17, 23, 3) and batch["boxes"].shape == (3, 2, 3, 4)
     index = int(batch["name"][0].removeprefix("noise-"))
@@ -92,7 +98,7 @@ def test_folder_clips_compressed(tmp_path, numbered_video, number_of):
     (tmp_path / "a.txt").write_text("numbers")
     source = FolderData(path=str(tmp_path), num_frames=5, fps=5.0, height=17, width=33).source()
     build_records({"train": source}, tmp_path / "out", fps=5.0, encoding="h264")
-    back = ArrayRecordData(path=str(tmp_path / "out")).source()
+    back = ArrayRecordData(path=str(tmp_path / "out"), num_frames=5, fps=5.0, height=17, width=33).source()
     assert len(back) == 2 and back[1]["caption"] == "numbers" and back[1]["name"] == "a.mp4@1.000s"
     assert back[1]["video"].shape == (5, 17, 33, 3)
     assert abs(back[1]["video"].astype(int) - source[1]["video"]).mean() < 3
@@ -117,7 +123,7 @@ def test_a_damaged_record_is_a_broken_clip():
 def test_broken_clips_are_left_out_and_reported(tmp_path):
     report = build_records({"train": Noise(4, broken=(1,))}, tmp_path, fps=8.0, encoding="lossless")
     assert report.num_clips == {"train": 3} and report.broken == {"noise-1": "no picture"}
-    back = ArrayRecordData(path=str(tmp_path)).source()
+    back = stored(tmp_path)
     assert [back[index]["name"] for index in range(3)] == ["noise-0", "noise-2", "noise-3"]
 
 
@@ -159,6 +165,11 @@ def test_mistakes_are_named(tmp_path):
         ArrayRecordData(path=str(tmp_path), num_frames=9).source()
     with pytest.raises(ValueError, match="cannot store 'x' of a clip: dict"):
         encode_record({**Noise()[0], "x": {}}, fps=8.0, encoding="lossless")
+
+
+def test_impossible_options():
+    with pytest.raises(ValueError, match="fps is 0"):
+        ArrayRecordData(path="records", fps=0.0)
 
 
 def test_options_travel_through_a_config():

@@ -132,6 +132,13 @@ def test_rotation_is_honoured(tmp_path, write, degrees, corner):
     assert small[0 if "top" in corner else -1, 0 if "left" in corner else -1] and small.mean() < 0.1
 
 
+def test_mirrored_display_matrix_is_honoured(tmp_path, write):
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:12, :12] = 255
+    clip = read_clip(write(tmp_path / "a.mp4", [frame] * 2, rotation=0, hflip=True))
+    assert clip.shape == (2, 32, 48, 3) and clip[0, 4, -5, 0] > 127 and clip[0, :, :24].max() < 127
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "pix_fmt", "options"),
     [

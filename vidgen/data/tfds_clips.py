@@ -39,19 +39,29 @@ class ArrayRecordData:
       kind: picks this kind of data in a config.
       path: what was given to the builder as `--out`, or the folder with `dataset_info.json` in it.
       split: name of the split, `train` or `heldout`.
-      num_frames: frames of a clip, from its beginning; None takes all.
-      height: pixels; None leaves the size as stored (give both sides or none).
-      width: as `height`.
-      fps: frames per second; None takes the frames as stored.
+      num_frames: frames of a clip, from its beginning.
+      height: pixels; what is stored in another size is resized and cropped.
+      width: pixels.
+      fps: frames per second; what is stored at another rate is resampled.
+
+    Raises:
+      ValueError: a number is not possible.
     """
 
     kind: Literal["array_record"] = "array_record"
     path: str
     split: str = "train"
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
+    num_frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+
+    def __post_init__(self):
+        for name in ("num_frames", "height", "width", "fps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"array_record: {name} is {getattr(self, name)}; expected a positive number."
+                )
 
     def source(self) -> "ArrayRecordSource":
         """The clips.
