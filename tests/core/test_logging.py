@@ -37,11 +37,29 @@ def test_names_are_below_the_package():
     assert vidgen_logging.get_logger() is logging.getLogger("vidgen")
 
 
+def test_one_line_each_whatever_libraries_do():
+    code = (
+        "import logging; from vidgen.core.logging import get_logger; log = get_logger('x');"
+        "logging.info('configures the root logger where nobody did'); log.info('once')"
+    )
+    assert run(code).stderr.count("once") == 1
+
+
+def test_an_application_that_logs_keeps_its_format():
+    code = (
+        "import logging; logging.basicConfig(format='mine %(message)s');"
+        "from vidgen.core.logging import get_logger; get_logger('x').info('hello')"
+    )
+    assert run(code).stderr == "mine hello\n"
+
+
 @pytest.mark.parametrize(("count", "prefix"), [(1, ""), (4, "[2/4] ")])
 def test_process_prefix_with_several_processes(monkeypatch, capsys, count, prefix):
     state = types.SimpleNamespace(num_processes=count, process_id=2)
     monkeypatch.setitem(sys.modules, "jax._src.distributed", types.SimpleNamespace(global_state=state))
+    monkeypatch.setattr(logging.root, "handlers", [])
     vidgen_logging.get_logger("prefix").warning("hello")
     line = capsys.readouterr().err
     assert line.endswith("vidgen.prefix: hello\n")
-    assert line.startswith(prefix) and line.startswith("[") == bool(prefix)
+    assert line.startswith(prefix)
+    assert line.startswith("[") == bool(prefix)

@@ -11,7 +11,7 @@ import threading
 
 __all__ = ["get_logger"]
 
-_ROOT = "vidgen"
+_PACKAGE = "vidgen"
 _lock = threading.Lock()
 
 
@@ -31,24 +31,26 @@ class _Formatter(logging.Formatter):
         return _process_prefix() + super().format(record)
 
 
-def get_logger(name: str = _ROOT) -> logging.Logger:
-    """The logger `name`, below "vidgen"; the first call installs the one handler.
+def get_logger(name: str = _PACKAGE) -> logging.Logger:
+    """The logger `name`, below "vidgen".
+
+    The first call sets the level, and installs a handler where the application has none: on the root
+    logger, so that no library puts a second one there and every line comes once.
 
     Raises:
       ValueError: VIDGEN_LOG is not the name of a level.
     """
-    root = logging.getLogger(_ROOT)
+    package = logging.getLogger(_PACKAGE)
     with _lock:
-        if not any(isinstance(handler, _Handler) for handler in root.handlers):
+        if package.level == logging.NOTSET:
+            package.setLevel(_level())
+        if not logging.root.handlers:
             handler = _Handler()
             handler.setFormatter(_Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
-            root.setLevel(_level())
-            root.addHandler(handler)
-    return (
-        root
-        if name == _ROOT
-        else logging.getLogger(name if name.startswith(_ROOT + ".") else f"{_ROOT}.{name}")
-    )
+            logging.root.addHandler(handler)
+    if name == _PACKAGE or name.startswith(f"{_PACKAGE}."):
+        return logging.getLogger(name)
+    return logging.getLogger(f"{_PACKAGE}.{name}")
 
 
 def _level() -> int:
