@@ -52,7 +52,7 @@ class Pipeline:
         steps: int = 30,
         guidance_scale: float = 4.0,
         shift: float = 1.0,
-        stepper: Euler | Heun | DPMSolver = DPMSolver(),
+        stepper: Euler | Heun | DPMSolver | None = None,
         seed: int = 0,
     ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
         """A video for a prompt, or one for each of several prompts (seeded by seed, seed + 1, ...).
@@ -63,6 +63,7 @@ class Pipeline:
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
           steps: of the sampler.
           guidance_scale: 1 is none.
+          stepper: integrator, `DPMSolver` by default.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
           seed: the same seed gives the same video on any number of devices.
 
@@ -77,7 +78,9 @@ class Pipeline:
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
         options = SamplingOptions(
-            grid=TimeGrid(num_steps=steps, shift=shift), stepper=stepper, guidance_scale=guidance_scale
+            grid=TimeGrid(num_steps=steps, shift=shift),
+            stepper=stepper or DPMSolver(),
+            guidance_scale=guidance_scale,
         )
         with jax.set_mesh(self.mesh):
             videos = generate(
@@ -106,7 +109,8 @@ def load(path: pathlib.Path | str, *, mesh: Mesh | None = None) -> Pipeline:
     experiment, _, model = load_trained(path, mesh)
     if not isinstance(model, TextToVideo):
         raise ValueError(
-            f"{path} is a run of kind {experiment.task.kind!r}; give one of kind 'text_to_video' (experiments/dit)"
+            f"{path} is a run of kind {experiment.task.kind!r}; "
+            "give one of kind 'text_to_video' (experiments/dit)"
         )
     vae = load_vae(path)
     data = experiment.data

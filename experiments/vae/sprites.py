@@ -26,11 +26,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_objects": 2,
         "cameras": ("static",),
     }
-    config.data.backgrounds = ("plain", "gradient")
-    config.optimizer = {"kind": "adamw", "learning_rate": 2e-3, "warmup_steps": 50, "end_fraction": 0.02}
+    config.data.backgrounds = ("plain",)
+    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "end_fraction": 0.02}
     config.run = {
-        "num_steps": 1600,
-        "batch_size": 8,
+        "num_steps": 2000,
+        "batch_size": 4,
         "log_every": 25,
         "checkpoint_every": 250,
         "eval_every": 500,

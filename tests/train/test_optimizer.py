@@ -68,12 +68,13 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
         *found["stack"],
         found["heads"].reshape(6, 8),
         *found["out"].reshape(3, 8, 6),
+        found["conv"].reshape(108, 4),
     ]
     for matrix in matrices:
         assert spread(matrix) < 2.0  # Newton-Schulz brings singular values into about [0.7, 1.2].
     assert spread(np.asarray(grads["matrix"][...])) > 2.0
     # Adam's first step is the sign of the gradient; Nesterov makes it 1 + 0.9 * 0.1 / 0.19 times as long.
-    for name in ("bias", "gains", "table", "tokens", "conv"):
+    for name in ("bias", "gains", "table", "tokens"):
         np.testing.assert_allclose(found[name], -1.4736842 * np.sign(grads[name][...]), rtol=1e-4)
 
 

@@ -32,7 +32,8 @@ def load_config(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
         flag_values(["vidgen", f"--config={spec}"])
     except (flags.Error, OSError) as error:
         raise ConfigError(f"--config={spec}: {error}") from error
-    values = flag_values["config"].value.to_dict()
+    config: Any = flag_values["config"].value
+    values = config.to_dict()
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         if match is None:

@@ -49,11 +49,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(experiment, workdir: pathlib.Path, command: str) -> int:
+    from vidgen.cli.evaluators import evaluators
     from vidgen.data.loader import Loader
     from vidgen.parallel import processes
     from vidgen.train.experiment import claim_workdir
     from vidgen.train.loop import fit
     from vidgen.train.recent import NonFiniteLoss
+    from vidgen.train.text_to_video_task import TextToVideoTask
 
     mesh = experiment.mesh.build()
     index, count = processes.row_shard(mesh)
@@ -70,12 +72,13 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     try:
         with loader:
             fit(
-                task=experiment.task,
+                task=task,
                 loader=loader,
                 options=experiment.run,
                 optimizer=experiment.optimizer,
                 workdir=workdir,
                 mesh=mesh,
+                evaluators=evaluators(experiment),
                 resume_with=command,
             )
     except NonFiniteLoss as error:

@@ -24,7 +24,7 @@ def attention(
     Args:
       key_mask: which keys may be attended to; at least one per row.
       segment_ids: of queries and keys; a query attends to keys of its own segment only.
-      implementation: `xla` is plain products and a softmax; `cudnn` is NVIDIA's fused kernel (bfloat16 or float16).
+      implementation: `xla` is plain products and a softmax; `cudnn` is NVIDIA's fused kernel, for 16 bits.
     """
     mask = None
     if key_mask is not None:

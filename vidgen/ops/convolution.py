@@ -17,8 +17,8 @@ def conv3d(
 ) -> Float[Array, "b t2 h2 w2 o"]:
     """Cross-correlation over time, height and width with zero padding.
 
-    The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it runs
-    several times slower than the 2D one; there the taps over time become input channels of one 2D convolution.
+    The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it is
+    several times slower than the 2D one; there the taps over time become channels of one 2D convolution.
     """
     kernel = kernel.astype(x.dtype)
     return jax.lax.platform_dependent(

@@ -70,8 +70,8 @@ def generate(
     shape = vae.config.latent_shape(*size)
     model.dit.config.token_grid(*shape[:3])
     max_bytes = model.text.config.max_bytes
-    positive = _Prompts(*tokenize(prompts, max_bytes))
-    negative = _Prompts(*tokenize([negative_prompt] * len(prompts), max_bytes))
+    positive = _Prompts(*map(jnp.asarray, tokenize(prompts, max_bytes)))
+    negative = _Prompts(*map(jnp.asarray, tokenize([negative_prompt] * len(prompts), max_bytes)))
     video = _generate(
         model,
         vae,

@@ -66,8 +66,8 @@ class Heun:
 class DPMSolver:
     """DPM-Solver++(2M) in flow form: second order, multistep, one network call per step (arXiv 2211.01095).
 
-    With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), it is exact for a clean prediction that is
-    linear in lambda. The first step (nothing to extrapolate from, lambda infinite) and the last are first order.
+    With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), it follows a clean prediction that is
+    linear in lambda. The first two steps (lambda is infinite at t = 1) and the last are first order.
     """
 
     kind: Literal["dpm_solver"] = "dpm_solver"

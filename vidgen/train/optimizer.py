@@ -65,7 +65,7 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz for matrices, AdamW for embeddings, vectors and convolutions.
+    """Momentum orthogonalised by Newton-Schulz for matrices and filters, AdamW for embeddings and vectors.
 
     Stacked layers are orthogonalised one by one; an attention projection whose heads have an axis of their
     own is one matrix. Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so the
@@ -108,8 +108,8 @@ class Muon:
         return optax.chain(directions, decay, optax.scale_by_schedule(self.schedule(num_steps)))
 
 
-_NO_MATRIX = frozenset({"vocab", "patch", "conv_in", "conv_out"})
-"""Parameters with one of these axes are tables, the first or last projection, or filters."""
+_NO_MATRIX = frozenset({"vocab", "patch"})
+"""Parameters with one of these axes are tables, or the first or last projection."""
 
 
 def _decayed(params: PyTree) -> PyTree:
@@ -129,6 +129,8 @@ def _matrices(params: PyTree) -> PyTree:
 def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.MuonDimensionNumbers | None:
     first = axes[:1].count("layers")
     names, dims = axes[first:], range(first, array.ndim)
+    if names[-2:] == ("conv_in", "conv_out"):
+        return optax.contrib.MuonDimensionNumbers(tuple(dims[:-1]), (dims[-1],))
     if None in names or _NO_MATRIX.intersection(names):
         return None
     # An attention projection whose heads have an axis of their own is a matrix with a side of two dimensions.

@@ -1,6 +1,7 @@
 """Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.model import VideoVAE
-from vidgen.train.vae_folder import load_vae
+from vidgen.train.vae_folder import has_vae, load_vae, save_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,16 @@ class TextToVideoTask:
 
     def frozen(self) -> VideoVAE:
         return load_vae(self.vae)
+
+    def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
+        """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.
+
+        A run then stands alone: it can be resumed and sampled from wherever it is moved, whatever becomes of the
+        VAE's own run. All processes must call this.
+        """
+        if not has_vae(workdir):
+            save_vae(load_vae(self.vae), workdir)
+        return dataclasses.replace(self, vae=str(workdir))
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)

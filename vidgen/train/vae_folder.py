@@ -13,13 +13,16 @@ from vidgen.core.typing import Metrics
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 
-__all__ = ["KeepVAE", "load_vae", "save_vae"]
+__all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae"]
 
 _FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
 
 
 def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
-    """Writes `workdir`/vae, replacing what is there; each file appears whole. All processes must call this."""
+    """Writes `workdir`/vae, replacing what is there; each file appears whole.
+
+    With several processes all of them must call this; process 0 writes.
+    """
     folder = pathlib.Path(workdir) / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / _WEIGHTS, nnx.state(vae, graph=False))
@@ -30,6 +33,11 @@ def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
     os.replace(temporary, folder / _CONFIG)
 
 
+def has_vae(workdir: pathlib.Path | str) -> bool:
+    """Whether `workdir`/vae is there, whole."""
+    return (pathlib.Path(workdir) / _FOLDER / _CONFIG).exists()
+
+
 def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
     """The VAE in `workdir`/vae.
 
@@ -37,7 +45,7 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
       FileNotFoundError: there is none.
     """
     folder = pathlib.Path(workdir) / _FOLDER
-    if not (folder / _CONFIG).exists():
+    if not has_vae(workdir):
         raise FileNotFoundError(
             f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
             "Train one with a config of experiments/vae, or correct task.vae"

@@ -17,6 +17,7 @@ class VAEConfig:
       num_res_blocks: residual blocks per encoder level (the decoder has one more).
       temporal_downsample: for each of the steps between levels, whether time halves too.
       patch_size: pixels per side that are moved into channels before the first convolution.
+      level_shortcuts: parameter-free skip connections around each level, as in Wan 2.2's VAE.
       dtype: compute dtype; weights are float32.
       remat: "full" recomputes each residual block in the backward pass.
     """
@@ -27,6 +28,7 @@ class VAEConfig:
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
+    level_shortcuts: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
 
@@ -76,15 +78,15 @@ class VAEConfig:
 VARIANTS: dict[str, VAEConfig] = {
     "wan2.1": VAEConfig(),
     "small": VAEConfig(
-        base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2
+        base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2, level_shortcuts=True
     ),
     "nano": VAEConfig(
         base_dim=16,
-        latent_channels=8,
         dim_mult=(1, 2, 4),
         num_res_blocks=1,
         temporal_downsample=(True, True),
         patch_size=2,
+        level_shortcuts=True,
     ),
     "tiny": VAEConfig(
         base_dim=8,
@@ -93,6 +95,7 @@ VARIANTS: dict[str, VAEConfig] = {
         num_res_blocks=1,
         temporal_downsample=(True, True),
         patch_size=2,
+        level_shortcuts=True,
     ),
 }
 """Shapes by name. All but the first are for training from scratch; all compress 4 x 8 x 8."""

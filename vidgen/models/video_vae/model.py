@@ -1,6 +1,5 @@
 """The causal video autoencoder: pixels to normalised latents and back, images being one-frame videos."""
 
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 
 from vidgen.core.typing import Array, Float, Latents, Video
 from vidgen.models.video_vae.config import VAEConfig
-from vidgen.models.video_vae.modules import Downsample, MidBlock, ResidualBlock, Upsample
+from vidgen.models.video_vae.modules import DownBlock, MidBlock, Step, UpBlock
 from vidgen.nn.layers import CausalConv3d, pixel_shuffle, pixel_unshuffle
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import Buffer
@@ -37,13 +36,17 @@ class Encoder(nnx.Module):
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
         self.remat = config.remat
         self.conv_in = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3), rngs=rngs)
-        blocks: list[nnx.Module] = []
-        for level, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
-            for index in range(config.num_res_blocks):
-                blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))
-            if level < len(config.temporal_downsample):
-                blocks.append(Downsample(dim_out, temporal=config.temporal_downsample[level], rngs=rngs))
-        self.down_blocks = nnx.List(blocks)
+        self.down_blocks = nnx.List(
+            DownBlock(
+                dim_in,
+                dim_out,
+                num_blocks=config.num_res_blocks,
+                step=step,
+                shortcut=config.level_shortcuts,
+                rngs=rngs,
+            )
+            for dim_in, dim_out, step in zip(dims, dims[1:], _steps(config.temporal_downsample), strict=False)
+        )
         self.mid_block = MidBlock(dims[-1], rngs=rngs)
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.latent_channels, (3, 3, 3), rngs=rngs)
@@ -59,24 +62,35 @@ class Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         mults = config.dim_mult[::-1]
         dims = [config.base_dim * mult for mult in (mults[0], *mults)]
-        upsample = config.temporal_downsample[::-1]
         self.remat = config.remat
         self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
         self.mid_block = MidBlock(dims[0], rngs=rngs)
-        blocks: list[nnx.Module] = []
-        for level, (dim_in, dim_out) in enumerate(itertools.pairwise(dims)):
-            dim_in = dim_in // 2 if level else dim_in  # upsampling has halved the channels
-            for index in range(config.num_res_blocks + 1):
-                blocks.append(ResidualBlock(dim_out if index else dim_in, dim_out, rngs=rngs))
-            if level < len(upsample):
-                blocks.append(Upsample(dim_out, temporal=upsample[level], rngs=rngs))
-        self.up_blocks = nnx.List(blocks)
+        # Without shortcuts each step up halves the channels that the next level takes.
+        halved = [dims[0], *(dim if config.level_shortcuts else dim // 2 for dim in dims[1:])]
+        self.up_blocks = nnx.List(
+            UpBlock(
+                dim_in,
+                dim_out,
+                num_blocks=config.num_res_blocks + 1,
+                step=step,
+                shortcut=config.level_shortcuts,
+                rngs=rngs,
+            )
+            for dim_in, dim_out, step in zip(
+                halved, dims[1:], _steps(config.temporal_downsample[::-1]), strict=False
+            )
+        )
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
         self.conv_out = CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3), rngs=rngs)
 
     def __call__(self, z: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
         x = _run([self.mid_block, *self.up_blocks], self.conv_in(z), self.remat == "full")
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
+    """What follows each level; the last has no step."""
+    return [*(Step(flag) for flag in temporal), None]
 
 
 def _run(blocks: list, x: Array, remat: bool) -> Array:

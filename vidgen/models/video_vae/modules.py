@@ -1,5 +1,7 @@
 """Blocks of the video VAE: causal residual blocks, per-frame attention, resampling in time and space."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,16 @@ from vidgen.ops.attention import attention
 from vidgen.ops.convolution import conv3d
 
 _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+class Step(NamedTuple):
+    """From one level to the next: height and width change by 2, and time if `temporal`."""
+
+    temporal: bool
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        return (2 if self.temporal else 1, 2, 2)
 
 
 class ResidualBlock(nnx.Module):
@@ -66,7 +78,7 @@ class SpatialConv(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width and, if `temporal`, time: frame 0 stays alone, then pairs of frames are merged."""
+    """Halves height and width and, if `temporal`, time: frame 0 stays, then pairs of frames merge."""
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
         self.space = SpatialConv(channels, channels, stride=2, rngs=rngs)
@@ -81,10 +93,10 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width, halves channels and, if `temporal`, doubles time of all but the first frame."""
+    """Doubles height and width; if `temporal`, doubles time but for the first frame."""
 
-    def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.space = SpatialConv(channels, channels // 2, rngs=rngs)
+    def __init__(self, channels: int, out_channels: int, *, temporal: bool, rngs: nnx.Rngs):
+        self.space = SpatialConv(channels, out_channels, rngs=rngs)
         self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1), rngs=rngs) if temporal else None
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
@@ -106,3 +118,101 @@ class MidBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         return self.second(self.attention(self.first(x)))
+
+
+class DownBlock(nnx.Module):
+    """One level of the encoder: residual blocks, then a step down unless it is the last level.
+
+    With `shortcut`, neighbourhoods averaged into channels are added to the result (Wan 2.2; DC-AE,
+    arXiv 2410.10733): the level then starts near the identity and learns much faster.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        step: Step | None,
+        shortcut: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.factors = step.factors if step else (1, 1, 1)
+        self.out_channels = out_channels
+        self.shortcut = shortcut
+        self.blocks = nnx.List(
+            ResidualBlock(out_channels if index else in_channels, out_channels, rngs=rngs)
+            for index in range(num_blocks)
+        )
+        self.downsample = Downsample(out_channels, temporal=step.temporal, rngs=rngs) if step else None
+
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        if self.downsample is not None:
+            y = self.downsample(y)
+        return y + average_down(x, self.out_channels, self.factors) if self.shortcut else y
+
+
+class UpBlock(nnx.Module):
+    """One level of the decoder: residual blocks, then a step up unless it is the last level.
+
+    With `shortcut`, channels repeated into neighbourhoods are added to the result of a step up (Wan 2.2).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_blocks: int,
+        step: Step | None,
+        shortcut: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.factors = step.factors if step else (1, 1, 1)
+        self.out_channels = out_channels
+        self.shortcut = shortcut and step is not None
+        self.blocks = nnx.List(
+            ResidualBlock(out_channels if index else in_channels, out_channels, rngs=rngs)
+            for index in range(num_blocks)
+        )
+        upsampled = out_channels if shortcut else out_channels // 2
+        self.upsample = Upsample(out_channels, upsampled, temporal=step.temporal, rngs=rngs) if step else None
+
+    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        if self.upsample is not None:
+            y = self.upsample(y)
+        return y + repeat_up(x, self.out_channels, self.factors) if self.shortcut else y
+
+
+def average_down(
+    x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int]
+) -> Float[Array, "b t2 h2 w2 o"]:
+    """Moves neighbourhoods into channels, then averages groups of them (or repeats them) to give `channels`.
+
+    A zero frame stands before the first where time halves, so that frame 0 is merged with nothing else.
+    """
+    ft, fh, fw = factors
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % ft, 0), (0, 0), (0, 0), (0, 0)))
+    b, t, h, w, c = x.shape
+    x = x.reshape(b, t // ft, ft, h // fh, fh, w // fw, fw, c)
+    x = jnp.transpose(x, (0, 1, 3, 5, 7, 2, 4, 6))
+    x = x.reshape(*x.shape[:4], -1)
+    x = jnp.repeat(x, max(channels // x.shape[-1], 1), axis=-1)
+    return x.reshape(*x.shape[:4], channels, -1).mean(-1)
+
+
+def repeat_up(
+    x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int]
+) -> Float[Array, "b t2 h2 w2 o"]:
+    """Repeats channels and moves them into neighbourhoods; frame 0 gives one frame."""
+    ft, fh, fw = factors
+    b, t, h, w, c = x.shape
+    x = jnp.repeat(x, channels * ft * fh * fw // c, axis=-1).reshape(b, t, h, w, channels, ft, fh, fw)
+    x = jnp.transpose(x, (0, 1, 5, 2, 6, 3, 7, 4)).reshape(b, t * ft, h * fh, w * fw, channels)
+    return x[:, ft - 1 :]

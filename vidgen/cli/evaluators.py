@@ -1,0 +1,52 @@
+"""What a training run looks at while it goes, chosen by what it trains."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vidgen.data.folder import FolderData
+from vidgen.data.source import BrokenClip, ClipSource
+from vidgen.data.sprites.source import SpritesData
+from vidgen.evals.previews import ReconstructionPreview, SamplePreview
+from vidgen.train.evaluator import Evaluator
+from vidgen.train.experiment import Experiment
+from vidgen.train.text_to_video_task import TextToVideoTask
+from vidgen.train.vae_folder import KeepVAE
+
+__all__ = ["evaluators", "heldout_source"]
+
+NUM_CLIPS = 9
+
+
+def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
+    """Previews on held-out clips every `run.eval_every` steps, and for a VAE the folder that later runs read."""
+    data, every = experiment.data, experiment.run.eval_every
+    clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
+    if isinstance(experiment.task, TextToVideoTask):
+        size = clips[0]["video"].shape[:3]
+        max_bytes = experiment.task.text.max_bytes
+        prompts = tuple(c["caption"] for c in clips if len(c["caption"].encode()) <= max_bytes)
+        return [SamplePreview(prompts=prompts, size=size, every=every, fps=data.fps)] if prompts else []
+    videos = np.stack([clip["video"] for clip in clips])
+    preview = ReconstructionPreview(clips=videos, every=every, fps=data.fps)
+    return [preview, KeepVAE(every=experiment.run.checkpoint_every)]
+
+
+def heldout_source(experiment: Experiment) -> ClipSource:
+    """Clips of the experiment's world that training never sees, where its data sets some aside; else its clips."""
+    data = experiment.data
+    sets_aside = isinstance(data, SpritesData) or (isinstance(data, FolderData) and data.split == "train")
+    return (dataclasses.replace(data, split="heldout") if sets_aside else data).source()
+
+
+def _first_clips(source: ClipSource, count: int) -> list[dict]:
+    clips = []
+    for index in range(len(source)):
+        try:
+            clips.append(source[index])
+        except BrokenClip:
+            continue  # `Loader` reports broken clips
+        if len(clips) == count:
+            break
+    return clips

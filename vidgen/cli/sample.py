@@ -1,0 +1,122 @@
+"""`vidgen sample`: videos from prompts, by a trained run."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vidgen.cli.main import run
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  vidgen sample --checkpoint runs/dit --prompt "a red circle moving left on a blue background" --out a.mp4
+  vidgen sample --checkpoint runs/dit --prompt-file prompts.txt --out samples.mp4   (samples-000.mp4, ...)
+
+The file's ending chooses the format: .mp4 (H.264), .gif or .png. Everything that made a video is stored in it
+as JSON under "vidgen".
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments after the command's name.
+    """
+    arguments = _parser().parse_args(argv)
+    prompts = _prompts(arguments)
+    targets = _targets(arguments.out, len(prompts))
+
+    # What needs jax is imported late: --help and wrong options answer at once.
+    from vidgen.data.video_io import save_video
+    from vidgen.pipeline import load
+    from vidgen.sampling.steppers import DPMSolver, Euler, Heun
+
+    steppers = {stepper.kind: stepper for stepper in (DPMSolver(), Euler(), Heun())}
+    pipeline = load(arguments.checkpoint)
+    given = (arguments.num_frames, arguments.height, arguments.width)
+    size = [d if g is None else g for g, d in zip(given, pipeline.size, strict=True)]
+    fps = arguments.fps or pipeline.fps
+    settings: dict[str, Any] = {
+        "negative_prompt": arguments.negative_prompt,
+        "num_frames": size[0],
+        "height": size[1],
+        "width": size[2],
+        "steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "shift": arguments.shift,
+    }
+    for start in range(0, len(prompts), arguments.batch_size):
+        chunk = prompts[start : start + arguments.batch_size]
+        seed = arguments.seed + start
+        videos = pipeline(chunk, stepper=steppers[arguments.stepper], seed=seed, **settings)
+        for index, video in enumerate(videos, start):
+            made_by = settings | {
+                "prompt": prompts[index],
+                "seed": arguments.seed + index,
+                "stepper": arguments.stepper,
+                "fps": fps,
+                "checkpoint": str(arguments.checkpoint),
+            }
+            save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(made_by)})
+            print(targets[index])
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{arguments.prompt_file} holds no prompt: write one per line")
+    return prompts
+
+
+def _targets(out: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """`out` itself, or numbered names beside it; checked before anything is computed."""
+    from vidgen.data.video_writer import SUPPORTED_SUFFIXES
+
+    if out.suffix.lower() not in SUPPORTED_SUFFIXES:
+        raise ValueError(f'--out {out}: cannot write "{out.suffix}"; use one of {", ".join(SUPPORTED_SUFFIXES)}')
+    if count == 1:
+        return [out]
+    digits = max(3, len(str(count - 1)))
+    return [out.with_name(f"{out.stem}-{index:0{digits}}{out.suffix}") for index in range(count)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen sample",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--prompt-file", type=pathlib.Path, help="one prompt per line")
+    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help=".mp4, .gif or .png")
+    size = parser.add_argument_group("size", "by default that of training")
+    size.add_argument("--num-frames", type=int, help="1 + 4 n; 1 makes an image")
+    size.add_argument("--height", type=int, help="pixels")
+    size.add_argument("--width", type=int, help="pixels")
+    size.add_argument("--fps", type=float, help="frames per second written to the file")
+    sampler = parser.add_argument_group("sampler")
+    sampler.add_argument("--steps", type=int, default=30)
+    sampler.add_argument("--guidance-scale", type=float, default=4.0, help="1 is none; default 4")
+    sampler.add_argument("--shift", type=float, default=1.0, help="of timesteps towards noise; default 1")
+    sampler.add_argument("--stepper", choices=("dpm_solver", "euler", "heun"), default="dpm_solver")
+    sampler.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1")
+    sampler.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
