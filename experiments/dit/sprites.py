@@ -36,13 +36,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "cameras": ("static",),
     }
     config.data.backgrounds = ("plain",)
-    config.optimizer = {"kind": "muon", "learning_rate": 2e-3, "warmup_steps": 100, "end_fraction": 0.05}
+    config.data.motions = ("left", "right", "up", "down", "still")
+    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
     config.run = {
-        "num_steps": 5000,
+        "num_steps": 2400,
         "batch_size": 32,
         "log_every": 25,
-        "checkpoint_every": 500,
-        "eval_every": 1000,
+        "checkpoint_every": 200,
+        "eval_every": 400,
     }
     config.mesh = {"data": -1}
     if arg == "demo":

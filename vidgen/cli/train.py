@@ -61,6 +61,9 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     index, count = processes.row_shard(mesh)
     claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
+    task = experiment.task
+    if isinstance(task, TextToVideoTask):
+        task = task.with_own_vae(workdir)
     loader = Loader(
         experiment.data.source(),
         batch_size=experiment.run.batch_size,

@@ -66,7 +66,7 @@ VARIANTS: dict[str, DiTConfig] = {
     "wan2.1-1.3b": DiTConfig(),
     "wan2.1-14b": DiTConfig(model_dim=5120, num_layers=40, num_heads=40, ffn_dim=13824),
     "small": DiTConfig(model_dim=384, num_layers=12, num_heads=6, ffn_dim=1536, text_dim=256),
-    "nano": DiTConfig(model_dim=256, num_layers=8, num_heads=4, ffn_dim=1024, text_dim=128),
+    "nano": DiTConfig(model_dim=192, num_layers=6, num_heads=3, ffn_dim=768, text_dim=128),
     "tiny": DiTConfig(
         in_channels=8, model_dim=96, num_layers=2, num_heads=4, ffn_dim=192, text_dim=64, freq_dim=64
     ),
