@@ -7,7 +7,6 @@ Expect:    docs/log.md has the prompt alignment on held-out combinations of colo
 """
 
 import dataclasses
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,7 +16,7 @@ from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
-    config: Any = ConfigDict()
+    config = ConfigDict()
     config.task = {
         "kind": "text_to_video",
         "vae": "runs/vae",

@@ -48,10 +48,13 @@ class CheckpointManager:
         if keep_every is not None:
             kept.append(policies.EveryNSteps(keep_every))
         self.directory = pathlib.Path(directory).absolute()
+        # Any: the annotations of Orbax's policies do not fit its own protocols.
+        decision: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
+        preservation: Any = policies.AnyPreservationPolicy(kept)
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(every),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            str(self.directory),
+            save_decision_policy=decision,
+            preservation_policy=preservation,
             cleanup_tmp_directories=cleanup,
         )
         self._every = every
@@ -111,7 +114,7 @@ class CheckpointManager:
         wanted = {_STATE: abstract_state, **dict.fromkeys(parts)}
         # The context is made here, not at construction: it holds for this load alone.
         with ocp.Context(pytree_options=_loading(partial)):
-            loaded = ocp.load_checkpointables(where, wanted)
+            loaded = ocp.load_checkpointables(str(where), wanted)
         return step, loaded[_STATE], {name: loaded[name] for name in parts}
 
     def wait(self) -> None:
@@ -179,6 +182,6 @@ def _plain(name: str) -> str:
 
 
 def _stored_shape(leaf: Any) -> tuple[int, ...]:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, leaf).shape
     return tuple(leaf.shape)

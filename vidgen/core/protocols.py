@@ -9,6 +9,6 @@ from vidgen.core.typing import Array, Float, Latents
 class VelocityNetwork(Protocol):
     """A network as diffusion and sampling see it: everything but latents and timestep is bound already."""
 
-    def __call__(self, latents: Latents, timestep: Float[Array, "b"]) -> Latents:
+    def __call__(self, latents: Latents, timestep: Float[Array, "b"], /) -> Latents:
         """Velocity, noise - clean latents, for noisy latents at `timestep` in [0, 1] (1 is noise)."""
         ...

@@ -26,11 +26,11 @@ def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) ->
 
 
 def apply_stack(
-    stack: Layer, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
+    stack: nnx.Module, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
 ) -> Array:
     """Runs the layers in order: x = apply(layer, x, **extra) for each; `extra` is the same for all."""
 
-    def body(x: Array, layer: Layer) -> tuple[Array, None]:
+    def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
         return apply(layer, x, **extra), None
 
     if remat != "none":

@@ -22,7 +22,10 @@ class MeshOptions:
     context: int = 1
     tensor: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(
+        self,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> Mesh:
         """The mesh over `devices` (default: all devices of all processes), with automatic sharding.
 
         Raises:
