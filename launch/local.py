@@ -1,4 +1,4 @@
-"""Runs one vidgen command as several processes on this host, joined by jax.distributed.
+"""Runs one vidgen command, or a Python script, as several processes on this host, joined by jax.distributed.
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config=... --workdir=...
 
@@ -24,13 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices-per-process", type=int, default=4, help="CPU devices of each process")
     parser.add_argument(
-        "command", nargs="+", metavar="COMMAND", help='after "--": a vidgen command and its options'
+        "command",
+        nargs="+",
+        metavar="COMMAND",
+        help='after "--": a vidgen command, or a script, and its options',
     )
     arguments = parser.parse_args(argv)
     address = f"localhost:{_free_port()}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "vidgen.cli.main", *arguments.command],
+            [sys.executable, *_program(arguments.command)],
             env=_environment(address, arguments.processes, index, arguments.devices_per_process),
         )
         for index in range(arguments.processes)
@@ -43,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     return _wait(processes)
+
+
+def _program(command: Sequence[str]) -> list[str]:
+    return [*command] if command[0].endswith(".py") else ["-m", "vidgen.cli.main", *command]
 
 
 def _environment(address: str, count: int, index: int, devices: int) -> dict[str, str]:
