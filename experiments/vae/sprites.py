@@ -27,13 +27,13 @@ def get_config(arg: str = "") -> ConfigDict:
         "cameras": ("static",),
     }
     config.data.backgrounds = ("plain",)
-    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "end_fraction": 0.02}
+    config.optimizer = {"kind": "muon", "learning_rate": 4e-3, "warmup_steps": 50, "end_fraction": 0.02}
     config.run = {
-        "num_steps": 2000,
-        "batch_size": 4,
+        "num_steps": 1000,
+        "batch_size": 8,
         "log_every": 25,
-        "checkpoint_every": 250,
-        "eval_every": 500,
+        "checkpoint_every": 100,
+        "eval_every": 200,
     }
     config.mesh = {"data": -1}
     if arg == "demo":

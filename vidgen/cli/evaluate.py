@@ -17,7 +17,7 @@ examples:
   vidgen evaluate --checkpoint runs/vae --num-clips 64
   vidgen evaluate --checkpoint runs/dit --num-clips 200 --json scores.json
 
-Clips and prompts are held out: in the sprite world they show pairs of colour and shape that no training clip has.
+Clips and prompts are held out: sprites show pairs of colour and shape that no training clip has.
 `real` are the same detectors on real clips of the same scenes, the best that a model can reach.
 """
 
@@ -66,7 +66,8 @@ def _reconstruction(experiment, vae, arguments: argparse.Namespace) -> dict:
                 yield next(loader)["video"]
 
     scores = evaluate_reconstruction(lambda video: reconstruct(vae, video), batches())
-    print(f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {scores['num_clips']:.0f} held-out clips")
+    psnr, ssim, clips = scores["psnr"], scores["ssim"], scores["num_clips"]
+    print(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} over {clips:.0f} held-out clips")
     return scores
 
 
@@ -79,8 +80,8 @@ def _alignment(experiment, arguments: argparse.Namespace) -> dict:
 
     if not isinstance(experiment.data, SpritesData):
         raise ValueError(
-            f"{arguments.checkpoint} was trained on data of kind {experiment.data.kind!r}: prompt alignment is "
-            "measured in the sprite world only. Sample from it with `vidgen sample`"
+            f"{arguments.checkpoint} was trained on data of kind {experiment.data.kind!r}: prompt alignment "
+            "is measured in the sprite world only. Sample from it with `vidgen sample`"
         )
     source = dataclasses.replace(experiment.data, split="heldout").source()
     scenes = [source.scene(index) for index in range(arguments.num_clips)]

@@ -20,7 +20,7 @@ NUM_CLIPS = 9
 
 
 def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
-    """Previews on held-out clips every `run.eval_every` steps, and for a VAE the folder that later runs read."""
+    """Previews on held-out clips every `run.eval_every` steps; a VAE also leaves the folder that others read."""
     data, every = experiment.data, experiment.run.eval_every
     clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
     if isinstance(experiment.task, TextToVideoTask):
@@ -34,7 +34,7 @@ def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
 
 
 def heldout_source(experiment: Experiment) -> ClipSource:
-    """Clips of the experiment's world that training never sees, where its data sets some aside; else its clips."""
+    """Clips that training never sees, where the experiment's data sets some aside; else its own clips."""
     data = experiment.data
     sets_aside = isinstance(data, SpritesData) or (isinstance(data, FolderData) and data.split == "train")
     return (dataclasses.replace(data, split="heldout") if sets_aside else data).source()

@@ -82,7 +82,8 @@ def _targets(out: pathlib.Path, count: int) -> list[pathlib.Path]:
     from vidgen.data.video_writer import SUPPORTED_SUFFIXES
 
     if out.suffix.lower() not in SUPPORTED_SUFFIXES:
-        raise ValueError(f'--out {out}: cannot write "{out.suffix}"; use one of {", ".join(SUPPORTED_SUFFIXES)}')
+        valid = ", ".join(SUPPORTED_SUFFIXES)
+        raise ValueError(f'--out {out}: cannot write "{out.suffix}"; use one of {valid}')
     if count == 1:
         return [out]
     digits = max(3, len(str(count - 1)))

@@ -48,8 +48,8 @@ class TextToVideoTask:
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
         """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.
 
-        A run then stands alone: it can be resumed and sampled from wherever it is moved, whatever becomes of the
-        VAE's own run. All processes must call this.
+        A run then stands alone: it can be resumed and sampled from wherever it is moved, whatever becomes of
+        the VAE's own run. All processes must call this.
         """
         if not has_vae(workdir):
             save_vae(load_vae(self.vae), workdir)

@@ -12,6 +12,7 @@ from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Metrics
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.parallel import processes
 
 __all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae"]
 

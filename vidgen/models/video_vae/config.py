@@ -78,7 +78,12 @@ class VAEConfig:
 VARIANTS: dict[str, VAEConfig] = {
     "wan2.1": VAEConfig(),
     "small": VAEConfig(
-        base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch_size=2, level_shortcuts=True
+        base_dim=32,
+        dim_mult=(1, 2, 4),
+        num_res_blocks=1,
+        temporal_downsample=(True, True),
+        patch_size=2,
+        level_shortcuts=True,
     ),
     "nano": VAEConfig(
         base_dim=16,

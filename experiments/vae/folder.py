@@ -1,0 +1,20 @@
+"""Video VAE on a folder of your own videos; the last second of every four is held out.
+
+Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DIR --workdir=runs/vae_folder
+Arguments: (none) a small VAE at 64 x 64; `tiny` a few steps, for tests.
+Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
+Expect:    docs/log.md has the PSNR on held-out seconds of three short clips.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.vae import sprites
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The values of `vidgen.train.experiment.Experiment`."""
+    config = sprites.get_config(arg)
+    size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
+    config.data = {"kind": "folder", "path": "", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
+    config.data.crop = "random"
+    return config
