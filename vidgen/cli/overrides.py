@@ -1,12 +1,11 @@
 """Experiment configs from the command line: `--config=path.py:argument --config.section.key=value`."""
 
 import ast
+import importlib.util
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
-from ml_collections import config_flags
 
 from vidgen.core.config import ConfigError
 
@@ -26,20 +25,29 @@ def load_config(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       ConfigError: the file is missing or wrong, or an override is no override.
     """
-    flag_values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flag_values, sys_argv=["vidgen"])
-    try:
-        flag_values(["vidgen", f"--config={spec}"])
-    except (flags.Error, OSError) as error:
-        raise ConfigError(f"--config={spec}: {error}") from error
-    config: Any = flag_values["config"].value
-    values = config.to_dict()
+    values = _from_file(spec)
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         if match is None:
             raise ConfigError(f'"{override}" is no option; values are changed by --config.section.key=value')
         _put(values, match[1].split("."), match[2])
     return values
+
+
+def _from_file(spec: str) -> dict[str, Any]:
+    name, _, argument = spec.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ConfigError(f"--config={spec}: there is no file {path}; expected FILE.py or FILE.py:ARGUMENT")
+    found = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    if found is None or found.loader is None:
+        raise ConfigError(f"--config={spec}: {path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={spec}: {path} has no function get_config")
+    config = module.get_config(argument) if argument else module.get_config()
+    return config.to_dict()
 
 
 def _put(values: dict[str, Any], path: Sequence[str], text: str) -> None:

@@ -1,0 +1,139 @@
+import json
+import textwrap
+
+import pytest
+
+from vidgen.cli import train
+from vidgen.cli.main import run
+from vidgen.cli.overrides import load_config
+from vidgen.core.config import ConfigError, resolve
+from vidgen.train import loop
+from vidgen.train.experiment import Experiment, claim_workdir, load_experiment
+
+
+@pytest.fixture
+def config(tmp_path):
+    """An experiment file that trains nothing large, with an argument."""
+    path = tmp_path / "experiment.py"
+    path.write_text(
+        textwrap.dedent("""
+        from ml_collections import ConfigDict
+
+        def get_config(arg=""):
+            config = ConfigDict()
+            config.task = dict(kind="vae", model=dict(base_dim=8, latent_channels=4))
+            config.data = dict(kind="sprites", num_frames=5, height=16, width=16, num_clips=16)
+            config.run = dict(num_steps=2, batch_size=8, log_every=1, seed=7 if arg == "seven" else 0)
+            return config
+        """)
+    )
+    return str(path)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """What `fit` is called with, in the place of training."""
+    calls = []
+    monkeypatch.setattr(loop, "fit", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+def test_overrides_are_literals_words_and_keys_that_the_file_leaves_out(config):
+    values = load_config(
+        f"{config}:seven",
+        [
+            "--config.run.num_steps=9",
+            "--config.run.grad_clip=None",
+            "--config.mesh.fsdp=2",
+            "--config.data.split=all",
+            "--config.data.backgrounds=('plain',)",
+            "--config.optimizer.kind=muon",
+        ],
+    )
+    experiment = resolve(Experiment, values)
+    assert (experiment.run.num_steps, experiment.run.seed, experiment.run.grad_clip) == (9, 7, None)
+    assert (experiment.mesh.fsdp, experiment.data.split, experiment.data.backgrounds) == (
+        2,
+        "all",
+        ("plain",),
+    )
+    assert experiment.optimizer.kind == "muon"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--config.run.num_stpes=3",
+            'config.run.num_stpes: unknown key "num_stpes" for RunOptions; did you mean "num_steps"',
+        ),
+        ("--config.optimiser.b1=0", 'did you mean "optimizer"'),
+        ("--config.run.num_steps=many", "config.run.num_steps: found 'many' of type str, expected int"),
+        ("--config.run.seed.x=1", "run.seed is the value 0"),
+        ("--config.run.batch_size=0", "run.batch_size is 0: it must be at least 1"),
+        ("--config.run.grad_accumulation=3", "does not divide run.batch_size 8"),
+        ("--config.task.kind=vea", 'unknown value "vea"; did you mean "vae"'),
+        ("--confg.run.seed=1", '"--confg.run.seed=1" is no option'),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(config, tmp_path, fitted, capsys, option, message):
+    workdir = tmp_path / "w"
+    assert run(train.main, [f"--config={config}", f"--workdir={workdir}", option]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not fitted and not workdir.exists()
+
+
+def test_a_missing_config_file_is_an_error_that_names_it(tmp_path, capsys):
+    assert run(train.main, [f"--config={tmp_path}/nope.py:tiny", f"--workdir={tmp_path}/w"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    (tmp_path / "empty.py").write_text("")
+    assert run(train.main, [f"--config={tmp_path}/empty.py", f"--workdir={tmp_path}/w"]) == 2
+    assert "empty.py has no function get_config" in capsys.readouterr().err
+
+
+def test_help_and_missing_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("--workdir", "--config.section.key=value", "--coordinator", "JAX_COMPILATION_CACHE_DIR"):
+        assert words in text
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--workdir=w"])
+    assert stopped.value.code == 2
+
+
+def test_the_workdir_belongs_to_one_experiment(config, tmp_path, fitted, capsys):
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    assert run(train.main, command) == 0
+    call = fitted[0]
+    assert call["options"].batch_size == 8 and call["mesh"].size == 8
+    assert call["resume_with"] == f"vidgen train {command[0]} {command[1]}"
+    assert load_experiment(tmp_path / "w").task == call["task"]
+
+    assert run(train.main, [*command, "--config.run.batch_size=16", "--config.task.kl_weight=1.0"]) == 2
+    error = capsys.readouterr().err
+    assert "run.batch_size 8 -> 16" in error and "task.kl_weight 0.0001 -> 1.0" in error
+    assert len(fitted) == 1
+
+    changes = ["--config.run.num_steps=5", "--config.run.log_every=2", "--config.mesh.fsdp=2"]
+    assert run(train.main, [*command, *changes]) == 0
+    assert load_experiment(tmp_path / "w").run.num_steps == 5
+
+
+def test_folders_that_are_no_workdir_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing: .* is not the workdir"):
+        load_experiment(tmp_path)
+    (tmp_path / "config.json").write_text('{"task": ')
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+        load_experiment(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"task": {"kind": "vae"}, "dta": 1}))
+    with pytest.raises(ConfigError, match='unknown key "dta"'):
+        load_experiment(tmp_path)
+
+
+def test_only_the_main_process_writes_the_config(config, tmp_path):
+    experiment = resolve(Experiment, load_config(config, []))
+    claim_workdir(experiment, tmp_path / "w", write=False)
+    assert not (tmp_path / "w").exists()
