@@ -68,7 +68,8 @@ def abstract_state(
 ) -> tuple[TrainState, nnx.GraphDef]:
     """Shapes, types and shardings of the state, computing nothing: what a checkpoint is restored into."""
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(_initial(task, tx), jax.random.key(0))
+        # Not even a key is made: the mesh may be of devices that are not here (vidgen/preflight).
+        abstract = jax.eval_shape(_initial(task, tx), jax.eval_shape(lambda: jax.random.key(0)))
         graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), graph=False)[0]
     for name, leaf in named_leaves(abstract.params).items():
         if leaf.dtype != jnp.float32:
