@@ -25,7 +25,7 @@ from vidgen.train.state import TrainState, abstract_state, ema_model, init_state
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.task import Task
 
-__all__ = ["Batches", "fit"]
+__all__ = ["Batches", "fit", "step_options"]
 
 _log = get_logger(__name__)
 _DATA = "data"
@@ -77,7 +77,7 @@ def fit(
     with jax.set_mesh(mesh), _checkpoints(workdir, options) as checkpoints, StopSignal() as stop:
         state, graphdef, start = _restore_or_init(task, tx, options, loader, mesh, checkpoints)
         frozen_graphdef, frozen = place_frozen(task.frozen(), mesh) or (None, None)
-        train_step = make_train_step(task, graphdef, frozen_graphdef, tx, _step_options(options), schedule)
+        train_step = make_train_step(task, graphdef, frozen_graphdef, tx, step_options(options), schedule)
         recent = RecentSteps(workdir)
         writer = MetricsWriter(workdir, resume_step=start, enabled=main)
         progress = Progress(start=start, total=options.num_steps, enabled=main)
@@ -142,7 +142,8 @@ def _restore_or_init(
     return state, graphdef, step
 
 
-def _step_options(options: RunOptions) -> StepOptions:
+def step_options(options: RunOptions) -> StepOptions:
+    """The options of a run that a step has."""
     return StepOptions(
         grad_accumulation=options.grad_accumulation,
         grad_clip=options.grad_clip,
