@@ -8,6 +8,7 @@ Expect:    docs/log.md has a sample after a few minutes on three short clips.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from experiments.dit import sprites
 
@@ -16,6 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     config = sprites.get_config(arg)
     size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
-    config.data = {"kind": "folder", "path": "", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
+    config.data = {"kind": "folder", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
     config.data.crop = "random"
+    config.data.path = placeholder(str)
     return config

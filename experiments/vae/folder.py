@@ -7,6 +7,7 @@ Expect:    docs/log.md has the PSNR on held-out seconds of three short clips.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from experiments.vae import sprites
 
@@ -15,6 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     config = sprites.get_config(arg)
     size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
-    config.data = {"kind": "folder", "path": "", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
+    config.data = {"kind": "folder", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
     config.data.crop = "random"
+    config.data.path = placeholder(str)
     return config
