@@ -16,6 +16,7 @@ _COMMANDS = {
     "sample": "generate videos from prompts with a trained run",
     "evaluate": "measure a trained run",
     "data": "check a folder of videos, or write it as records",
+    "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",
 }
 _USER_ERRORS = (ValueError, OSError, flags.Error)

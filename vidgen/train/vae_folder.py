@@ -14,7 +14,7 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
 
-__all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae"]
+__all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae", "vae_config"]
 
 _FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
 
@@ -45,16 +45,25 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
     Raises:
       FileNotFoundError: there is none.
     """
+    config = vae_config(workdir)
+    abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract, graph=False)
+    return nnx.merge(graphdef, load_weights(pathlib.Path(workdir) / _FOLDER / _WEIGHTS, state))
+
+
+def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
+    """The shape of the VAE in `workdir`/vae.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
     folder = pathlib.Path(workdir) / _FOLDER
     if not has_vae(workdir):
         raise FileNotFoundError(
             f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
             "Train one with a config of experiments/vae, or correct task.vae"
         )
-    config = resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
-    abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract, graph=False)
-    return nnx.merge(graphdef, load_weights(folder / _WEIGHTS, state))
+    return resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,52 @@
+"""Operations of a traced function, counted where they are exact: in its matrix products and convolutions."""
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+__all__ = ["matmul_flops"]
+
+
+def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
+    """Two per multiply-add of every matrix product and convolution, over all devices.
+
+    The body of a `scan` counts as often as it runs, which XLA's own estimate leaves out; what is recomputed
+    in the backward pass counts again; of a `cond`'s branches the most expensive one counts. The body of a
+    `while` counts once.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            total += _dot(equation)
+        elif name == "conv_general_dilated":
+            total += _convolution(equation)
+        elif name == "cond":
+            total += max(matmul_flops(branch) for branch in equation.params["branches"])
+        else:
+            times = equation.params["length"] if name == "scan" else 1
+            total += times * sum(matmul_flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _dot(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    kernel = equation.invars[1].aval.shape
+    output_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    # Every output element sums over the taps and the input channels of its group. A dilated input, as the
+    # gradient of a strided convolution has, is mostly zeros that are not worth counting.
+    dilation = math.prod(equation.params["lhs_dilation"])
+    output = math.prod(equation.outvars[0].aval.shape)
+    return 2.0 * output * math.prod(kernel) / output_features / dilation
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    values = [item for value in params.values() for item in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if isinstance(value, core.ClosedJaxpr | core.Jaxpr)]

@@ -1,0 +1,229 @@
+"""What is known of a run before it is started, as a table and as JSON."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+
+from vidgen.core.tree import count
+from vidgen.core.typing import PyTree
+from vidgen.preflight.compile import CompiledStep, TooLarge
+from vidgen.preflight.hlo import count_collectives
+from vidgen.preflight.layout import Layout, compare_layout
+from vidgen.preflight.topology import GIB, chip_of
+from vidgen.train.experiment import Experiment
+
+__all__ = ["Memory", "Report", "make_report"]
+
+_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device, as the compiler allocates them.
+
+    Attributes:
+      arguments: state, frozen weights and batch.
+      outputs: of which the state takes the place of the arguments'.
+      temporaries: activations, gradients and the rest.
+      code: the program.
+      peak: all of it; where the program is too large, the compiler's sum, the parts then being unknown.
+      available: what a program may use; None where it is not known (CPU).
+    """
+
+    arguments: int
+    outputs: int | None
+    temporaries: int | None
+    code: int | None
+    peak: int
+    available: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.peak <= self.available
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A compiled step in numbers.
+
+    Attributes:
+      devices: what it was compiled for.
+      layout, collectives: None where the program is too large.
+      num_parameters: that are trained.
+      parameters_per_chip: as many numbers of them are on one device.
+      flops: per step over all devices, matrix products and convolutions only.
+      least_seconds: per step, were the matrix units busy all the time; a bound, not a prediction.
+      advice: what to change, if it does not fit.
+    """
+
+    topology: str
+    devices: str
+    mesh: dict[str, int]
+    batch: dict[str, tuple[int, ...]]
+    memory: Memory
+    layout: Layout | None
+    collectives: dict[str, int] | None
+    num_parameters: int
+    parameters_per_chip: int
+    frozen_parameters: int
+    flops: float
+    least_seconds: float | None
+    compile_seconds: float
+    advice: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the step fits and leaves the state where it was asked to be."""
+        return self.memory.fits and (self.layout is None or not self.layout.moved)
+
+    def to_json(self) -> str:
+        """One line."""
+        values = dataclasses.asdict(self) | {"fits": self.memory.fits, "ok": self.ok}
+        return json.dumps(values)
+
+    def table(self) -> str:
+        """For people."""
+        memory, rows = self.memory, [("devices", f"{self.topology}: {self.devices}")]
+        rows += [("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.items()))]
+        rows += [("batch", ", ".join(f"{name} {list(shape)}" for name, shape in self.batch.items()))]
+        rows += [
+            ("parameters", f"{self.num_parameters:,} trained, {self.parameters_per_chip:,} of them per chip")
+        ]
+        rows += [("frozen", f"{self.frozen_parameters:,} parameters")]
+        rows += [("memory per chip", "")]
+        for name in ("arguments", "outputs", "temporaries", "code"):
+            rows += [(f"  {name}", _gib(getattr(memory, name)))]
+        limit = f"of {_gib(memory.available)}" if memory.available is not None else "(of an unknown limit)"
+        rows += [("  peak", f"{_gib(memory.peak)} {limit}: {'fits' if memory.fits else 'DOES NOT FIT'}")]
+        rows += _layout_rows(self.layout)
+        if self.collectives is not None:
+            counted = ", ".join(f"{number} {name}" for name, number in self.collectives.items())
+            rows += [("collectives", f"{counted} (instructions; in a loop once)")]
+        rows += [("flops per step", f"{self.flops:.3e}, matrix products and convolutions, all chips")]
+        if self.least_seconds is not None:
+            rows += [
+                ("least time", f"{self.least_seconds:.3f} s per step at peak rate: a bound, not measured")
+            ]
+        rows += [("compiled in", f"{self.compile_seconds:.0f} s")]
+        rows += [("to make it fit" if not index else "", line) for index, line in enumerate(self.advice)]
+        return "\n".join(f"{name:<17} {text}".rstrip() for name, text in rows)
+
+
+def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -> Report:
+    """Reads the compiled step.
+
+    Args:
+      topology: how the devices are called.
+    """
+    devices = compiled.mesh.devices
+    chip = chip_of(devices.flat[0])
+    memory = _memory(compiled, chip.hbm_bytes if chip else None)
+    executable = compiled.executable
+    refused = isinstance(executable, TooLarge)
+    least = compiled.flops / devices.size / chip.bf16_flops if chip else None
+    return Report(
+        topology=topology,
+        devices=f"{devices.size} x {devices.flat[0].device_kind}",
+        mesh=dict(compiled.mesh.shape),
+        batch={name: tuple(leaf.shape) for name, leaf in compiled.batch.items()},
+        memory=memory,
+        layout=None if refused else compare_layout(compiled.state, executable.output_shardings[0]),
+        collectives=None if refused else count_collectives(executable.as_text()),
+        num_parameters=count(compiled.state.params),
+        parameters_per_chip=_numbers_per_chip(compiled.state.params),
+        frozen_parameters=count(compiled.frozen),
+        flops=compiled.flops,
+        least_seconds=least,
+        compile_seconds=compiled.seconds,
+        advice=() if memory.fits else _advice(experiment, compiled),
+    )
+
+
+def _memory(compiled: CompiledStep, available: int | None) -> Memory:
+    executable = compiled.executable
+    if isinstance(executable, TooLarge):
+        arguments = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((compiled.state, compiled.frozen, compiled.batch))
+        )
+        return Memory(
+            arguments=arguments,
+            outputs=None,
+            temporaries=None,
+            code=None,
+            peak=executable.needed_bytes,
+            available=available,
+        )
+    found: Any = executable.memory_analysis()
+    arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
+    temporaries, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
+    return Memory(
+        arguments=arguments,
+        outputs=outputs,
+        temporaries=temporaries,
+        code=code,
+        peak=arguments + outputs - found.alias_size_in_bytes + temporaries + code,
+        available=available,
+    )
+
+
+def _numbers_per_chip(tree: PyTree) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _layout_rows(layout: Layout | None) -> list[tuple[str, str]]:
+    if layout is None:
+        return []
+    share = 100 * layout.sharded_bytes / max(layout.total_bytes, 1)
+    rows = [("state as asked", f"{layout.as_asked} of {layout.num_arrays} parameters, averages and moments")]
+    rows += [
+        (
+            "state sharded",
+            f"{share:.2f} % of {_gib(layout.total_bytes)}; {_gib(layout.per_chip_bytes)} per chip",
+        )
+    ]
+    moved = [f"{name}: {text}" for name, text in layout.moved.items()]
+    rows += [("not as asked" if not index else "", line) for index, line in enumerate(_some(moved))]
+    whole = sum(layout.replicated.values())
+    rows += [("on every chip", f"{len(layout.replicated)} arrays, {whole / 2**20:.2f} MiB; largest:")]
+    largest = [f"{name} {size / 2**10:.1f} KiB" for name, size in layout.replicated.items()]
+    return rows + [("", line) for line in _some(largest)]
+
+
+def _some(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"]
+
+
+def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
+    """What makes a step smaller, the cheapest first."""
+    mesh, run, advice = compiled.mesh, experiment.run, []
+    rows = run.batch_size // run.grad_accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if rows > 1:
+        advice.append(
+            f"{rows} clips are on a chip at once: raise --config.run.grad_accumulation "
+            f"(now {run.grad_accumulation}), or lower --config.run.batch_size (now {run.batch_size})"
+        )
+    model = getattr(experiment.task, "dit", None) or getattr(experiment.task, "model", None)
+    path = "dit" if hasattr(experiment.task, "dit") else "model"
+    if model is not None and model.remat != "full":
+        advice.append(f'--config.task.{path}.remat=full recomputes activations (now "{model.remat}")')
+    if model is not None and model.dtype != "bfloat16":
+        advice.append(f"--config.task.{path}.dtype=bfloat16 halves activations (now {model.dtype})")
+    if mesh.shape["data"] > 1:
+        advice.append(
+            f"--config.mesh.data=1 --config.mesh.fsdp=-1 cuts the state {mesh.shape['data']} times finer"
+        )
+    data = experiment.data
+    advice.append(
+        f"smaller clips: --config.data.num_frames (now {data.num_frames}), .height ({data.height}), "
+        f".width ({data.width}); attention's scores grow with the square of their product"
+    )
+    advice.append("a larger slice, or chips with more memory: --topology")
+    return tuple(advice)
+
+
+def _gib(size: int | None) -> str:
+    return "not known" if size is None else f"{size / GIB:.3f} GiB"

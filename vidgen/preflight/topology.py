@@ -1,0 +1,82 @@
+"""TPU slices that are not here: their devices as jax describes them, and what each device can hold and do."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import MutableMapping
+from typing import Any
+
+__all__ = ["CHIPS", "Chip", "PreflightError", "chip_of", "prepare_environment", "topology_devices"]
+
+GIB = 2**30
+
+
+class PreflightError(ValueError):
+    """A step that cannot be compiled here; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device of a TPU generation, as jax counts devices.
+
+    Attributes:
+      kind: jax's `device_kind`.
+      hbm_bytes: what a program may use, as the compiler states it when a program is too large (libtpu
+        0.0.42); a little less than the memory that the data sheet names.
+      bf16_flops: peak per second, from Google Cloud's "System architecture" pages.
+    """
+
+    kind: str
+    hbm_bytes: int
+    bf16_flops: float
+
+
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip(kind="TPU v5 lite", hbm_bytes=int(15.75 * GIB), bf16_flops=197e12),
+    "v5p": Chip(kind="TPU v5", hbm_bytes=int(95.74 * GIB), bf16_flops=459e12),
+    "v6e": Chip(kind="TPU v6 lite", hbm_bytes=int(31.25 * GIB), bf16_flops=918e12),
+    # A chip has two cores, and each is a device: half of the chip's 192 GiB and 2307 Tflop/s.
+    "tpu7x": Chip(kind="TPU7x", hbm_bytes=int(94.75 * GIB), bf16_flops=1153.5e12),
+}
+"""Devices by the name that begins a topology."""
+
+
+def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what libtpu and jax read when they load, to compile without a TPU; call before jax is imported."""
+    environment["JAX_PLATFORMS"] = "cpu"
+    environment["TPU_SKIP_MDS_QUERY"] = "1"  # Asks no metadata server which TPU this is.
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    environment.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # A program from the cache has no statistics of memory.
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU slice such as "v5e:4x4" or "v5p:2x2x4"; none of them need exist.
+
+    Raises:
+      PreflightError: libtpu is not installed, or there is no such slice.
+    """
+    known = ", ".join(CHIPS)
+    if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+(x\d+)?", name):
+        raise PreflightError(
+            f'--topology={name}: expected a generation ({known}) and the shape of a slice, as "v5e:4x4" or '
+            '"v5p:2x2x4"'
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise PreflightError(
+            'libtpu, which holds the compiler for TPUs, is not installed: pip install "vidgen[tpu]" '
+            "(x86-64 Linux; no TPU is needed)"
+        )
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # libtpu raises several types, all with a sentence.
+        raise PreflightError(f"--topology={name} is no slice that libtpu knows: {error}") from error
+
+
+def chip_of(device: Any) -> Chip | None:
+    """What a device can hold and do, or None for one that the table does not have (a CPU)."""
+    return next((chip for chip in CHIPS.values() if chip.kind == device.device_kind), None)
