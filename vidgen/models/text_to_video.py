@@ -14,7 +14,7 @@ from vidgen.models.text.model import ByteEncoder
 class Condition(NamedTuple):
     """What the transformer is told besides latents and timestep; a pytree with the batch first."""
 
-    text: Float[Array, "b l c"]
+    text: Float[Array, "b l e"]
     mask: Bool[Array, "b l"]
 
 

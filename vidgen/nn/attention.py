@@ -26,14 +26,14 @@ class MultiHeadAttention(nnx.Module):
         x: Float[Array, "b s d"],
         context: Float[Array, "b r d"] | None = None,
         *,
-        angles: Float[Array, "b s k2"] | None = None,
+        angles: Float[Array, "#b s k2"] | None = None,
         key_mask: Bool[Array, "b r"] | None = None,
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
     ) -> Float[Array, "b s d"]:
         """Attends from `x` to `context` (default: to itself).
 
         Args:
-          angles: rotary angles, for self-attention.
+          angles: rotary angles, for self-attention; of each clip, or the same for all.
           key_mask: which context tokens may be seen.
           segment_ids: of queries and keys, for packed sequences.
         """

@@ -46,7 +46,7 @@ def rope_angles(
     return jnp.concatenate(angles, axis=-1)
 
 
-def apply_rope(x: Float[Array, "b s n k"], angles: Float[Array, "b s k2"]) -> Float[Array, "b s n k"]:
+def apply_rope(x: Float[Array, "b s n k"], angles: Float[Array, "#b s k2"]) -> Float[Array, "b s n k"]:
     """Rotates neighbouring pairs of each head by `angles` (Su et al., arXiv 2104.09864), in float32."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]

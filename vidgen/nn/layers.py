@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Float
-from vidgen.nn.variables import param, zeros
+from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.convolution import conv3d
 
 Axes = tuple[str | None, ...]
@@ -36,7 +36,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + over_last_axis(self.bias[...], y)
 
 
 class CausalConv3d(nnx.Module):
@@ -59,7 +59,7 @@ class CausalConv3d(nnx.Module):
         taps, height, width = self.kernel_size
         space = ((height // 2, height // 2), (width // 2, width // 2))
         y = conv3d(x, self.kernel[...], padding=((taps - 1, 0), *space))
-        return y + self.bias[...].astype(x.dtype)
+        return y + over_last_axis(self.bias[...], y)
 
 
 class FeedForward(nnx.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Float
-from vidgen.nn.variables import ones, param, zeros
+from vidgen.nn.variables import ones, over_last_axis, param, zeros
 
 
 def layer_norm(x: Float[Array, "*batch d"], eps: float = 1e-6) -> Float[Array, "*batch d"]:
@@ -24,8 +24,9 @@ class LayerNorm(nnx.Module):
         self.bias = param(rngs, zeros, (dim,), (None,))
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        scale, bias = self.scale[...], self.bias[...]
-        return jnp.asarray(layer_norm(x, self.eps) * _like(scale, x) + _like(bias, x), x.dtype)
+        y = layer_norm(x, self.eps)
+        y = y * over_last_axis(self.scale[...], y) + over_last_axis(self.bias[...], y)
+        return jnp.asarray(y, x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -38,7 +39,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return jnp.asarray(y * _like(self.scale[...], x), x.dtype)
+        return jnp.asarray(y * over_last_axis(self.scale[...], y), x.dtype)
 
 
 class ChannelNorm(nnx.Module):
@@ -54,9 +55,4 @@ class ChannelNorm(nnx.Module):
         y = x.astype(jnp.float32)
         square = jnp.maximum(jnp.square(y).sum(-1, keepdims=True), 1e-24)
         y = y * jax.lax.rsqrt(square) * x.shape[-1] ** 0.5
-        return jnp.asarray(y * _like(self.scale[...], x), x.dtype)
-
-
-def _like(vector: Array, x: Array) -> Array:
-    """A vector with as many axes as `x` (implicit rank promotion is off in tests)."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+        return jnp.asarray(y * over_last_axis(self.scale[...], y), x.dtype)

@@ -34,6 +34,11 @@ def param(
     return nnx.Param(init(rngs.params(), shape), axes=axes)
 
 
+def over_last_axis(vector: Array, x: Array) -> Array:
+    """A vector with as many axes as `x`, in its dtype (implicit rank promotion is an error in tests)."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape).astype(x.dtype)
+
+
 def zeros(_key: Array, shape: tuple[int, ...]) -> Array:
     """Initialiser of biases, and of layers that start silent."""
     return jax.numpy.zeros(shape)

@@ -28,7 +28,7 @@ class DiT(nnx.Module):
         self,
         latents: Latents,
         timestep: Float[Array, "b"] | Float[Array, "b s"],
-        text: Float[Array, "b l c"],
+        text: Float[Array, "b l e"],
         text_mask: Bool[Array, "b l"],
     ) -> Latents:
         """Velocity (noise - clean latents) in float32, shaped as the latents.

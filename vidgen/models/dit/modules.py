@@ -39,7 +39,7 @@ class ConditionEmbedder(nnx.Module):
         modulation = self.time_proj(jax.nn.silu(embedded))
         return embedded, modulation.reshape(*timestep.shape, 6, -1)
 
-    def text(self, features: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    def text(self, features: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
         return self.text_2(jax.nn.gelu(self.text_1(features), approximate=True))
 
 
@@ -60,7 +60,7 @@ class Block(nnx.Module):
         x: Float[Array, "b s d"],
         *,
         modulation: Float[Array, "b s2 6 d"],
-        angles: Float[Array, "b s k2"],
+        angles: Float[Array, "#b s k2"],
         text: Float[Array, "b l d"],
         text_mask: Bool[Array, "b l"],
     ) -> Float[Array, "b s d"]:

@@ -9,7 +9,7 @@ from flax import nnx
 from vidgen.core.typing import Array, Float
 from vidgen.nn.layers import CausalConv3d, Linear
 from vidgen.nn.norms import ChannelNorm
-from vidgen.nn.variables import param, zeros
+from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.attention import attention
 from vidgen.ops.convolution import conv3d
 
@@ -74,7 +74,7 @@ class SpatialConv(nnx.Module):
         side = (1, 1) if self.stride == 1 else (0, 1)
         strides = (1, self.stride, self.stride)
         y = conv3d(x, self.kernel[...], strides=strides, padding=((0, 0), side, side))
-        return y + self.bias[...].astype(x.dtype)
+        return y + over_last_axis(self.bias[...], y)
 
 
 class Downsample(nnx.Module):
@@ -88,7 +88,8 @@ class Downsample(nnx.Module):
         x = self.space(x)
         if self.time is None or x.shape[1] == 1:
             return x
-        merged = conv3d(x, self.time.kernel[...], strides=(2, 1, 1)) + self.time.bias[...].astype(x.dtype)
+        merged = conv3d(x, self.time.kernel[...], strides=(2, 1, 1))
+        merged = merged + over_last_axis(self.time.bias[...], merged)
         return jnp.concatenate([x[:, :1], merged], axis=1)
 
 

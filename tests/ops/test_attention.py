@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidgen.ops.attention import attention
+
+
+def reference(query, key, value, mask=None):
+    """Softmax attention in float64, written out; `mask` is b, s, r."""
+    query, key, value = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (query, key, value))
+    scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = np.where(mask[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return (weights @ value).transpose(0, 2, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    rng = np.random.default_rng(0)
+    shapes = (2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)
+    return tuple(jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+KEY_MASK = np.array([[1, 1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1, 1]], bool)
+SEGMENTS = (
+    np.array([[0, 0, 1, 1, 1], [2, 2, 0, 1, 1]], np.int32),
+    np.array([[0, 0, 1, 1, 1, 1, 0], [0, 1, 2, 2, 1, 0, 0]], np.int32),
+)
+
+
+@pytest.mark.parametrize(("masked", "packed"), [(False, False), (True, False), (False, True), (True, True)])
+def test_against_float64(qkv, masked, packed):
+    mask = np.ones((2, 5, 7), bool)
+    if masked:
+        mask = mask & KEY_MASK[:, None]
+    if packed:
+        mask = mask & (SEGMENTS[0][:, :, None] == SEGMENTS[1][:, None])
+    assert mask.any(-1).all(), "each query must see a key"
+    y = jax.jit(attention)(
+        *qkv, key_mask=KEY_MASK if masked else None, segment_ids=SEGMENTS if packed else None
+    )
+    np.testing.assert_allclose(y, reference(*qkv, mask), rtol=2e-5, atol=2e-6)
+
+
+def test_masked_keys_and_values_have_no_influence_at_all(qkv):
+    query, key, value = qkv
+    call = jax.jit(lambda k, v: attention(query, k, v, key_mask=jnp.asarray(KEY_MASK)))
+    hidden = ~KEY_MASK[:, :, None, None]
+    changed = call(np.where(hidden, 1e6, key), np.where(hidden, -1e6, value))
+    np.testing.assert_array_equal(changed, call(key, value))
+
+
+def test_gradients_are_those_of_finite_differences(qkv):
+    weight = np.random.default_rng(1).normal(size=qkv[0].shape)
+
+    def loss(*inputs):
+        return (reference(*inputs, np.broadcast_to(KEY_MASK[:, None], (2, 5, 7))) * weight).sum()
+
+    def loss_jax(query, key, value):
+        return (
+            attention(query, key, value, key_mask=jnp.asarray(KEY_MASK)) * weight.astype(np.float32)
+        ).sum()
+
+    gradients = jax.jit(jax.grad(loss_jax, argnums=(0, 1, 2)))(*qkv)
+    rng = np.random.default_rng(2)
+    wide = [np.asarray(x, np.float64) for x in qkv]
+    for _ in range(3):
+        direction = [rng.normal(size=x.shape) for x in wide]
+        ahead, behind = (
+            loss(*(x + s * d for x, d in zip(wide, direction, strict=True))) for s in (1e-5, -1e-5)
+        )
+        inner = sum((g * d).sum() for g, d in zip(map(np.asarray, gradients), direction, strict=True))
+        np.testing.assert_allclose(inner, (ahead - behind) / 2e-5, rtol=1e-4)
+
+
+def test_scores_and_softmax_of_16_bit_inputs_are_float32():
+    # The products 2048 and 2052 are one number in bfloat16; their scores differ by 4 / sqrt(4) = 2.
+    query = jnp.full((1, 1, 1, 4), 32.0, jnp.bfloat16)
+    key = jnp.asarray([[16.0, 16.0, 16.0, 16.0], [16.125, 16.0, 16.0, 16.0]], jnp.bfloat16).reshape(
+        1, 2, 1, 4
+    )
+    value = jnp.asarray([[0.0] * 4, [1.0] * 4], jnp.bfloat16).reshape(1, 2, 1, 4)
+    y = attention(query, key, value)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), 1 / (1 + np.exp(-2.0)), rtol=4e-3)

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidgen.ops.convolution import conv3d
+
+CASES = {
+    "plain": ((3, 3, 3), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
+    "causal": ((3, 3, 3), (1, 1, 1), ((2, 0), (1, 1), (1, 1))),
+    "time stride": ((3, 1, 1), (2, 1, 1), ((0, 0), (0, 0), (0, 0))),
+    "space stride, uneven padding": ((1, 3, 3), (1, 2, 2), ((0, 0), (0, 1), (0, 1))),
+    "all at once": ((2, 3, 2), (3, 2, 1), ((1, 2), (0, 2), (1, 0))),
+}
+
+
+def native(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision="highest"
+    )
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request):
+    size, strides, padding = request.param
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 7, 6, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(*size, 3, 4)).astype(np.float32)
+    return x, kernel, strides, padding
+
+
+def test_result_and_gradients_are_those_of_a_3d_convolution(case):
+    x, kernel, strides, padding = case
+    weight = np.random.default_rng(1).normal(size=native(x, kernel, strides, padding).shape)
+    weight = weight.astype(np.float32)
+
+    def with_gradients(convolve):
+        def loss(x, kernel):
+            y = convolve(x, kernel)
+            return (y * weight).sum(), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
+
+    (dx, dk), y = with_gradients(lambda x, k: conv3d(x, k, strides=strides, padding=padding))
+    (dx_native, dk_native), y_native = with_gradients(lambda x, k: native(x, k, strides, padding))
+    assert y.shape == y_native.shape
+    np.testing.assert_allclose(y, y_native, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, dx_native, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dk, dk_native, rtol=1e-5, atol=1e-4)
+
+
+def test_the_result_has_the_dtype_of_the_input():
+    x, kernel = jnp.ones((1, 1, 3, 3, 2), jnp.bfloat16), jnp.ones((1, 3, 3, 2, 2))
+    assert conv3d(x, kernel).dtype == jnp.bfloat16
+
+
+def test_it_is_a_cross_correlation_over_time():
+    x = jnp.asarray([1.0, 10.0, 100.0]).reshape(1, 3, 1, 1, 1)
+    kernel = jnp.asarray([1.0, 2.0]).reshape(2, 1, 1, 1, 1)
+    np.testing.assert_array_equal(conv3d(x, kernel).reshape(-1), [1 + 20, 10 + 200])
