@@ -65,8 +65,8 @@ def train(experiment, workdir, *options):
         *options,
     ]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert result.returncode == 0, result.stdout
     print("\n".join(result.stdout.splitlines()[-8:]))
-    result.check_returncode()
 
 
 train("vae/sprites.py", RUNS / "vae")

@@ -42,6 +42,14 @@ def test_sharded_arrays_are_saved_whole_and_loaded_onto_the_mesh(tmp_path):
     np.testing.assert_array_equal(loaded, kernel.astype(jnp.bfloat16))
 
 
+def test_shapes_evaluated_under_a_mesh_name_no_device_and_are_loaded_all_the_same(tmp_path):
+    save_weights(tmp_path / "w.safetensors", {"kernel": jnp.ones((4, 8))})
+    with jax.set_mesh(MeshOptions(fsdp=4, tensor=2).build()):
+        wanted = jax.eval_shape(lambda: {"kernel": jnp.zeros((4, 8))})
+        loaded = load_weights(tmp_path / "w.safetensors", wanted)["kernel"]
+    np.testing.assert_array_equal(loaded, np.ones((4, 8)))
+
+
 def test_missing_extra_and_misshaped_tensors_are_all_named(tmp_path):
     save_weights(tmp_path / "w.safetensors", tree())
     wanted = {

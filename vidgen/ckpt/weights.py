@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -85,7 +86,8 @@ def _problems(wanted: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -
 def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
     array = array.astype(leaf.dtype)
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
+    # Under `jax.set_mesh`, `eval_shape` gives shardings over an abstract mesh, which has no devices.
+    if sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         return jax.numpy.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
