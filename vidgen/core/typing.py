@@ -29,8 +29,8 @@ __all__ = [
 Video: TypeAlias = Float[Array, "b t h w c"]
 """Pixels in [-1, 1]."""
 
-Latents: TypeAlias = Float[Array, "b t h w c"]
-"""Latents, normalised to zero mean and unit variance per channel."""
+Latents: TypeAlias = Float[Array, "b tz hz wz z"]
+"""Latents, normalised to zero mean and unit variance per channel; fewer frames, rows and columns than pixels."""
 
 Tokens: TypeAlias = Float[Array, "b s d"]
 
