@@ -1,0 +1,166 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.dit import reference
+from tests.models.random_weights import random_module
+from vidgen.core.tree import count
+from vidgen.models.dit.config import VARIANTS, DiTConfig
+from vidgen.models.dit.model import DiT, _apply_block, patchify, unpatchify
+from vidgen.nn.embeddings import grid_positions, rope_angles
+
+CONFIG = DiTConfig(
+    in_channels=3, model_dim=24, num_layers=3, num_heads=2, ffn_dim=32, text_dim=10, freq_dim=8
+)
+SIZE = (2, 4, 4)  # 2 x 2 x 2 tokens
+# Compiling takes longer than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_module(lambda: DiT(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Latents, timesteps of tokens, text and its mask, for two clips."""
+    rng = np.random.default_rng(1)
+    return (
+        jnp.asarray(rng.normal(size=(2, *SIZE, 3)), jnp.float32),
+        jnp.asarray(rng.uniform(size=(2, 8)), jnp.float32),
+        jnp.asarray(rng.normal(size=(2, 5, 10)), jnp.float32),
+        jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def apply():
+    return jit(lambda model, *inputs: model(*inputs))
+
+
+def test_against_numpy(model, inputs, apply):
+    expected = reference.velocity(model, *map(np.asarray, inputs))
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(apply(model, *inputs), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_timestep_per_clip_is_the_same_one_for_every_token(model, inputs, apply):
+    latents, _, text, mask = inputs
+    t = jnp.asarray([0.3, 0.9])
+    per_clip = apply(model, latents, t, text, mask)
+    per_token = apply(model, latents, jnp.repeat(t[:, None], 8, axis=1), text, mask)
+    np.testing.assert_allclose(per_clip, per_token, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_the_text_has_no_influence_and_its_words_have(model, inputs, apply):
+    latents, t, text, mask = inputs
+    there = apply(model, latents, t, text, mask)
+    padding = jnp.where(mask[:, :, None], text, 100.0)
+    np.testing.assert_array_equal(apply(model, latents, t, padding, mask), there)
+    changed = apply(model, latents, t, text.at[0, 2].add(1.0), mask)
+    assert np.abs(changed - there)[0].max() > 1e-3
+    np.testing.assert_array_equal(changed[1], there[1])
+
+
+def test_each_token_sees_all_others_of_its_clip(model, inputs, apply):
+    latents, *rest = inputs
+    there = apply(model, latents, *rest)
+    changed = np.abs(apply(model, latents.at[0, 1, 3, 3].add(1.0), *rest) - there)
+    assert patchify(jnp.asarray(changed), (1, 2, 2))[0].max(-1).min() > 1e-4
+    assert not changed[1].any()
+
+
+def test_the_stack_is_its_layers_one_by_one(model, inputs):
+    _, t, text, mask = inputs
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8, 24)), jnp.float32)
+    angles = rope_angles(grid_positions(2, 2, 2)[None], 12)
+
+    @jit
+    def both(model):
+        from vidgen.nn.stack import apply_stack
+
+        _, modulation = model.condition_embedder.time(t)
+        extra = {
+            "modulation": modulation,
+            "angles": angles,
+            "text": model.condition_embedder.text(text),
+            "text_mask": mask,
+        }
+        y = x
+        for index in range(3):
+            y = jax.tree.map(lambda leaf: leaf[index], model.blocks)(y, **extra)  # noqa: B023
+        return apply_stack(model.blocks, x, _apply_block, **extra), y
+
+    scanned, one_by_one = both(model)
+    np.testing.assert_allclose(scanned, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_velocity_is_zero_at_initialisation_and_blocks_pass_tokens_on(inputs):
+    latents, t, text, mask = inputs
+    make = lambda: DiT(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0))  # noqa: E731
+    velocity, modulation = jit(
+        lambda: (make()(latents, t, text, mask), make().condition_embedder.time(t)[1])
+    )()
+    assert velocity.shape == latents.shape and not velocity.any()
+    assert not modulation.any(), "gates of self-attention and feed-forward start closed"
+
+
+def test_remat_does_not_change_gradients(model, inputs):
+    def gradients(remat):
+        model.config  # noqa: B018
+        config = dataclasses.replace(CONFIG, remat=remat)
+        graphdef = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)[0]
+        _, state = nnx.split(model, graph=False)
+        loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()  # noqa: E731
+        return jit(jax.grad(loss))(state), jax.make_jaxpr(jax.grad(loss))(state)
+
+    plain, plain_program = gradients("none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
+    assert "remat" not in str(plain_program) and "checkpoint" not in str(plain_program)
+    for remat in ("dots", "full"):
+        changed, program = gradients(remat)
+        assert "remat" in str(program) or "checkpoint" in str(program)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), changed, plain)
+
+
+def test_bfloat16_is_close_to_float32(model, inputs, apply):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    graphdef = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)[0]
+    low = nnx.merge(graphdef, nnx.split(model, graph=False)[1])
+    exact, rounded = apply(model, *inputs), apply(low, *inputs)
+    assert rounded.dtype == jnp.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.03
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+def test_patches_and_back(patch):
+    latents = jnp.arange(2 * 2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 2, 4, 6, 3)
+    tokens = patchify(latents, patch)
+    grid = tuple(n // p for n, p in zip((2, 4, 6), patch, strict=True))
+    assert tokens.shape == (2, np.prod(grid), 3 * np.prod(patch))
+    np.testing.assert_array_equal(unpatchify(tokens, grid, patch), latents)
+    pt, ph, pw = patch
+    np.testing.assert_array_equal(tokens[1, 1], latents[1, :pt, :ph, pw : 2 * pw].reshape(-1))
+
+
+def test_wan_has_as_many_parameters():
+    make = lambda name: nnx.eval_shape(lambda: DiT(VARIANTS[name], rngs=nnx.Rngs(0)))  # noqa: E731
+    assert count(nnx.state(make("wan2.1-1.3b"), nnx.Param)) == 1_418_996_800
+    assert count(nnx.state(make("wan2.1-14b"), nnx.Param)) == 14_288_491_584
+
+
+def test_sizes_that_do_not_fit_are_errors(model, inputs):
+    latents, *rest = inputs
+    with pytest.raises(ValueError, match=r"\(2, 4, 3\) do not divide into patches of \(1, 2, 2\)"):
+        model(latents[:, :, :, :3], *rest)
+    with pytest.raises(ValueError, match="latents have 2 channels, the model takes 3"):
+        model(latents[..., :2], *rest)
+    with pytest.raises(ValueError, match="model_dim=24 must be an even multiple of num_heads=8"):
+        dataclasses.replace(CONFIG, num_heads=8)
