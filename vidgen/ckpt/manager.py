@@ -113,7 +113,9 @@ class CheckpointManager:
         self._check(abstract_state, step, where, partial)
         wanted = {_STATE: abstract_state, **dict.fromkeys(parts)}
         # The context is made here, not at construction: it holds for this load alone.
-        with ocp.Context(pytree_options=_loading(partial)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with context:
             loaded = ocp.load_checkpointables(str(where), wanted)
         return step, loaded[_STATE], {name: loaded[name] for name in parts}
 
@@ -169,11 +171,6 @@ class CheckpointManager:
                 f"{where} is of another model or optimizer ({len(problems)} arrays differ): "
                 f"use the config that it was trained with\n  {shown}"
             )
-
-
-def _loading(partial: bool) -> ocp.options.PyTreeOptions:
-    options = ocp.options.PyTreeOptions
-    return options(loading=options.Loading(partial_load=partial))
 
 
 def _plain(name: str) -> str:

@@ -30,7 +30,7 @@ Video: TypeAlias = Float[Array, "b t h w c"]
 """Pixels in [-1, 1]."""
 
 Latents: TypeAlias = Float[Array, "b tz hz wz z"]
-"""Latents, normalised to zero mean and unit variance per channel; fewer frames, rows and columns than pixels."""
+"""Latents, normalised to zero mean and unit variance per channel, on a coarser grid than pixels."""
 
 Tokens: TypeAlias = Float[Array, "b s d"]
 

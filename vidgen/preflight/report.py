@@ -131,7 +131,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         batch={name: tuple(leaf.shape) for name, leaf in compiled.batch.items()},
         memory=memory,
         layout=None if refused else compare_layout(compiled.state, executable.output_shardings[0]),
-        collectives=None if refused else count_collectives(executable.as_text()),
+        collectives=None if refused else count_collectives(executable.as_text() or ""),
         num_parameters=count(compiled.state.params),
         parameters_per_chip=_numbers_per_chip(compiled.state.params),
         frozen_parameters=count(compiled.frozen),
