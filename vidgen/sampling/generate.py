@@ -38,6 +38,9 @@ class SamplingOptions:
     guidance_scale: float = 4.0
 
 
+_MAX_SEED = 2**32 - 1
+
+
 class _Prompts(NamedTuple):
     tokens: Int[Array, "b l"]
     mask: Bool[Array, "b l"]
@@ -61,15 +64,18 @@ def generate(
       negative_prompt: what guidance leads away from.
 
     Raises:
-      ValueError: a size that the models do not take, or numbers of prompts and seeds that differ.
+      ValueError: a size that the models do not take, a seed that is no uint32, numbers of prompts and seeds
+        that differ.
       PromptTooLong: a prompt is longer than the text encoder takes.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(
             f"found {len(prompts)} prompts and {len(seeds)} seeds: give at least one, and as many of each"
         )
-    shape = vae.config.latent_shape(*size)
-    model.dit.config.token_grid(*shape[:3])
+    for seed in seeds:
+        if not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
+    shape = _latent_shape(model, vae, size)
     max_bytes = model.text.config.max_bytes
     positive = _Prompts(*map(jnp.asarray, tokenize(prompts, max_bytes)))
     negative = _Prompts(*map(jnp.asarray, tokenize([negative_prompt] * len(prompts), max_bytes)))
@@ -86,6 +92,21 @@ def generate(
         stepper=options.stepper,
     )
     return np.asarray(video)
+
+
+def _latent_shape(model: TextToVideo, vae: VideoVAE, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Shape of a clip's latents; errors name the nearest size that suits both the VAE and the transformer."""
+    for name, length, patch in zip(
+        ("height", "width"), size[1:], model.dit.config.patch_size[1:], strict=True
+    ):
+        multiple = vae.config.spatial_factor * patch
+        if length < 1 or length % multiple:
+            lower = max(length // multiple, 0) * multiple
+            options = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
+            raise ValueError(f"{name}={length} is not a multiple of {multiple}; use {options}")
+    shape = vae.config.latent_shape(*size)
+    model.dit.config.token_grid(*shape[:3])
+    return shape
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "guided", "grid", "stepper"))

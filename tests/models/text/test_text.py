@@ -1,0 +1,73 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.random_weights import random_module
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
+from vidgen.models.text.tokenizer import END, PADDING, PromptTooLong, tokenize
+from vidgen.models.text_to_video import TextToVideo
+
+CONFIG = ByteEncoderConfig(dim=16, num_layers=2, num_heads=2, ffn_dim=24, max_bytes=9)
+
+
+def test_tokens_are_bytes_an_end_and_padding():
+    tokens, mask = tokenize(["né", "", "123456789"], 9)
+    assert tokens.dtype == np.int32 and tokens.shape == mask.shape == (3, 10)
+    assert tokens[0].tolist() == [110, 0xC3, 0xA9, END, *[PADDING] * 6]
+    assert mask.sum(1).tolist() == [4, 1, 10]
+    assert tokens[2].tolist() == [*b"123456789", END]
+
+
+def test_long_prompts_are_errors_that_name_what_would_be_lost():
+    with pytest.raises(PromptTooLong, match=r"has 11 bytes, the text encoder takes 9.*'89'"):
+        tokenize(["1234567é89"], 9)
+    with pytest.raises(PromptTooLong):
+        tokenize(["short", "0123456789"], 9)
+
+
+def test_long_captions_are_cut_between_characters():
+    tokens, _ = tokenize(["12345678é"], 9, truncate=True)
+    assert tokens[0].tolist() == [*b"12345678", END, PADDING]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return random_module(lambda: ByteEncoder(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def encode():
+    return jax.jit(lambda encoder, tokens, mask: encoder(tokens, mask))
+
+
+def test_features_depend_on_every_byte_and_place_but_not_on_padding(encoder, encode):
+    tokens, mask = map(jnp.asarray, tokenize(["abc", "abd", "bac", "abc"], 9))
+    features = encode(encoder, tokens.at[3, 4:].set(7), mask)
+    assert features.shape == (4, 10, 16)
+    there = np.asarray(features[:, :4])
+    np.testing.assert_array_equal(there[0], there[3])
+    assert np.abs(there[0] - there[1]).max(-1).min() > 1e-3, "attention goes in both directions"
+    assert np.abs(there[0] - there[2]).max(-1).min() > 1e-3
+
+
+def test_less_padding_gives_the_same_features(encoder, encode):
+    tokens, mask = map(jnp.asarray, tokenize(["abc"], 9))
+    short = encode(encoder, tokens[:, :5], mask[:, :5])
+    np.testing.assert_allclose(short[:, :4], encode(encoder, tokens, mask)[:, :4], rtol=1e-5, atol=1e-5)
+
+
+def test_text_and_transformer_must_agree_on_the_width():
+    dit = DiTConfig(model_dim=24, num_layers=1, num_heads=2, ffn_dim=32, text_dim=10)
+    with pytest.raises(ValueError, match=r"dit\.text_dim=10 differs from text\.dim=16"):
+        TextToVideo(dit, CONFIG, rngs=nnx.Rngs(0))
+    fitting = dataclasses.replace(dit, text_dim=16)
+    model = nnx.eval_shape(lambda: TextToVideo(fitting, CONFIG, rngs=nnx.Rngs(0)))
+    tokens, mask = tokenize(["a", "b"], 9)
+    condition = nnx.eval_shape(lambda model: model.condition(jnp.asarray(tokens), jnp.asarray(mask)), model)
+    assert condition.text.shape == (2, 10, 16)
