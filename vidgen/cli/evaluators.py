@@ -20,7 +20,7 @@ NUM_CLIPS = 9
 
 
 def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
-    """Previews on held-out clips every `run.eval_every` steps; a VAE also leaves its folder for later runs."""
+    """Previews on held-out clips every `run.eval_every` steps; a VAE leaves its folder to later runs."""
     data, every = experiment.data, experiment.run.eval_every
     clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
     if isinstance(experiment.task, TextToVideoTask):
