@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.run.update(num_steps=400, batch_size=16, log_every=20, eval_every=400)
         config.run.ema_decay = 0.99
     elif arg == "tiny":
+        config.optimizer = {"kind": "adamw"}
         config.task.model = dataclasses.asdict(VARIANTS["tiny"])
         config.data.update(height=16, width=16, num_clips=64)
         config.run.update(num_steps=2, batch_size=8, log_every=1, checkpoint_every=2, eval_every=2)

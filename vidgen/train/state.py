@@ -37,9 +37,9 @@ class TrainState:
     """
 
     step: Any
-    params: nnx.State
-    buffers: nnx.State
-    ema: nnx.State
+    params: Any
+    buffers: Any
+    ema: Any
     opt_state: Any
     key: Any
 

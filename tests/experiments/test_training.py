@@ -1,0 +1,61 @@
+"""Every experiment trains two steps as ":tiny" through the command."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from vidgen.cli.train import main
+from vidgen.data.video_io import save_video
+
+ROOT = pathlib.Path(__file__).parents[2]
+PATHS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "experiments").glob("*/*.py")
+    if not path.name.startswith("_")
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        frames = rng.integers(0, 256, (80, 24, 32, 3), dtype=np.uint8)
+        save_video(folder / f"{index}.mp4", frames, fps=8.0)
+        (folder / f"{index}.txt").write_text(f"noise number {index}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("vae")
+    assert train("experiments/vae/sprites.py", workdir, {}) == 0
+    return workdir
+
+
+def train(path, workdir, overrides):
+    options = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return main([f"--config={ROOT / path}:tiny", f"--workdir={workdir}", *options])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_two_steps(path, tmp_path, videos, vae):
+    config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config("tiny")
+    overrides = {}
+    if config.data.kind == "folder":
+        overrides["data.path"] = videos
+    if config.task.kind == "text_to_video":
+        overrides["task.vae"] = vae
+    assert train(path, tmp_path, overrides) == 0
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert losses.keys() == {1, 2}
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "vae" / "model.safetensors").exists()
+    assert list((tmp_path / "samples").glob("*.mp4"))
