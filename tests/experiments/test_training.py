@@ -24,7 +24,7 @@ def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
     for index in range(2):
-        frames = rng.integers(0, 256, (80, 24, 32, 3), dtype=np.uint8)
+        frames = rng.integers(0, 256, (200, 24, 32, 3), dtype=np.uint8)
         save_video(folder / f"{index}.mp4", frames, fps=8.0)
         (folder / f"{index}.txt").write_text(f"noise number {index}")
     return folder
