@@ -2,8 +2,8 @@
 
     python benchmarks/convolution.py
 
-The last line is one JSON object: GFLOP/s by shape and formulation, medians, and the ratio of the formulation in
-vidgen/ops/convolution.py to XLA's native one.
+The last line is one JSON object: GFLOP/s by shape and formulation, medians, and the ratio of the formulation
+in vidgen/ops/convolution.py to XLA's native one.
 """
 
 import argparse
