@@ -1,8 +1,10 @@
 """Every test runs on eight CPU devices, and compiled programs are kept between runs."""
 
+import fcntl
 import os
 import pathlib
 import sys
+import types
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = str(ROOT / ".cache" / "jax")
@@ -15,8 +17,29 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 sys.path.insert(0, str(ROOT))  # `from tests.train import toy`
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory):
+    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers."""
+    from vidgen.cli import train
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
+    root.mkdir(exist_ok=True)
+    vae, dit, done = root / "vae", root / "dit", root / "done"
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            config = str(ROOT / "experiments" / "{}" / "sprites.py:tiny")
+            assert train.main([f"--config={config.format('vae')}", f"--workdir={vae}"]) == 0
+            on = f"--config.task.vae={vae}"
+            assert train.main([f"--config={config.format('dit')}", f"--workdir={dit}", on]) == 0
+            done.touch()
+    return types.SimpleNamespace(vae=vae, dit=dit)

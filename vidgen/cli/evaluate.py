@@ -29,8 +29,10 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.num_clips < 1:
-        raise ValueError(f"--num-clips is {arguments.num_clips}: give at least 1")
+    for option in ("num_clips", "batch_size"):
+        if getattr(arguments, option) < 1:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is {getattr(arguments, option)}: give at least 1")
 
     # What needs jax is imported late: --help and wrong options answer at once.
     from vidgen.models.video_vae.model import VideoVAE
@@ -62,8 +64,8 @@ def _reconstruction(experiment, vae, arguments: argparse.Namespace) -> dict:
 
     def batches() -> Iterator[np.ndarray]:
         with Loader(source, batch_size=size, seed=0, shuffle=False) as loader:
-            for _ in range(count // size):
-                yield next(loader)["video"]
+            for start in range(0, count, size):
+                yield next(loader)["video"][: count - start]
 
     scores = evaluate_reconstruction(lambda video: reconstruct(vae, video), batches())
     psnr, ssim, clips = scores["psnr"], scores["ssim"], scores["num_clips"]

@@ -28,6 +28,10 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}: give at least 1")
+    if arguments.fps is not None and arguments.fps <= 0:
+        raise ValueError(f"--fps is {arguments.fps}: give a positive number")
     prompts = _prompts(arguments)
     targets = _targets(arguments.out, len(prompts))
 
