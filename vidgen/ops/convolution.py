@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vidgen.core.typing import Array, Float
+from vidgen.parallel.rules import constrain
 
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -20,7 +21,9 @@ def conv3d(
     The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it is
     several times slower than the 2D one; there the taps over time become channels of one 2D convolution.
     """
-    kernel = kernel.astype(x.dtype)
+    # Gathered whole before it is used: left to itself the partitioner makes one convolution per shard of
+    # `fsdp`, each over a few of the input channels.
+    kernel = constrain(kernel.astype(x.dtype), None, None, None, None, "conv_out")
     return jax.lax.platform_dependent(
         x,
         kernel,

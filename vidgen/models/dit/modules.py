@@ -11,6 +11,7 @@ from vidgen.nn.embeddings import timestep_embedding
 from vidgen.nn.layers import FeedForward, Linear
 from vidgen.nn.norms import LayerNorm, layer_norm
 from vidgen.nn.variables import param, zeros
+from vidgen.parallel.rules import constrain
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -35,12 +36,14 @@ class ConditionEmbedder(nnx.Module):
 
     def time(self, timestep: Float[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s 6 d"]]:
         """Embedding of the timestep and the six modulation vectors of a block, in float32."""
-        embedded = self.time_2(jax.nn.silu(self.time_1(timestep_embedding(timestep, self.freq_dim))))
-        modulation = self.time_proj(jax.nn.silu(embedded))
+        hidden = self.time_1(timestep_embedding(timestep, self.freq_dim))
+        embedded = constrain(self.time_2(jax.nn.silu(hidden)), "batch", "tokens", None)
+        modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", "tokens", None)
         return embedded, modulation.reshape(*timestep.shape, 6, -1)
 
     def text(self, features: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
-        return self.text_2(jax.nn.gelu(self.text_1(features), approximate=True))
+        hidden = constrain(jax.nn.gelu(self.text_1(features), approximate=True), "batch", None, None)
+        return constrain(self.text_2(hidden), "batch", None, None)
 
 
 class Block(nnx.Module):

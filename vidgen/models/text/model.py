@@ -11,6 +11,7 @@ from vidgen.nn.layers import FeedForward
 from vidgen.nn.norms import RMSNorm
 from vidgen.nn.stack import apply_stack, make_stack
 from vidgen.nn.variables import param
+from vidgen.parallel.rules import constrain
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -46,7 +47,9 @@ class ByteEncoder(nnx.Module):
           tokens: of `tokenize`; l may be shorter than max_bytes + 1.
         """
         x = self.embedding[...][tokens] + self.positions[...][None, : tokens.shape[1]]
-        x = apply_stack(
-            self.layers, x.astype(self.config.dtype), lambda layer, x, mask: layer(x, mask=mask), mask=mask
-        )
-        return self.norm(x)
+        x = constrain(x.astype(self.config.dtype), "batch", None, None)
+        return self.norm(apply_stack(self.layers, x, _apply_layer, mask=mask))
+
+
+def _apply_layer(layer: EncoderLayer, x: Array, mask: Array) -> Array:
+    return constrain(layer(x, mask=mask), "batch", None, None)
