@@ -7,7 +7,7 @@ import pytest
 from tests.train import toy
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.train.optimizer import AdamW
+from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.recent import NonFiniteLoss
 
 
@@ -134,10 +134,40 @@ def test_a_loss_that_is_not_finite_stops_names_the_clips_and_saves_nothing(tmp_p
     assert int(state.step) == 12 and np.isfinite(toy.losses(tmp_path)).all()
 
 
+def test_a_run_starts_from_the_averaged_weights_of_another_with_another_optimizer(whole, tmp_path):
+    workdir, source = whole
+    mesh = MeshOptions(data=2, fsdp=4).build()
+    run = {"init_from": str(workdir), "optimizer": Muon(), "mesh": mesh}
+    state = toy.train(tmp_path / "zero", num_steps=1, ema_decay=0.0, **(run | {"optimizer": Still()}))
+    jax.tree.map(np.testing.assert_array_equal, bits(state)["params"], bits(source)["ema"])
+    jax.tree.map(np.testing.assert_array_equal, bits(state)["ema"], bits(source)["ema"])
+    assert float(state.buffers["seen"][...]) == 13  # twelve of the run before
+    # The run goes on from its own checkpoints.
+    whole_run = toy.train(tmp_path / "whole", num_steps=4, checkpoint_every=2, **run)
+    toy.train(tmp_path / "parts", num_steps=4, checkpoint_every=2, **run)
+    _remove(tmp_path / "parts" / "checkpoints" / "4")
+    same_bits(toy.train(tmp_path / "parts", num_steps=4, checkpoint_every=2, **run), whole_run)
+
+
+def test_a_start_from_where_nothing_is_names_it(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere/checkpoints is missing: expected the workdir"):
+        toy.train(tmp_path / "run", init_from=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     toy.train(tmp_path, num_steps=1)
     with pytest.raises(CheckpointError, match="use the config that it was trained with"):
         toy.train(tmp_path, optimizer=Other())
+
+
+class Still(AdamW):
+    """Changes nothing."""
+
+    def transformation(self, num_steps):
+        import optax
+
+        return optax.set_to_zero()
 
 
 class Other(AdamW):

@@ -18,6 +18,11 @@ xavier_uniform = jax.nn.initializers.xavier_uniform()
 _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
+def _present_frame_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "t h w i o"]:
+    present = _conv_init(key, shape[1:], dtype)
+    return jnp.pad(present[None], ((shape[0] - 1, 0), *((0, 0),) * 4))
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis."""
 
@@ -40,7 +45,11 @@ class Linear(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution over time and space: centred in space, backward in time (zeros before frame 0)."""
+    """Convolution over time and space: centred in space, backward in time (zeros before frame 0).
+
+    At the start of training it sees the present frame only: earlier frames have weights of zero until they
+    are of use, and what images taught holds for videos (as in OD-VAE, arXiv:2409.01199).
+    """
 
     def __init__(
         self,
@@ -52,13 +61,14 @@ class CausalConv3d(nnx.Module):
     ):
         self.kernel_size = kernel_size
         shape = (*kernel_size, in_channels, out_channels)
-        self.kernel = param(rngs, _conv_init, shape, (None, None, None, "conv_in", "conv_out"))
+        self.kernel = param(rngs, _present_frame_init, shape, (None, None, None, "conv_in", "conv_out"))
         self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         taps, height, width = self.kernel_size
+        taps = min(taps, x.shape[1])  # the others meet nothing but the zeros before frame 0
         space = ((height // 2, height // 2), (width // 2, width // 2))
-        y = conv3d(x, self.kernel[...], padding=((taps - 1, 0), *space))
+        y = conv3d(x, self.kernel[-taps:], padding=((taps - 1, 0), *space))
         return y + over_last_axis(self.bias[...], y)
 
 

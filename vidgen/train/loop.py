@@ -1,10 +1,12 @@
 """The training loop, written once: restore, step, log, evaluate, save."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -21,7 +23,14 @@ from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
 from vidgen.train.progress import Progress
 from vidgen.train.recent import RecentSteps
-from vidgen.train.state import TrainState, abstract_state, ema_model, init_state, place_frozen
+from vidgen.train.state import (
+    TrainState,
+    abstract_state,
+    ema_model,
+    init_state,
+    place_frozen,
+    restore_averaged,
+)
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.task import Task
 
@@ -69,7 +78,7 @@ def fit(
     Raises:
       NonFiniteLoss: the clips of the step are in `workdir`/nonfinite_<step>.json; checkpoints stay as they
         were.
-      CheckpointError: the newest checkpoint is of another model.
+      CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
     """
     workdir = pathlib.Path(workdir)
     main = processes.is_main_process()
@@ -134,12 +143,22 @@ def _restore_or_init(
     if checkpoints.latest_step() is None:
         state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
         _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
+        if options.init_from is not None:
+            state = _start_from(options.init_from, state)
         return state, graphdef, 0
     abstract, graphdef = abstract_state(task, tx, mesh)
     step, state, parts = checkpoints.restore(abstract, parts=(_DATA,))
     loader.set_state(parts[_DATA])
     _log.info("resuming after step %d of %d, from %s", step, options.num_steps, checkpoints.directory)
     return state, graphdef, step
+
+
+def _start_from(workdir: str, state: TrainState) -> TrainState:
+    """`state` with the averaged weights of another run as its parameters and their average."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    step, params, buffers = restore_averaged(workdir, abstract)
+    _log.info("weights are those of %s after step %d", workdir, step)
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=buffers)
 
 
 def step_options(options: RunOptions) -> StepOptions:

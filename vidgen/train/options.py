@@ -13,6 +13,7 @@ class RunOptions:
       num_steps: when the run is complete.
       batch_size: clips per step, over all devices and processes.
       seed: of the weights, the noise and the order of the clips.
+      init_from: workdir of a run of the same model, whose averaged weights a new run starts from.
       log_every: between lines of metrics.jsonl; each is the mean over the steps since the last.
       checkpoint_every: between checkpoints.
       keep: how many of the newest checkpoints stay.
@@ -26,6 +27,7 @@ class RunOptions:
     num_steps: int = 100_000
     batch_size: int = 8
     seed: int = 0
+    init_from: str | None = None
     log_every: int = 50
     eval_every: int = 2000
     checkpoint_every: int = 1000

@@ -1,6 +1,7 @@
 """The state of a training run: everything that a step changes, sharded over the mesh from birth."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core import rng
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import Array, Key
@@ -16,7 +18,7 @@ from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import shardings
 from vidgen.train.task import Task
 
-__all__ = ["TrainState", "abstract_state", "ema_model", "init_state", "place_frozen"]
+__all__ = ["TrainState", "abstract_state", "ema_model", "init_state", "place_frozen", "restore_averaged"]
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +86,30 @@ def ema_model(state: TrainState, graphdef: nnx.GraphDef) -> nnx.Module:
     """The module with averaged weights and current buffers: what is sampled from and evaluated."""
     copy = jax.tree.map(lambda x: x, (state.ema, state.buffers))
     return nnx.merge(graphdef, *copy)
+
+
+def restore_averaged(
+    workdir: pathlib.Path | str, abstract: TrainState, step: int | None = None
+) -> tuple[int, Any, Any]:
+    """The averaged parameters and the buffers of a run's checkpoint; nothing else is read.
+
+    Args:
+      abstract: as `abstract_state` gives it; the optimizer may be another than the run's.
+      step: which checkpoint; None is the newest.
+
+    Returns:
+      The step, parameters, buffers.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is of another model.
+    """
+    wanted = {"ema": abstract.ema, "buffers": abstract.buffers}
+    directory = pathlib.Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is missing: expected the workdir of a training run")
+    with CheckpointManager(directory) as checkpoints:
+        step, state, _ = checkpoints.restore(wanted, step, partial=True)
+    return step, state["ema"], state["buffers"]
 
 
 def place_frozen(module: nnx.Module | None, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State] | None:

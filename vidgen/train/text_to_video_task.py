@@ -30,6 +30,8 @@ class TextToVideoTask:
       vae: workdir of a VAE's training run, or of any run that used one.
       caption_dropout: share of clips trained with an empty prompt.
       density: where in time training looks.
+      draws_per_clip: noises and timesteps that each clip is seen with in a step. A clip is encoded once for
+        all of them: the transformer's batch is this many times the clips'.
     """
 
     kind: Literal["text_to_video"] = "text_to_video"
@@ -38,6 +40,11 @@ class TextToVideoTask:
     text: ByteEncoderConfig = ByteEncoderConfig()
     caption_dropout: float = 0.1
     density: LogitNormal | Uniform = LogitNormal()
+    draws_per_clip: int = 1
+
+    def __post_init__(self):
+        if self.draws_per_clip < 1:
+            raise ValueError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
         return TextToVideo(self.dit, self.text, rngs=rngs)
@@ -64,10 +71,14 @@ class TextToVideoTask:
     ) -> tuple[Float[Array, ""], Metrics]:
         assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
         clean = jax.lax.stop_gradient(frozen.encode(pixels.to_float(batch["video"])))
-        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
-        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean))
         tokens, mask = self._drop_captions(batch["tokens"], batch["mask"], rng.stream(key, "caption"))
         condition = model.condition(tokens, mask)
+        # Each clip's draws lie side by side: along a sharded batch, no clip leaves its device.
+        clean, condition = jax.tree.map(
+            lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
+        )
+        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
+        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean))
         losses = velocity_loss(lambda x, t: model.velocity(x, t, condition), clean, noise, timestep)
         return losses.mean(), {"latent_std": clean.std()}
 

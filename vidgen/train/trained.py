@@ -5,9 +5,8 @@ import pathlib
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.manager import CheckpointManager
 from vidgen.train.experiment import Experiment, load_experiment
-from vidgen.train.state import abstract_state, ema_model
+from vidgen.train.state import abstract_state, restore_averaged
 
 __all__ = ["load_trained"]
 
@@ -30,6 +29,5 @@ def load_trained(
     experiment = load_experiment(workdir)
     transformation = experiment.optimizer.transformation(experiment.run.num_steps)
     abstract, graphdef = abstract_state(experiment.task, transformation, mesh)
-    with CheckpointManager(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.restore(abstract, step)
-    return experiment, step, ema_model(state, graphdef)
+    step, *state = restore_averaged(workdir, abstract, step)
+    return experiment, step, nnx.merge(graphdef, *state)
