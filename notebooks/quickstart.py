@@ -48,6 +48,8 @@ VARIANT = os.environ.get(
 # %% [markdown]
 # ## The VAE
 #
+# It learns what shapes look like from images, which are quick, and how they move from clips.
+#
 # `vidgen train` takes an experiment, a Python file of values, and a folder for what the run writes. Any value
 # can be changed on the command line. Running the same command again goes on where it stopped.
 
@@ -55,7 +57,8 @@ VARIANT = os.environ.get(
 # %%
 def train(experiment, workdir, *options):
     """Runs `vidgen train` and shows its last lines."""
-    config = f"{EXPERIMENTS / experiment}:{VARIANT}" if VARIANT else f"{EXPERIMENTS / experiment}"
+    file, _, argument = experiment.partition(":")
+    config = f"{EXPERIMENTS / file}:{','.join(filter(None, [VARIANT, argument]))}".removesuffix(":")
     command = [
         sys.executable,
         "-m",
@@ -69,7 +72,8 @@ def train(experiment, workdir, *options):
     print("\n".join(result.stdout.splitlines()[-8:]))
 
 
-train("vae/sprites.py", RUNS / "vae")
+train("vae/sprites.py:images", RUNS / "vae_images")
+train("vae/sprites.py", RUNS / "vae", f"--config.run.init_from={RUNS / 'vae_images'}")
 
 # %% [markdown]
 # ## The transformer

@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "text": {"dim": 128, "num_layers": 3, "num_heads": 4, "ffn_dim": 256, "max_bytes": 96},
         "caption_dropout": 0.1,
         "density": {"kind": "logit_normal"},
+        "draws_per_clip": 4,
     }
     config.data = {
         "kind": "sprites",
@@ -38,8 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.motions = ("left", "right", "up", "down", "still")
     config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
     config.run = {
-        "num_steps": 2400,
-        "batch_size": 32,
+        "num_steps": 3000,
+        "batch_size": 16,
         "log_every": 25,
         "checkpoint_every": 200,
         "eval_every": 400,

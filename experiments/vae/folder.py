@@ -1,7 +1,9 @@
 """Video VAE on a folder of your own videos; the last second of every four is held out.
 
 Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DIR --workdir=runs/vae_folder
-Arguments: (none) a small VAE at 64 x 64; `tiny` a few steps, for tests.
+           and, after the same with folder.py:images and --workdir=runs/vae_images, better with
+           --config.run.init_from=runs/vae_images
+Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `tiny` a few steps, for tests.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 Expect:    docs/log.md has the PSNR on held-out seconds of three short clips.
 """

@@ -26,12 +26,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--arg", default="demo", help="argument of the two experiments/*/sprites.py")
     arguments = parser.parse_args(argv)
 
-    vae, dit = arguments.out / "vae", arguments.out / "dit"
-    _train(f"experiments/vae/sprites.py:{arguments.arg}", vae)
+    images, vae, dit = (arguments.out / name for name in ("vae_images", "vae", "dit"))
+    _train(f"experiments/vae/sprites.py:{arguments.arg},images", images)
+    _train(f"experiments/vae/sprites.py:{arguments.arg}", vae, f"--config.run.init_from={images}")
     _train(f"experiments/dit/sprites.py:{arguments.arg}", dit, f"--config.task.vae={vae}")
     video = arguments.out / "sample.mp4"
     sample.main(["--checkpoint", str(dit), "--prompt", arguments.prompt, "--out", str(video)])
-    for name, workdir in (("VAE", vae), ("transformer", dit)):
+    for name, workdir in (("VAE on images", images), ("VAE on clips", vae), ("transformer", dit)):
         losses = _losses(workdir)
         shown = [losses[round(i * (len(losses) - 1) / 5)] for i in range(6)]
         print(f"{name} loss: " + " -> ".join(f"{loss:.3f}" for loss in shown))
