@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models.random_weights import random_module
 from vidgen.nn.layers import CausalConv3d, FeedForward, Linear, pixel_shuffle, pixel_unshuffle
 from vidgen.nn.variables import param, zeros
 
@@ -41,6 +42,23 @@ def test_causal_convolution_sees_the_past_and_its_surroundings():
         for t in range(4)
     ]
     np.testing.assert_allclose(layer(x)[0, ..., 0], np.asarray(expected) + 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_convolution_starts_with_the_present_frame_alone():
+    layer = CausalConv3d(2, 4, (3, 3, 3), rngs=nnx.Rngs(0))
+    x = normal(1, 4, 3, 3, 2)
+    frames = [layer(x[:, [t]]) for t in range(4)]
+    np.testing.assert_allclose(layer(x), np.concatenate(frames, axis=1), rtol=1e-5, atol=1e-6)
+    assert np.asarray(layer.kernel[-1]).std() == pytest.approx((9 * 2) ** -0.5, rel=0.3)
+    copying = CausalConv3d(2, 4, (3, 1, 1), identity=True, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(copying(x), np.tile(x, 2), rtol=1e-6)
+
+
+def test_a_causal_convolution_of_few_frames_is_the_start_of_one_of_many():
+    layer = random_module(lambda: CausalConv3d(2, 3, (3, 3, 3), rngs=nnx.Rngs(0)))
+    x = normal(1, 4, 3, 3, 2)
+    for frames in (1, 2, 3):
+        np.testing.assert_allclose(layer(x[:, :frames]), layer(x)[:, :frames], rtol=1e-5, atol=1e-6)
 
 
 def test_feed_forward_kinds():

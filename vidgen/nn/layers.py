@@ -19,8 +19,13 @@ _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 def _present_frame_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "t h w i o"]:
-    present = _conv_init(key, shape[1:], dtype)
-    return jnp.pad(present[None], ((shape[0] - 1, 0), *((0, 0),) * 4))
+    return jnp.zeros(shape, dtype).at[-1].set(_conv_init(key, shape[1:], dtype))
+
+
+def _copy_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Float[Array, "t h w i o"]:
+    _, height, width, channels, out_channels = shape
+    copies = jnp.tile(jnp.eye(channels, dtype=dtype), (1, out_channels // channels))
+    return jnp.zeros(shape, dtype).at[-1, height // 2, width // 2].set(copies)
 
 
 class Linear(nnx.Module):
@@ -57,11 +62,18 @@ class CausalConv3d(nnx.Module):
         out_channels: int,
         kernel_size: tuple[int, int, int],
         *,
+        identity: bool = False,
         rngs: nnx.Rngs,
     ):
+        """Makes the filters.
+
+        Args:
+          identity: starts as a copy of the present frame's channels, repeated to give all outputs.
+        """
         self.kernel_size = kernel_size
         shape = (*kernel_size, in_channels, out_channels)
-        self.kernel = param(rngs, _present_frame_init, shape, (None, None, None, "conv_in", "conv_out"))
+        init = _copy_init if identity else _present_frame_init
+        self.kernel = param(rngs, init, shape, (None, None, None, "conv_in", "conv_out"))
         self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:

@@ -78,6 +78,17 @@ def test_the_first_frame_passes_time_sampling_alone():
     assert np.abs(y[:, 1] - y[:, 2]).max() > 1e-2
 
 
+def test_before_training_resampling_in_time_drops_and_repeats_frames():
+    down, up = (
+        lambda x: Downsample(2, temporal=True, rngs=nnx.Rngs(0))(x),
+        lambda x: Upsample(2, 3, temporal=True, rngs=nnx.Rngs(0))(x),
+    )
+    frames = lambda function, x, which: jnp.concatenate([function(x[:, [i]]) for i in which], axis=1)  # noqa: E731
+    x = normal(1, 5, 4, 4, 2)
+    np.testing.assert_allclose(down(x), frames(down, x, (0, 2, 4)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(up(x[:, :3]), frames(up, x, (0, 1, 1, 2, 2)), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("frames", [1, 3])
 def test_average_down_leaves_the_first_frame_unmixed(frames):
     x = normal(1, frames, 2, 4, 3)

@@ -77,12 +77,20 @@ class SpatialConv(nnx.Module):
         return y + over_last_axis(self.bias[...], y)
 
 
+def _time_conv(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> CausalConv3d:
+    return CausalConv3d(in_channels, out_channels, (3, 1, 1), identity=True, rngs=rngs)
+
+
 class Downsample(nnx.Module):
-    """Halves height and width and, if `temporal`, time: frame 0 stays, then pairs of frames merge."""
+    """Halves height and width and, if `temporal`, time: frame 0 stays, then pairs of frames merge.
+
+    It starts by dropping the first frame of each pair, as `Upsample` starts by showing each frame twice: what
+    the blocks around learned from images holds for clips.
+    """
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
         self.space = SpatialConv(channels, channels, stride=2, rngs=rngs)
-        self.time = CausalConv3d(channels, channels, (3, 1, 1), rngs=rngs) if temporal else None
+        self.time = _time_conv(channels, channels, rngs) if temporal else None
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
         x = self.space(x)
@@ -98,7 +106,7 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool, rngs: nnx.Rngs):
         self.space = SpatialConv(channels, out_channels, rngs=rngs)
-        self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1), rngs=rngs) if temporal else None
+        self.time = _time_conv(channels, 2 * channels, rngs) if temporal else None
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
         if self.time is not None and x.shape[1] > 1:
