@@ -39,11 +39,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.motions = ("left", "right", "up", "down", "still")
     config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
     config.run = {
-        "num_steps": 3000,
+        "num_steps": 1600,
         "batch_size": 16,
         "log_every": 25,
         "checkpoint_every": 200,
-        "eval_every": 400,
+        "eval_every": 800,
     }
     config.mesh = {"data": -1}
     if arg == "demo":
