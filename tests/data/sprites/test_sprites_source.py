@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidgen.data.source import ClipSource
-from vidgen.data.sprites.attributes import COLOURS, Motion, Shape, colour_shape_pairs
+from vidgen.data.sprites.attributes import COLOURS, Motion, Shape, Size, colour_shape_pairs
 from vidgen.data.sprites.source import SpritesData
 
 
@@ -68,12 +68,17 @@ def test_splits_hold_for_every_object(split):
 
 def test_options_restrict_the_world():
     source = SpritesData(
-        min_objects=2, max_objects=2, motions=("left", "spin"), backgrounds=("plain",)
+        min_objects=2,
+        max_objects=2,
+        motions=("left", "spin"),
+        sizes=("small", "large"),
+        backgrounds=("plain",),
     ).source()
     for index in range(60):
         scene = source.scene(index)
         assert len(scene.objects) == 2 and scene.background.kind == "plain" and scene.camera == "static"
         assert {item.motion for item in scene.objects} <= {Motion.LEFT, Motion.SPIN}
+        assert {item.size for item in scene.objects} <= {Size.SMALL, Size.LARGE}
         assert not any(item.motion is Motion.SPIN and item.shape.is_round for item in scene.objects)
         assert len({item.colour for item in scene.objects}) == 2
 
@@ -82,6 +87,7 @@ def test_options_restrict_the_world():
     ("options", "message"),
     [
         ({"motions": ("sideways",)}, "sideways.*left, right"),
+        ({"sizes": ("huge",)}, "huge.*small, medium, large"),
         ({"max_objects": 4}, "max_objects 4"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"cameras": ("pan_left",)}, "textured"),

@@ -66,6 +66,7 @@ class World:
     min_objects: int = 1
     max_objects: int = 3
     motions: tuple[Motion, ...] = ()
+    sizes: tuple[Size, ...] = ()
     backgrounds: tuple[Backdrop, ...] = ()
     cameras: tuple[Camera, ...] = ()
     split: str = "train"
@@ -125,7 +126,7 @@ def _sample_object(world: World, rng: np.random.Generator, scene: Scene) -> Spri
     return SpriteObject(
         shape=shape,
         colour=colour,
-        size=_choice(rng, tuple(Size)),
+        size=_choice(rng, world.sizes or tuple(Size)),
         motion=motion,
         travel=travel,
         phase=float(rng.uniform(0, 2 * np.pi)),

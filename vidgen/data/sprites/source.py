@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from vidgen.data.sprites.attributes import Backdrop, Camera, Motion
+from vidgen.data.sprites.attributes import Backdrop, Camera, Motion, Size
 from vidgen.data.sprites.captions import caption
 from vidgen.data.sprites.render import render
 from vidgen.data.sprites.scene import Scene, World, sample_scene
@@ -33,7 +33,8 @@ class SpritesData:
         fps: frames per second.
         min_objects: fewest objects in a clip.
         max_objects: most objects in a clip, up to 3.
-        motions: names of `Motion` to draw from; empty for all. Likewise the next two.
+        motions: names of `Motion` to draw from; empty for all. Likewise the next three.
+        sizes: names of `Size`.
         backgrounds: names of `Backdrop`.
         cameras: names of `Camera`; a moving camera needs a textured background to be seen.
         split: `train` without the held-out pairs of colour and shape, `heldout` with nothing else, or `all`.
@@ -52,6 +53,7 @@ class SpritesData:
     min_objects: int = 1
     max_objects: int = 3
     motions: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
     backgrounds: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
     split: Literal["train", "heldout", "all"] = "train"
@@ -79,6 +81,7 @@ class SpritesData:
             min_objects=self.min_objects,
             max_objects=self.max_objects,
             motions=_parse("motions", self.motions, Motion),
+            sizes=_parse("sizes", self.sizes, Size),
             backgrounds=_parse("backgrounds", self.backgrounds, Backdrop),
             cameras=_parse("cameras", self.cameras, Camera),
             split=self.split,
