@@ -37,21 +37,21 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.data.backgrounds = ("plain",)
     config.data.motions = ("left", "right", "up", "down", "still")
-    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
+    config.optimizer = {"kind": "muon", "learning_rate": 2e-2, "warmup_steps": 100, "end_fraction": 0.05}
     config.run = {
-        "num_steps": 1600,
+        "num_steps": 1000,
         "batch_size": 16,
         "log_every": 25,
         "checkpoint_every": 200,
-        "eval_every": 800,
+        "eval_every": 400,
     }
     config.mesh = {"data": -1}
     if arg == "demo":
         config.task.dit = _dit("tiny", vae="nano")
         config.task.dit.num_layers = 4
         config.task.text = {"dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 128, "max_bytes": 96}
-        config.data.update(height=32, width=32)
-        config.run.update(num_steps=1000, log_every=50, eval_every=1000, ema_decay=0.99)
+        config.data.update(height=32, width=32, sizes=("large",), motions=("left", "right"))
+        config.run.update(num_steps=900, log_every=50, eval_every=900, ema_decay=0.99)
     elif arg == "tiny":
         config.task.dit = _dit("tiny", vae="tiny")
         config.task.text = {"dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 64, "max_bytes": 96}

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.optimizer.learning_rate = 4e-3
         config.run.update(num_steps=1600, batch_size=32)
     if "demo" in arguments:
-        config.data.update(height=32, width=32)
+        config.data.update(height=32, width=32, sizes=("large",))
         config.run.update(num_steps=400, log_every=20, eval_every=400, ema_decay=0.99)
     elif "tiny" in arguments:
         config.optimizer = {"kind": "adamw"}
