@@ -53,7 +53,9 @@ def test_links_and_files_named_in_the_documents_exist(page):
     text = page.read_text()
     linked = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
     assert [link for link in linked if not (page.parent / link).exists()] == []
-    named = re.findall(r"\b((?:experiments|launch|notebooks|benchmarks|docs|requirements)/[\w/]+\.\w+)", text)
+    named = re.findall(
+        r"\b(?<!/)((?:experiments|launch|notebooks|benchmarks|docs|requirements|tests)/[\w/]+\.\w+)", text
+    )
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
