@@ -37,9 +37,9 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.data.backgrounds = ("plain",)
     config.data.motions = ("left", "right", "up", "down", "still")
-    config.optimizer = {"kind": "muon", "learning_rate": 2e-2, "warmup_steps": 100, "end_fraction": 0.05}
+    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
     config.run = {
-        "num_steps": 1000,
+        "num_steps": 4000,
         "batch_size": 16,
         "log_every": 25,
         "checkpoint_every": 200,
