@@ -4,7 +4,6 @@ Run:       vidgen train --config=experiments/dit/folder.py --config.data.path=DI
            --config.task.vae=runs/vae_folder
 Arguments: (none) a small transformer at 64 x 64; `tiny` a few steps, for tests.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
-Expect:    docs/log.md has a sample after a few minutes on three short clips.
 """
 
 from ml_collections import ConfigDict

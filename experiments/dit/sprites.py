@@ -2,7 +2,7 @@
 
 Run:       vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit --config.task.vae=runs/vae
 Arguments: (none) the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests.
-Hardware:  two CPU cores, an hour; any accelerator, minutes.
+Hardware:  two CPU cores, two hours; any accelerator, minutes.
 Expect:    docs/log.md has the prompt alignment on held-out combinations of colour and shape.
 """
 

@@ -5,7 +5,6 @@ Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DI
            --config.run.init_from=runs/vae_images
 Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `tiny` a few steps, for tests.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
-Expect:    docs/log.md has the PSNR on held-out seconds of three short clips.
 """
 
 from ml_collections import ConfigDict
