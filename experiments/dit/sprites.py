@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "text": {"dim": 128, "num_layers": 3, "num_heads": 4, "ffn_dim": 256, "max_bytes": 96},
         "caption_dropout": 0.1,
         "density": {"kind": "logit_normal"},
-        "draws_per_clip": 4,
+        "draws_per_clip": 2,
     }
     config.data = {
         "kind": "sprites",
@@ -37,7 +37,13 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.data.backgrounds = ("plain",)
     config.data.motions = ("left", "right", "up", "down", "still")
-    config.optimizer = {"kind": "muon", "learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.05}
+    config.optimizer = {
+        "kind": "muon",
+        "learning_rate": 1e-2,
+        "adam_learning_rate": 3e-3,
+        "warmup_steps": 100,
+        "end_fraction": 0.05,
+    }
     config.run = {
         "num_steps": 4000,
         "batch_size": 16,

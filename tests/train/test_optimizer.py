@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -76,6 +78,16 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
     # Adam's first step is the sign of the gradient; Nesterov makes it 1 + 0.9 * 0.1 / 0.19 times as long.
     for name in ("bias", "gains", "table", "tokens"):
         np.testing.assert_allclose(found[name], -1.4736842 * np.sign(grads[name][...]), rtol=1e-4)
+
+
+def test_muon_has_a_rate_of_its_own_for_what_adam_updates():
+    grads = jax.tree.map(np.cos, params())
+    both = Muon(learning_rate=1.0, weight_decay=0.5, warmup_steps=0)
+    found, expected = updates(dataclasses.replace(both, adam_learning_rate=0.25), grads), updates(both, grads)
+    for name in ("matrix", "stack", "heads", "out", "conv"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    for name in ("bias", "gains", "table"):
+        np.testing.assert_allclose(found[name], 0.25 * expected[name], rtol=1e-5)
 
 
 def test_adamw_is_optax_adamw():

@@ -73,7 +73,8 @@ class Muon:
 
     Attributes:
       beta: momentum.
-      adam_b1, adam_b2: of the parameters that are no matrices.
+      adam_learning_rate, adam_b1, adam_b2: of the parameters that are no matrices; their rate, None is
+        `learning_rate`, rises and falls with that of the matrices.
       consistent_rms: root mean square of an update, in units of the learning rate.
     """
 
@@ -82,6 +83,7 @@ class Muon:
     beta: float = 0.95
     weight_decay: float = 0.01
     consistent_rms: float = 0.2
+    adam_learning_rate: float | None = None
     adam_b1: float = 0.9
     adam_b2: float = 0.99
     warmup_steps: int = 500
@@ -99,6 +101,9 @@ class Muon:
             1.0,
             beta=self.beta,
             consistent_rms=self.consistent_rms,
+            adam_learning_rate=None
+            if self.adam_learning_rate is None
+            else self.adam_learning_rate / self.learning_rate,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
             muon_weight_dimension_numbers=_matrices,

@@ -9,7 +9,7 @@ from flax import nnx
 from tests.models.random_weights import random_module
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.text.config import ByteEncoderConfig
-from vidgen.models.text.model import ByteEncoder
+from vidgen.models.text.model import ByteEncoder, hash_ngrams
 from vidgen.models.text.tokenizer import END, PADDING, PromptTooLong, tokenize
 from vidgen.models.text_to_video import TextToVideo
 
@@ -60,6 +60,35 @@ def test_less_padding_gives_the_same_features(encoder, encode):
     tokens, mask = map(jnp.asarray, tokenize(["abc"], 9))
     short = encode(encoder, tokens[:, :5], mask[:, :5])
     np.testing.assert_allclose(short[:, :4], encode(encoder, tokens, mask)[:, :4], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_distance_between_bytes_counts(encoder, encode):
+    tokens, mask = map(jnp.asarray, tokenize(["abcd"], 9))
+    shifted = encode(encoder, jnp.roll(tokens, 3, axis=1), jnp.roll(mask, 3, axis=1))
+    np.testing.assert_allclose(shifted[:, 3:8], encode(encoder, tokens, mask)[:, :5], rtol=1e-4, atol=1e-5)
+
+
+def test_ngrams_have_one_row_wherever_they_stand_and_spread_evenly():
+    tokens, _ = tokenize(["a red cat is red", "fired"], 20)
+    rows = hash_ngrams(jnp.asarray(tokens), 3, 4096)
+    assert rows[0, 4] == rows[0, 15] == rows[1, 4]
+    assert rows[0, 4] != hash_ngrams(jnp.asarray(tokens), 4, 4096)[0, 4]
+    every_pair = jnp.stack(jnp.meshgrid(jnp.arange(256), jnp.arange(256)), -1).reshape(-1, 2)
+    counts = np.bincount(hash_ngrams(every_pair, 2, 1024)[:, 1], minlength=1024)
+    # At random the counts, 64 on average, have a standard deviation of 8.
+    assert counts.std() < 12
+
+
+def test_ngrams_tell_prompts_apart_before_any_training():
+    def distance(ngrams):
+        config = dataclasses.replace(CONFIG, ngrams=ngrams)
+        model = ByteEncoder(config, rngs=nnx.Rngs(0))
+        features = model(*map(jnp.asarray, tokenize(["a dog", "a god"], 9)))
+        return np.linalg.norm(features[0].mean(0) - features[1].mean(0))
+
+    assert distance((3, 4)) > 1.5 * distance(())
+    with pytest.raises(ValueError, match=r"ngrams=\(1,\)"):
+        ByteEncoderConfig(ngrams=(1,))
 
 
 def test_text_and_transformer_must_agree_on_the_width():

@@ -13,8 +13,6 @@ from vidgen.nn.norms import LayerNorm, layer_norm
 from vidgen.nn.variables import param, zeros
 from vidgen.parallel.rules import constrain
 
-_normal = jax.nn.initializers.normal(0.02)
-
 
 def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array, eps: float) -> Float[Array, "b s d"]:
     """Layer norm without weights, then scale and shift per token or per clip (`b s d` or `b 1 d`)."""
@@ -27,12 +25,12 @@ class ConditionEmbedder(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
         self.freq_dim = config.freq_dim
-        self.time_1 = Linear(config.freq_dim, d, axes=(None, "embed"), init=_normal, rngs=rngs)
-        self.time_2 = Linear(d, d, axes=("embed", "mlp"), init=_normal, rngs=rngs)
+        self.time_1 = Linear(config.freq_dim, d, axes=(None, "embed"), rngs=rngs)
+        self.time_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         # Zero: every block starts as the identity (adaLN-Zero; Peebles and Xie, arXiv 2212.09748).
         self.time_proj = Linear(d, 6 * d, axes=("embed", "mlp"), init=zeros, rngs=rngs)
-        self.text_1 = Linear(config.text_dim, d, axes=(None, "embed"), init=_normal, rngs=rngs)
-        self.text_2 = Linear(d, d, axes=("embed", "mlp"), init=_normal, rngs=rngs)
+        self.text_1 = Linear(config.text_dim, d, axes=(None, "embed"), rngs=rngs)
+        self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
 
     def time(self, timestep: Float[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s 6 d"]]:
         """Embedding of the timestep and the six modulation vectors of a block, in float32."""

@@ -1,19 +1,22 @@
 """The byte-level text encoder."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.models.text.config import ByteEncoderConfig
-from vidgen.models.text.tokenizer import VOCABULARY
+from vidgen.models.text.tokenizer import PADDING, VOCABULARY
 from vidgen.nn.attention import MultiHeadAttention
+from vidgen.nn.embeddings import grid_positions, rope_angles
 from vidgen.nn.layers import FeedForward
 from vidgen.nn.norms import RMSNorm
 from vidgen.nn.stack import apply_stack, make_stack
 from vidgen.nn.variables import param
 from vidgen.parallel.rules import constrain
 
-_normal = jax.nn.initializers.normal(0.02)
+_normal = jax.nn.initializers.normal(1.0)
+_PRIME, _MIX = 0x01000193, 0x9E3779B1  # FNV's and Fibonacci hashing's multipliers
 
 
 class EncoderLayer(nnx.Module):
@@ -25,18 +28,28 @@ class EncoderLayer(nnx.Module):
         self.ffn_norm = RMSNorm(config.dim, rngs=rngs)
         self.ffn = FeedForward(config.dim, config.ffn_dim, kind="swiglu", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b l d"], *, mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-        x = x + self.attention(self.attention_norm(x), key_mask=mask)
+    def __call__(
+        self, x: Float[Array, "b l d"], *, mask: Bool[Array, "b l"], angles: Float[Array, "#b l k2"]
+    ) -> Float[Array, "b l d"]:
+        x = x + self.attention(self.attention_norm(x), key_mask=mask, angles=angles)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class ByteEncoder(nnx.Module):
-    """Features of a prompt from its bytes; learned positions, attention in both directions."""
+    """Features of a prompt from its bytes and the n-grams that they end; attention in both directions.
+
+    The n-grams, hashed to the rows of a table (as in BLT, arXiv 2412.09871), give whole words features from
+    the start: with bytes alone, what a word is must first be put together by the layers.
+    """
 
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = param(rngs, _normal, (VOCABULARY, config.dim), ("vocab", "embed"))
-        self.positions = param(rngs, _normal, (config.max_bytes + 1, config.dim), (None, "embed"))
+        self.ngram_embedding = (
+            param(rngs, _normal, (config.ngram_rows, config.dim), ("vocab", "embed"))
+            if config.ngrams
+            else None
+        )
         self.layers = make_stack(lambda rngs: EncoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.dim, rngs=rngs)
 
@@ -44,12 +57,28 @@ class ByteEncoder(nnx.Module):
         """Features of each token; those where `mask` is False are meaningless.
 
         Args:
-          tokens: of `tokenize`; l may be shorter than max_bytes + 1.
+          tokens: of `tokenize`.
         """
-        x = self.embedding[...][tokens] + self.positions[...][None, : tokens.shape[1]]
-        x = constrain(x.astype(self.config.dtype), "batch", None, None)
-        return self.norm(apply_stack(self.layers, x, _apply_layer, mask=mask))
+        config = self.config
+        x = self.embedding[...][tokens]
+        if self.ngram_embedding is not None:
+            rows = jnp.stack([hash_ngrams(tokens, n, config.ngram_rows) for n in config.ngrams])
+            x = (x + self.ngram_embedding[...][rows].sum(0)) * (1 + len(config.ngrams)) ** -0.5
+        x = constrain(x.astype(config.dtype), "batch", None, None)
+        angles = rope_angles(grid_positions(tokens.shape[1], 1, 1)[None], config.dim // config.num_heads)
+        return self.norm(apply_stack(self.layers, x, _apply_layer, mask=mask, angles=angles))
 
 
-def _apply_layer(layer: EncoderLayer, x: Array, mask: Array) -> Array:
-    return constrain(layer(x, mask=mask), "batch", None, None)
+def hash_ngrams(tokens: Int[Array, "b l"], length: int, rows: int) -> Int[Array, "b l"]:
+    """A row in [0, rows) for the `length` tokens that end at each place; padding stands before the first."""
+    padded = jnp.pad(tokens, ((0, 0), (length - 1, 0)), constant_values=PADDING).astype(jnp.uint32)
+    code = jnp.full(tokens.shape, length, jnp.uint32)
+    for offset in range(length):
+        code = code * jnp.uint32(_PRIME) + padded[:, offset : offset + tokens.shape[1]]
+    # High bits are the well mixed ones of a product; the remainder looks at the low ones.
+    code = code * jnp.uint32(_MIX)
+    return ((code ^ (code >> 16)) % jnp.uint32(rows)).astype(jnp.int32)
+
+
+def _apply_layer(layer: EncoderLayer, x: Array, mask: Array, angles: Array) -> Array:
+    return constrain(layer(x, mask=mask, angles=angles), "batch", None, None)
