@@ -17,7 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     config = ConfigDict()
     config.task = {"kind": "vae", "model": dataclasses.asdict(VARIANTS["wan2.1"]), "kl_weight": 1e-6}
-    config.task.model.update(dtype="bfloat16", remat="full")
+    # Statistics of the published weights' latents are of no use to weights of one's own.
+    config.task.model.update(latents_mean=(), latents_std=(), dtype="bfloat16", remat="full")
     config.data = {"kind": "folder", "split": "train", "crop": "random", "num_frames": 17, "fps": 16.0}
     config.data.update(height=128, width=128, stride=1.0, path=placeholder(str))
     config.optimizer = {"kind": "adamw", "learning_rate": 1e-4, "warmup_steps": 1000}

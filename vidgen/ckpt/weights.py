@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vidgen.ckpt.foreign import Foreign
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 
@@ -23,17 +24,25 @@ class WeightsError(ValueError):
 
 
 def save_weights(
-    path: pathlib.Path | str, tree: PyTree, *, metadata: Mapping[str, str] | None = None
+    path: pathlib.Path | str,
+    tree: PyTree,
+    *,
+    names: Mapping[str, Foreign] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the arrays of `tree` under their dotted names; the file appears whole or not at all.
 
     With several processes all of them must call this; process 0 writes.
 
     Args:
+      names: for another program: its name and layout of each array.
       metadata: strings for the file's header.
     """
     path = pathlib.Path(path)
-    arrays = {name: np.asarray(_on_host(leaf), order="C") for name, leaf in named_leaves(tree).items()}
+    arrays = {}
+    for name, leaf in named_leaves(tree).items():
+        foreign = _foreign(names, name, leaf)
+        arrays[foreign.name] = np.asarray(foreign.to_theirs(_on_host(leaf)), order="C")
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,12 +51,15 @@ def save_weights(
     os.replace(temporary, path)
 
 
-def load_weights(path: pathlib.Path | str, abstract_tree: PyTree) -> PyTree:
+def load_weights(
+    path: pathlib.Path | str, abstract_tree: PyTree, *, names: Mapping[str, Foreign] | None = None
+) -> PyTree:
     """The arrays of a file in a tree like `abstract_tree`.
 
     Args:
       abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a
         sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
+      names: of a file by another program: its name and layout of each array.
 
     Raises:
       FileNotFoundError: no such file.
@@ -56,31 +68,40 @@ def load_weights(path: pathlib.Path | str, abstract_tree: PyTree) -> PyTree:
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format")
-    names = named_leaves(abstract_tree)
+    wanted = [(_foreign(names, name, leaf), leaf) for name, leaf in named_leaves(abstract_tree).items()]
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            problems = list(_problems(names, shapes))
+            problems = list(_problems({f.name: f.shape(tuple(leaf.shape)) for f, leaf in wanted}, shapes))
             if problems:
                 listed = "\n  ".join(problems)
                 raise WeightsError(
                     f"{path} does not fit the model ({len(problems)} tensors): use the config of its run"
                     f"\n  {listed}"
                 )
-            arrays = [_placed(file.get_tensor(name), leaf) for name, leaf in names.items()]
+            arrays = [
+                _placed(foreign.to_ours(file.get_tensor(foreign.name), tuple(leaf.shape)), leaf)
+                for foreign, leaf in wanted
+            ]
     except SafetensorError as error:
         raise WeightsError(f"{path} is no complete safetensors file ({error}): write it again") from error
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
 
 
-def _problems(wanted: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Foreign:
+    return Foreign(name, tuple(range(len(leaf.shape)))) if names is None else names[name]
+
+
+def _problems(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
     for name in sorted(wanted.keys() - found.keys()):
-        yield f"{name}: missing in the file, expected {tuple(wanted[name].shape)}"
+        yield f"{name}: missing in the file, expected {wanted[name]}"
     for name in sorted(found.keys() - wanted.keys()):
         yield f"{name}: only in the file, {found[name]}"
     for name in sorted(wanted.keys() & found.keys()):
-        if found[name] != tuple(wanted[name].shape):
-            yield f"{name}: {found[name]} in the file, expected {tuple(wanted[name].shape)}"
+        if found[name] != wanted[name]:
+            yield f"{name}: {found[name]} in the file, expected {wanted[name]}"
 
 
 def _placed(array: np.ndarray, leaf: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Linear maps, convolutions and feed-forward networks. The compute dtype is that of the input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -49,6 +49,33 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + over_last_axis(self.bias[...], y)
 
 
+class History:
+    """What causal layers keep of a group of frames for the next group, in the order in which they ask.
+
+    A network run over a video group by group, each with a `History` of what the one before `keeps`, gives what
+    it gives for the whole video at once.
+    """
+
+    def __init__(self, kept: Sequence[Array] | None = None):
+        """A history for one group.
+
+        Args:
+          kept: the `keeps` of the group before; None for the first group.
+        """
+        self.begins = kept is None
+        self.keeps: list[Array] = []
+        self._kept = iter(kept or ())
+
+    def exchange(self, x: Float[Array, "b t h w c"], count: int) -> Float[Array, "b n h w c"] | None:
+        """The `count` frames before `x`, None at the beginning; keeps the last `count` for the next group."""
+        if self.begins:
+            before = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
+        else:
+            before = next(self._kept)
+        self.keeps.append(jnp.concatenate([before, x], axis=1)[:, x.shape[1] :])
+        return None if self.begins else before
+
+
 class CausalConv3d(nnx.Module):
     """Convolution over time and space: centred in space, backward in time (zeros before frame 0).
 
@@ -76,11 +103,18 @@ class CausalConv3d(nnx.Module):
         self.kernel = param(rngs, init, shape, (None, None, None, "conv_in", "conv_out"))
         self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
 
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
+    def __call__(
+        self, x: Float[Array, "b t h w i"], history: History | None = None
+    ) -> Float[Array, "b t h w o"]:
+        """Filters a video, or with `history` the next group of frames of one."""
         taps, height, width = self.kernel_size
-        taps = min(taps, x.shape[1])  # the others meet nothing but the zeros before frame 0
+        before = history.exchange(x, taps - 1) if history and taps > 1 else None
+        if before is None:
+            taps = min(taps, x.shape[1])  # the others meet nothing but the zeros before frame 0
+        else:
+            x = jnp.concatenate([before, x], axis=1)
         space = ((height // 2, height // 2), (width // 2, width // 2))
-        y = conv3d(x, self.kernel[-taps:], padding=((taps - 1, 0), *space))
+        y = conv3d(x, self.kernel[-taps:], padding=((taps - 1 if before is None else 0, 0), *space))
         return y + over_last_axis(self.bias[...], y)
 
 

@@ -12,23 +12,29 @@ class VAEConfig:
 
     Attributes:
       base_dim: channels at full (patched) resolution.
+      decoder_base_dim: the same of the decoder; None is `base_dim`.
       latent_channels: channels of the latents.
       dim_mult: channel multiplier of each level; between levels height and width halve.
       num_res_blocks: residual blocks per encoder level (the decoder has one more).
       temporal_downsample: for each of the steps between levels, whether time halves too.
       patch_size: pixels per side that are moved into channels before the first convolution.
       level_shortcuts: parameter-free skip connections around each level, as in Wan 2.2's VAE.
+      latents_mean, latents_std: statistics of each latent channel to start from; () is 0 and 1. Training goes
+        on from them.
       dtype: compute dtype; weights are float32.
       remat: "full" recomputes each residual block in the backward pass.
     """
 
     base_dim: int = 96
+    decoder_base_dim: int | None = None
     latent_channels: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
     level_shortcuts: bool = False
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
 
@@ -39,6 +45,12 @@ class VAEConfig:
                 f"temporal_downsample needs one entry for each of the {steps} steps between the levels of "
                 f"dim_mult={self.dim_mult}, found {self.temporal_downsample}"
             )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.latent_channels):
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries; expected one for each of the "
+                    f"{self.latent_channels} latent channels"
+                )
 
     @property
     def temporal_factor(self) -> int:
@@ -75,8 +87,42 @@ class VAEConfig:
         )
 
 
+# fmt: off
+_WAN21_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
+    0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+_WAN21_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652,
+    1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+)
+_WAN22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
+    0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665,
+    -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799,
+    -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957,
+    0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+_WAN22_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894,
+    1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146,
+    0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709,
+    0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537,
+    0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
 VARIANTS: dict[str, VAEConfig] = {
-    "wan2.1": VAEConfig(),
+    "wan2.1": VAEConfig(latents_mean=_WAN21_MEAN, latents_std=_WAN21_STD),
+    "wan2.2": VAEConfig(
+        base_dim=160,
+        decoder_base_dim=256,
+        latent_channels=48,
+        patch_size=2,
+        level_shortcuts=True,
+        latents_mean=_WAN22_MEAN,
+        latents_std=_WAN22_STD,
+    ),
     "small": VAEConfig(
         base_dim=32,
         dim_mult=(1, 2, 4),
@@ -103,4 +149,4 @@ VARIANTS: dict[str, VAEConfig] = {
         level_shortcuts=True,
     ),
 }
-"""Shapes by name. All but the first are for training from scratch; all compress 4 x 8 x 8."""
+"""Shapes by name; Wan's are for its weights, the rest, 4 x 8 x 8, for training from scratch."""

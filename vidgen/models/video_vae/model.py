@@ -9,9 +9,13 @@ from flax import nnx
 from vidgen.core.typing import Array, Float, Latents, Video
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.modules import DownBlock, MidBlock, Step, UpBlock
-from vidgen.nn.layers import CausalConv3d, pixel_shuffle, pixel_unshuffle
+from vidgen.nn.layers import CausalConv3d, History, pixel_shuffle, pixel_unshuffle
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import Buffer
+
+
+_SLOWEST = 0.01
+"""Least rate at which latent statistics follow a batch."""
 
 
 class Posterior(NamedTuple):
@@ -51,9 +55,12 @@ class Encoder(nnx.Module):
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
         self.conv_out = CausalConv3d(dims[-1], 2 * config.latent_channels, (3, 3, 3), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
-        x = _run([*self.down_blocks, self.mid_block], self.conv_in(x), self.remat == "full")
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+    def __call__(
+        self, x: Float[Array, "b t h w i"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 o"]:
+        x = self.conv_in(x, history)
+        x = _run([*self.down_blocks, self.mid_block], x, history, remat=self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
 
 
 class Decoder(nnx.Module):
@@ -61,7 +68,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         mults = config.dim_mult[::-1]
-        dims = [config.base_dim * mult for mult in (mults[0], *mults)]
+        base = config.base_dim if config.decoder_base_dim is None else config.decoder_base_dim
+        dims = [base * mult for mult in (mults[0], *mults)]
         self.remat = config.remat
         self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
         self.mid_block = MidBlock(dims[0], rngs=rngs)
@@ -83,9 +91,12 @@ class Decoder(nnx.Module):
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
         self.conv_out = CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3), rngs=rngs)
 
-    def __call__(self, z: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
-        x = _run([self.mid_block, *self.up_blocks], self.conv_in(z), self.remat == "full")
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+    def __call__(
+        self, z: Float[Array, "b t h w c"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 o"]:
+        x = self.conv_in(z, history)
+        x = _run([self.mid_block, *self.up_blocks], x, history, remat=self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
 
 
 def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
@@ -93,10 +104,22 @@ def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
     return [*(Step(flag) for flag in temporal), None]
 
 
-def _run(blocks: list, x: Array, remat: bool) -> Array:
+def _run(blocks: list, x: Array, history: History | None, *, remat: bool) -> Array:
     for block in blocks:
-        x = jax.checkpoint(lambda block, x: block(x))(block, x) if remat else block(x)
+        # A history is written to, which a recomputed function must not do; nothing is trained with one.
+        if remat and history is None:
+            x = jax.checkpoint(lambda block, x: block(x))(block, x)
+        else:
+            x = block(x, history)
     return x
+
+
+def first_statistics(config: VAEConfig) -> tuple[Array, Array, Array]:
+    """Mean and variance of each latent channel at the start, and how many batches they count for."""
+    z = config.latent_channels
+    mean = jnp.asarray(config.latents_mean or (0.0,) * z, jnp.float32)
+    deviation = jnp.asarray(config.latents_std or (1.0,) * z, jnp.float32)
+    return mean, jnp.square(deviation), jnp.asarray(1.0 / _SLOWEST if config.latents_mean else 0.0)
 
 
 class VideoVAE(nnx.Module):
@@ -113,37 +136,37 @@ class VideoVAE(nnx.Module):
         self.quant_conv = CausalConv3d(2 * z, 2 * z, (1, 1, 1), rngs=rngs)
         self.post_quant_conv = CausalConv3d(z, z, (1, 1, 1), rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.latents_mean = Buffer(jnp.zeros(z))
-        self.latents_variance = Buffer(jnp.ones(z))
-        self.latents_count = Buffer(jnp.zeros(()))
+        self.latents_mean, self.latents_variance, self.latents_count = map(Buffer, first_statistics(config))
 
-    def posterior(self, video: Video) -> Posterior:
+    def posterior(self, video: Video, history: History | None = None) -> Posterior:
         """Distribution over raw latents, in float32.
 
         Args:
           video: pixels in [-1, 1], `b t h w 3`; t is 1 + n * temporal_factor, h and w multiples of
             spatial_factor.
+          history: `video` is a group of frames of a longer one: frame 0 alone, then n * temporal_factor each.
 
         Raises:
           ValueError: the size is not one that the VAE takes.
         """
-        self.config.latent_shape(*video.shape[1:4])
+        frames, height, width = video.shape[1:4]
+        self.config.latent_shape(frames if history is None or history.begins else frames + 1, height, width)
         x = pixel_unshuffle(video.astype(self.config.dtype), self.config.patch_size)
-        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(x, history)).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def encode(self, video: Video) -> Latents:
+    def encode(self, video: Video, history: History | None = None) -> Latents:
         """Normalised mean latents of a video in [-1, 1]; float32."""
-        return self.normalise(self.posterior(video).mean)
+        return self.normalise(self.posterior(video, history).mean)
 
-    def decode(self, latents: Latents) -> Video:
+    def decode(self, latents: Latents, history: History | None = None) -> Video:
         """Video in [-1, 1] (float32, not clipped) of normalised latents."""
-        return self.decode_raw(self.denormalise(latents))
+        return self.decode_raw(self.denormalise(latents), history)
 
-    def decode_raw(self, latents: Latents) -> Video:
+    def decode_raw(self, latents: Latents, history: History | None = None) -> Video:
         """Video of raw latents, as sampled from a `Posterior`."""
-        x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)))
+        x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)), history)
         return pixel_shuffle(x, self.config.patch_size).astype(jnp.float32)
 
     def normalise(self, raw: Latents) -> Latents:
@@ -156,7 +179,7 @@ class VideoVAE(nnx.Module):
 
     def update_statistics(self, raw: Latents) -> None:
         """Moves the per-channel mean and variance towards those of `raw`: an average, then exponential."""
-        rate = jnp.maximum(1.0 / (self.latents_count[...] + 1.0), 0.01)
+        rate = jnp.maximum(1.0 / (self.latents_count[...] + 1.0), _SLOWEST)
         mean = raw.mean((0, 1, 2, 3))
         shift = mean - self.latents_mean[...]
         variance = raw.var((0, 1, 2, 3)) + (1.0 - rate) * jnp.square(shift)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Float
-from vidgen.nn.layers import CausalConv3d, Linear
+from vidgen.nn.layers import CausalConv3d, History, Linear
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.attention import attention
@@ -40,9 +40,11 @@ class ResidualBlock(nnx.Module):
             else CausalConv3d(in_channels, out_channels, (1, 1, 1), rngs=rngs)
         )
 
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+    def __call__(
+        self, x: Float[Array, "b t h w i"], history: History | None = None
+    ) -> Float[Array, "b t h w o"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)), history)
+        y = self.conv2(jax.nn.silu(self.norm2(y)), history)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -92,13 +94,19 @@ class Downsample(nnx.Module):
         self.space = SpatialConv(channels, channels, stride=2, rngs=rngs)
         self.time = _time_conv(channels, channels, rngs) if temporal else None
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 c"]:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 c"]:
         x = self.space(x)
-        if self.time is None or x.shape[1] == 1:
+        if self.time is None:
             return x
-        merged = conv3d(x, self.time.kernel[...], strides=(2, 1, 1))
+        before = history.exchange(x, 1) if history else None
+        if before is None and x.shape[1] == 1:
+            return x
+        frames = x if before is None else jnp.concatenate([before, x], axis=1)
+        merged = conv3d(frames, self.time.kernel[...], strides=(2, 1, 1))
         merged = merged + over_last_axis(self.time.bias[...], merged)
-        return jnp.concatenate([x[:, :1], merged], axis=1)
+        return merged if before is not None else jnp.concatenate([x[:, :1], merged], axis=1)
 
 
 class Upsample(nnx.Module):
@@ -108,13 +116,24 @@ class Upsample(nnx.Module):
         self.space = SpatialConv(channels, out_channels, rngs=rngs)
         self.time = _time_conv(channels, 2 * channels, rngs) if temporal else None
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 o"]:
-        if self.time is not None and x.shape[1] > 1:
-            b, t, h, w, c = x.shape
-            pairs = self.time(x[:, 1:]).reshape(b, t - 1, h, w, 2, c)
-            pairs = jnp.transpose(pairs, (0, 1, 4, 2, 3, 5)).reshape(b, 2 * (t - 1), h, w, c)
-            x = jnp.concatenate([x[:, :1], pairs], axis=1)
+    def __call__(
+        self, x: Float[Array, "b t h w c"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 o"]:
+        if self.time is not None:
+            single = 1 if history is None or history.begins else 0
+            x = jnp.concatenate([x[:, :single], self._double(x[:, single:], history)], axis=1)
         return self.space(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+
+    def _double(self, x: Array, history: History | None) -> Array:
+        """Two frames for each; the convolution over time never sees frame 0."""
+        assert self.time is not None
+        if x.shape[1] == 0:
+            if history:
+                history.exchange(x, self.time.kernel_size[0] - 1)
+            return x
+        b, t, h, w, c = x.shape
+        pairs = self.time(x, history).reshape(b, t, h, w, 2, c)
+        return jnp.transpose(pairs, (0, 1, 4, 2, 3, 5)).reshape(b, 2 * t, h, w, c)
 
 
 class MidBlock(nnx.Module):
@@ -125,8 +144,10 @@ class MidBlock(nnx.Module):
         self.attention = FrameAttention(channels, rngs=rngs)
         self.second = ResidualBlock(channels, channels, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        return self.second(self.attention(self.first(x)))
+    def __call__(
+        self, x: Float[Array, "b t h w c"], history: History | None = None
+    ) -> Float[Array, "b t h w c"]:
+        return self.second(self.attention(self.first(x, history)), history)
 
 
 class DownBlock(nnx.Module):
@@ -155,12 +176,14 @@ class DownBlock(nnx.Module):
         )
         self.downsample = Downsample(out_channels, temporal=step.temporal, rngs=rngs) if step else None
 
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b t h w i"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 o"]:
         y = x
         for block in self.blocks:
-            y = block(y)
+            y = block(y, history)
         if self.downsample is not None:
-            y = self.downsample(y)
+            y = self.downsample(y, history)
         return y + average_down(x, self.out_channels, self.factors) if self.shortcut else y
 
 
@@ -190,13 +213,18 @@ class UpBlock(nnx.Module):
         upsampled = out_channels if shortcut else out_channels // 2
         self.upsample = Upsample(out_channels, upsampled, temporal=step.temporal, rngs=rngs) if step else None
 
-    def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b t h w i"], history: History | None = None
+    ) -> Float[Array, "b t2 h2 w2 o"]:
         y = x
         for block in self.blocks:
-            y = block(y)
+            y = block(y, history)
         if self.upsample is not None:
-            y = self.upsample(y)
-        return y + repeat_up(x, self.out_channels, self.factors) if self.shortcut else y
+            y = self.upsample(y, history)
+        if not self.shortcut:
+            return y
+        begins = history is None or history.begins
+        return y + repeat_up(x, self.out_channels, self.factors, begins=begins)
 
 
 def average_down(
@@ -217,11 +245,11 @@ def average_down(
 
 
 def repeat_up(
-    x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int]
+    x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int], *, begins: bool = True
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """Repeats channels and moves them into neighbourhoods; frame 0 gives one frame."""
+    """Repeats channels and moves them into neighbourhoods; frame 0, if `x` begins with it, gives one frame."""
     ft, fh, fw = factors
     b, t, h, w, c = x.shape
     x = jnp.repeat(x, channels * ft * fh * fw // c, axis=-1).reshape(b, t, h, w, channels, ft, fh, fw)
     x = jnp.transpose(x, (0, 1, 5, 2, 6, 3, 7, 4)).reshape(b, t * ft, h * fh, w * fw, channels)
-    return x[:, ft - 1 :]
+    return x[:, ft - 1 :] if begins else x

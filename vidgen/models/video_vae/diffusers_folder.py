@@ -1,0 +1,101 @@
+"""The autoencoder as diffusers keeps it: a folder of config.json and safetensors."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.tree import named_leaves
+from vidgen.models.video_vae.config import VAEConfig
+from vidgen.models.video_vae.model import VideoVAE, first_statistics
+from vidgen.models.video_vae.params import diffusers_names
+from vidgen.nn.variables import Buffer
+from vidgen.parallel import processes
+
+__all__ = ["load_diffusers", "save_diffusers"]
+
+_CLASS, _CONFIG, _WEIGHTS = "AutoencoderKLWan", "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
+    """The autoencoder that `AutoencoderKLWan.save_pretrained` wrote, Wan 2.1's, 2.2's or one of that kind.
+
+    Raises:
+      FileNotFoundError: config.json or the weights are missing.
+      ValueError: config.json is of another model, or asks for what this one does not have.
+      WeightsError: names every tensor that is missing, left over or of another shape.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / _CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: give the folder `vae` of a diffusers checkpoint of Wan")
+    config = _config(json.loads(path.read_text()), str(path))
+    vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = nnx.split(vae, nnx.Param, ..., graph=False)
+    names = diffusers_names(config, named_leaves(params))
+    vae = nnx.merge(graphdef, load_weights(folder / _WEIGHTS, params, names=names), buffers)
+    vae.latents_mean, vae.latents_variance, vae.latents_count = map(Buffer, first_statistics(config))
+    return vae
+
+
+def save_diffusers(vae: VideoVAE, folder: pathlib.Path | str) -> None:
+    """Writes what `AutoencoderKLWan.from_pretrained` reads; each file appears whole.
+
+    Only process 0 writes; all of them must call this.
+    """
+    folder = pathlib.Path(folder)
+    params = nnx.state(vae, nnx.Param, graph=False)
+    names = diffusers_names(vae.config, named_leaves(params))
+    save_weights(folder / _WEIGHTS, params, names=names, metadata={"format": "pt"})
+    if not processes.is_main_process():
+        return
+    temporary = folder / (_CONFIG + ".tmp")
+    temporary.write_text(json.dumps(_values(vae), indent=2) + "\n")
+    os.replace(temporary, folder / _CONFIG)
+
+
+def _config(values: Mapping[str, Any], where: str) -> VAEConfig:
+    if values.get("_class_name") != _CLASS:
+        raise ValueError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
+    if values.get("attn_scales"):
+        raise ValueError(f"{where}: attn_scales={values['attn_scales']} is not supported; expected []")
+    return VAEConfig(
+        base_dim=values["base_dim"],
+        decoder_base_dim=values.get("decoder_base_dim"),
+        latent_channels=values["z_dim"],
+        dim_mult=tuple(values["dim_mult"]),
+        num_res_blocks=values["num_res_blocks"],
+        temporal_downsample=tuple(values["temperal_downsample"]),
+        patch_size=values.get("patch_size") or 1,
+        level_shortcuts=values.get("is_residual", False),
+        latents_mean=tuple(values["latents_mean"]),
+        latents_std=tuple(values["latents_std"]),
+    )
+
+
+def _values(vae: VideoVAE) -> dict[str, Any]:
+    config = vae.config
+    return {
+        "_class_name": _CLASS,
+        "base_dim": config.base_dim,
+        "decoder_base_dim": config.decoder_base_dim,
+        "z_dim": config.latent_channels,
+        "dim_mult": list(config.dim_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal_downsample),
+        "dropout": 0.0,
+        "latents_mean": np.asarray(vae.latents_mean[...]).tolist(),
+        "latents_std": np.sqrt(np.asarray(vae.latents_variance[...])).tolist(),
+        "is_residual": config.level_shortcuts,
+        "in_channels": 3 * config.patch_size**2,
+        "out_channels": 3 * config.patch_size**2,
+        "patch_size": None if config.patch_size == 1 else config.patch_size,
+        "scale_factor_temporal": config.temporal_factor,
+        "scale_factor_spatial": config.spatial_factor,
+    }

@@ -1,0 +1,142 @@
+"""Videos of any length through the VAE group by group: memory does not grow with the duration.
+
+Frame 0 is a group of its own; each of the others is `group` latent frames. The results are those of the whole
+video at once: what a group needs of earlier ones is carried along.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidgen.core.typing import Array, Latents, Video
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.nn.layers import History
+
+__all__ = ["decode", "decode_stream", "encode", "encode_stream", "padded_frames"]
+
+Kept = tuple[Array, ...]
+"""What one group leaves to the next: the last frames that each causal layer has seen."""
+
+
+def encode(vae: VideoVAE, video: Video, *, group: int = 1) -> Latents:
+    """`vae.encode` as a scan over groups of frames.
+
+    Args:
+      video: in [-1, 1]; 1 + n * temporal_factor frames.
+      group: latent frames per step.
+    """
+    return _scan(functools.partial(_encode_group, vae), video, vae.config.temporal_factor * group)
+
+
+def decode(vae: VideoVAE, latents: Latents, *, group: int = 1) -> Video:
+    """`vae.decode` as a scan over groups of latent frames."""
+    return _scan(functools.partial(_decode_group, vae), latents, group)
+
+
+def encode_stream(vae: VideoVAE, frames: Iterable[np.ndarray], *, group: int = 1) -> Iterator[Latents]:
+    """Latents of a video that arrives frame by frame, as soon as each group is whole.
+
+    Args:
+      frames: `b h w 3` in [-1, 1] each, any number. If they do not fill the last group, its last frame is
+        repeated; `decode_stream` crops if it is told the number of frames.
+
+    Yields:
+      Normalised latents `b t h w c`: one latent frame for frame 0, then `group` at a time.
+    """
+    kept: Kept | None = None
+    size = vae.config.temporal_factor * group
+    for block in _blocks(frames, size, vae.config.temporal_factor):
+        latents, kept = _jit_encode_group(vae, block, kept)
+        yield latents
+
+
+def decode_stream(
+    vae: VideoVAE, latents: Iterable[Latents], *, num_frames: int | None = None
+) -> Iterator[Video]:
+    """Frames of a video, handed out group by group while later ones are still to be computed.
+
+    Args:
+      latents: blocks `b t h w c` of any length, as `encode_stream` yields them.
+      num_frames: frames to hand out in all; None is all there are.
+
+    Yields:
+      Frames `b t h w 3` in [-1, 1], float32, not clipped.
+    """
+    kept: Kept | None = None
+    left = num_frames
+    for block in _first_alone(latents):
+        if left is not None and left <= 0:
+            return
+        frames, kept = _jit_decode_group(vae, block, kept)
+        if left is not None:
+            frames, left = frames[:, :left], left - frames.shape[1]
+        yield frames
+
+
+def padded_frames(num_frames: int, temporal_factor: int) -> int:
+    """The smallest 1 + n * temporal_factor that is not less than `num_frames`."""
+    return num_frames + (1 - num_frames) % temporal_factor
+
+
+def _encode_group(vae: VideoVAE, video: Video, kept: Kept | None) -> tuple[Latents, Kept]:
+    history = History(kept)
+    latents = vae.encode(video, history)
+    return latents, tuple(history.keeps)
+
+
+def _decode_group(vae: VideoVAE, latents: Latents, kept: Kept | None) -> tuple[Video, Kept]:
+    history = History(kept)
+    video = vae.decode(latents, history)
+    return video, tuple(history.keeps)
+
+
+_jit_encode_group = jax.jit(_encode_group, donate_argnames="kept")
+_jit_decode_group = jax.jit(_decode_group, donate_argnames="kept")
+
+
+def _scan(run: Callable[[Array, Kept | None], tuple[Array, Kept]], x: Array, size: int) -> Array:
+    """Frame 0, a scan over as many blocks of `size` frames as there are, and what is left."""
+    first, kept = run(x[:, :1], None)
+    count = (x.shape[1] - 1) // size
+    done = [first]
+    if count:
+        b, _, *rest = x.shape
+        blocks = x[:, 1 : 1 + count * size].reshape(b, count, size, *rest).swapaxes(0, 1)
+
+        def body(kept: Kept, block: Array) -> tuple[Kept, Array]:
+            out, kept = run(block, kept)
+            return kept, out
+
+        kept, out = jax.lax.scan(body, kept, blocks)
+        done.append(out.swapaxes(0, 1).reshape(b, -1, *out.shape[3:]))
+    if x.shape[1] > 1 + count * size:
+        done.append(run(x[:, 1 + count * size :], kept)[0])
+    return jnp.concatenate(done, axis=1)
+
+
+def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np.ndarray]:
+    """`b t h w 3`: frame 0, then `size` frames at a time; the end is filled to a multiple of `factor`."""
+    waiting: list[np.ndarray] = []
+    wanted = 1
+    for frame in frames:
+        waiting.append(frame)
+        if len(waiting) == wanted:
+            yield np.stack(waiting, axis=1)
+            waiting, wanted = [], size
+    if waiting:
+        waiting += [waiting[-1]] * (-len(waiting) % factor)
+        yield np.stack(waiting, axis=1)
+
+
+def _first_alone(latents: Iterable[Latents]) -> Iterator[Latents]:
+    """The same latents with the first frame in a block of its own."""
+    blocks = iter(latents)
+    for first in blocks:
+        yield first[:, :1]
+        if first.shape[1] > 1:
+            yield first[:, 1:]
+        break
+    yield from blocks
