@@ -92,9 +92,7 @@ def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Forei
     return Foreign(name, tuple(range(len(leaf.shape)))) if names is None else names[name]
 
 
-def _problems(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> Iterator[str]:
+def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for name in sorted(wanted.keys() - found.keys()):
         yield f"{name}: missing in the file, expected {wanted[name]}"
     for name in sorted(found.keys() - wanted.keys()):

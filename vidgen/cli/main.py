@@ -15,6 +15,8 @@ _COMMANDS = {
     "train": "train what an experiment config describes, or resume it",
     "sample": "generate videos from prompts with a trained run",
     "evaluate": "measure a trained run",
+    "encode": "turn a video into latents of a VAE",
+    "decode": "turn latents back into a video",
     "data": "check a folder of videos, or write it as records",
     "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",

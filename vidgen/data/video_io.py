@@ -1,7 +1,7 @@
 """Video files in and out: what the rest of the code imports."""
 
 from vidgen.data.video_file import VideoInfo
-from vidgen.data.video_reader import probe, read_clip
-from vidgen.data.video_writer import read_metadata, save_video
+from vidgen.data.video_reader import probe, read_clip, read_frames
+from vidgen.data.video_writer import read_metadata, save_frames, save_video
 
-__all__ = ["VideoInfo", "probe", "read_clip", "read_metadata", "save_video"]
+__all__ = ["VideoInfo", "probe", "read_clip", "read_frames", "read_metadata", "save_frames", "save_video"]

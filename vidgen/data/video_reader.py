@@ -1,10 +1,11 @@
 """Frames out of video and image files: frame-accurate, resampled in time, resized and cropped."""
 
+import contextlib
 import io
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from vidgen.data.geometry import Crop
 from vidgen.data.source import BrokenClip
 from vidgen.data.video_file import TIME_ROUNDING, TimedFrame, VideoFile, VideoInfo, orientation
 
-__all__ = ["probe", "read_clip"]
+__all__ = ["probe", "read_clip", "read_frames"]
 
 _UNSPECIFIED = 2
 """The number of "no colour matrix given" in ITU-T H.273."""
@@ -86,41 +87,70 @@ def read_clip(
       BrokenClip: the file is damaged, has no picture, or ends before the clip does.
       ValueError: the arguments do not fit each other.
     """
-    if (height is None) != (width is None):
-        raise ValueError(f"height is {height} and width is {width}: give both, or none of them.")
-    if start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
-        raise ValueError(
-            f"start is {start}, fps {fps}, num_frames {num_frames}: "
-            "expected start >= 0, fps > 0 and num_frames >= 1."
-        )
-    size = None if height is None or width is None else (height, width)
-    if isinstance(file, (str, os.PathLike)):
-        file = pathlib.Path(file)
-        if image_reader.is_image(file):
-            if num_frames not in (None, 1):
-                raise BrokenClip(str(file), f"an image is one frame, {num_frames} are wanted")
-            return image_reader.read_image(file, size=size, crop_at=crop_at)[None]
-    with VideoFile(file) as video:
-        frames = video.frames_from(float(start))
-        chosen = _one_by_one(frames, start) if fps is None else _nearest(frames, start, fps)
-        clip = _to_rgb_clip(video, itertools.islice(chosen, num_frames), size, crop_at)
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}: expected 1 or more.")
+    name = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "video in memory")
+    if num_frames not in (None, 1) and isinstance(file, (str, os.PathLike)):
+        if image_reader.is_image(pathlib.Path(file)):
+            raise BrokenClip(name, f"an image is one frame, {num_frames} are wanted")
+    frames = read_frames(file, start=start, fps=fps, height=height, width=width, crop_at=crop_at)
+    with contextlib.closing(frames):
+        clip = list(itertools.islice(frames, num_frames))
     if len(clip) < (num_frames or 1):
         rate = f" at {fps:g} fps" if fps else ""
-        raise BrokenClip(
-            video.name, f"only {len(clip)} of {num_frames or 1} frames{rate} follow {start:.3f} s"
-        )
+        raise BrokenClip(name, f"only {len(clip)} of {num_frames or 1} frames{rate} follow {start:.3f} s")
     return np.stack(clip)
 
 
-def _to_rgb_clip(
+def read_frames(
+    file: str | os.PathLike[str] | io.BytesIO,
+    *,
+    start: float | int = 0.0,
+    fps: float | int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    crop_at: tuple[float, float] = (0.5, 0.5),
+) -> Generator[np.ndarray]:
+    """The frames of `read_clip` to the end of the file, one by one, each uint8 [height width 3].
+
+    Raises:
+      BrokenClip: the file is damaged or has no picture.
+      ValueError: the arguments do not fit each other.
+    """
+    if (height is None) != (width is None):
+        raise ValueError(f"height is {height} and width is {width}: give both, or none of them.")
+    if start < 0 or (fps is not None and fps <= 0):
+        raise ValueError(f"start is {start}, fps {fps}: expected start >= 0 and fps > 0.")
+    size = None if height is None or width is None else (height, width)
+    return _frames(file, float(start), fps, size, crop_at)
+
+
+def _frames(
+    file: str | os.PathLike[str] | io.BytesIO,
+    start: float,
+    fps: float | int | None,
+    size: tuple[int, int] | None,
+    crop_at: tuple[float, float],
+) -> Generator[np.ndarray]:
+    if isinstance(file, (str, os.PathLike)):
+        file = pathlib.Path(file)
+        if image_reader.is_image(file):
+            yield image_reader.read_image(file, size=size, crop_at=crop_at)
+            return
+    with VideoFile(file) as video:
+        frames = video.frames_from(start)
+        chosen = _one_by_one(frames, start) if fps is None else _nearest(frames, start, fps)
+        yield from _to_rgb_frames(video, chosen, size, crop_at)
+
+
+def _to_rgb_frames(
     video: VideoFile,
     frames: Iterable[av.VideoFrame],
     size: tuple[int, int] | None,
     crop_at: tuple[float, float],
-) -> list[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """The frames as pictures; one that comes several times in a row is converted once."""
     reformatter = VideoReformatter()
-    clip: list[np.ndarray] = []
     last: av.VideoFrame | None = None
     for frame in frames:
         if frame is not last:
@@ -129,9 +159,8 @@ def _to_rgb_clip(
             crop = Crop.covering(shown, size, pixel_aspect=video.pixel_aspect(turn), crop_at=crop_at)
             stored = crop.resized[::-1] if turn.swaps_sides else crop.resized
             picture = crop.apply(turn.apply(_to_rgb(reformatter, frame, *stored)))
-        clip.append(picture)
+        yield picture
         last = frame
-    return clip
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:

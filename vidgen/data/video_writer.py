@@ -2,12 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 import av
@@ -16,7 +17,7 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, PngImagePlugin
 
-__all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_video", "write_mp4"]
+__all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_frames", "save_video", "write_mp4"]
 
 SUPPORTED_SUFFIXES = (".mp4", ".gif", ".png")
 
@@ -72,6 +73,28 @@ def save_video(
             temporary.write_bytes(_encode_png(video, texts))
 
 
+def save_frames(
+    path: str | os.PathLike[str],
+    frames: Iterable[np.ndarray],
+    *,
+    fps: float | int,
+    metadata: Mapping[str, str] | None = None,
+    crf: int = 17,
+) -> None:
+    """`save_video` for frames that arrive one by one; an MP4 is written as they do, other formats at the end.
+
+    Args:
+      frames: uint8 [h w 3] each, at least one.
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() != ".mp4":
+        save_video(path, np.stack(list(frames)), fps=fps, metadata=metadata, crf=crf)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic(path) as temporary:
+        write_mp4(temporary, frames, fps=fps, metadata=metadata, crf=crf)
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The texts that `save_video` stored in a file; of another's file, the texts of its container.
 
@@ -95,7 +118,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def write_mp4(
     target: pathlib.Path | io.BytesIO,
-    video: np.ndarray,
+    frames: Iterable[np.ndarray],
     *,
     fps: float | int,
     metadata: Mapping[str, str] | None = None,
@@ -107,8 +130,8 @@ def write_mp4(
 
     Args:
       target: a file, or a buffer in memory.
-      video: uint8 [t h w 3]; in yuv420p, sides of odd length are made even by repeating the last row or
-        column.
+      frames: uint8 [h w 3] each, at least one, or a clip [t h w 3]; taken one by one. In yuv420p, sides of odd
+        length are made even by repeating the last row or column.
       fps: frames per second.
       metadata: texts, stored as JSON in the container's comment.
       crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.
@@ -116,8 +139,8 @@ def write_mp4(
       pix_fmt: "yuv420p" plays everywhere; "yuv444p" keeps odd sizes and all colour detail; "rgb24" is x264's
         RGB mode. Few players show these two.
     """
-    if pix_fmt == "yuv420p":
-        video = _pad_to_even(video)
+    pictures = map(_pad_to_even, frames) if pix_fmt == "yuv420p" else iter(frames)
+    first = next(pictures)
     rgb = pix_fmt == "rgb24"
     options = {"movflags": "+faststart"} if isinstance(target, pathlib.Path) else {}
     file = str(target) if isinstance(target, pathlib.Path) else target
@@ -125,7 +148,7 @@ def write_mp4(
         if metadata:
             container.metadata["comment"] = json.dumps(dict(metadata))
         stream = container.add_stream("libx264rgb" if rgb else "libx264", rate=_rate(fps))
-        stream.height, stream.width = video.shape[1:3]
+        stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = pix_fmt
         stream.options = {"crf": str(crf), "preset": preset}
         context = stream.codec_context
@@ -134,7 +157,7 @@ def write_mp4(
             context.colorspace = _BT709
             context.color_range = int(ColorRange.MPEG)
         reformatter = VideoReformatter()
-        for pixels in video:
+        for pixels in itertools.chain([first], pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             if not rgb:
                 frame = reformatter.reformat(
@@ -167,11 +190,11 @@ def _rate(fps: float | int) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _pad_to_even(video: np.ndarray) -> np.ndarray:
-    height, width = video.shape[1:3]
+def _pad_to_even(frame: np.ndarray) -> np.ndarray:
+    height, width = frame.shape[:2]
     if height % 2 == 0 and width % 2 == 0:
-        return video
-    return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        return frame
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def _encode_gif(video: np.ndarray, fps: float | int, metadata: Mapping[str, str]) -> bytes:

@@ -11,6 +11,7 @@ from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Metrics
 from vidgen.models.video_vae.config import VAEConfig
+from vidgen.models.video_vae.diffusers_folder import is_diffusers, load_diffusers, read_config
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
 
@@ -40,11 +41,13 @@ def has_vae(workdir: pathlib.Path | str) -> bool:
 
 
 def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
-    """The VAE in `workdir`/vae.
+    """The VAE in `workdir`/vae; `workdir` may be a checkpoint of Wan in diffusers' layout.
 
     Raises:
       FileNotFoundError: there is none.
     """
+    if is_diffusers(pathlib.Path(workdir) / _FOLDER):
+        return load_diffusers(pathlib.Path(workdir) / _FOLDER)
     config = vae_config(workdir)
     abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract, graph=False)
@@ -63,6 +66,8 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
             f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
             "Train one with a config of experiments/vae, or correct task.vae"
         )
+    if is_diffusers(folder):
+        return read_config(folder)
     return resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
 
 

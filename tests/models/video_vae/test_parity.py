@@ -40,7 +40,10 @@ decode = jit(lambda vae, raw: vae.decode_raw(raw))
 def written(shape, folder):
     """A randomly initialised reference, saved in `folder`; all its parameters matter."""
     torch.manual_seed(0)
-    statistics = {"latents_mean": [0.1 * i for i in range(shape["z_dim"])], "latents_std": [2.0] * shape["z_dim"]}
+    statistics = {
+        "latents_mean": [0.1 * i for i in range(shape["z_dim"])],
+        "latents_std": [2.0] * shape["z_dim"],
+    }
     reference = AutoencoderKLWan(num_res_blocks=2, **statistics, **shape).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
@@ -136,7 +139,9 @@ def test_tensors_that_do_not_fit_are_all_named(pair, tmp_path):
     tensors["more"] = np.zeros(3, np.float32)
     save_file(tensors, tmp_path / path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(WeightsError, match=r"(?s)3 tensors.*norm_out\.gamma: missing.*more: only.*conv_in\.bias: \("):
+    with pytest.raises(
+        WeightsError, match=r"(?s)3 tensors.*norm_out\.gamma: missing.*more: only.*conv_in\.bias: \("
+    ):
         load_diffusers(tmp_path)
 
 

@@ -17,9 +17,28 @@ from vidgen.models.video_vae.params import diffusers_names
 from vidgen.nn.variables import Buffer
 from vidgen.parallel import processes
 
-__all__ = ["load_diffusers", "save_diffusers"]
+__all__ = ["is_diffusers", "load_diffusers", "read_config", "save_diffusers"]
 
 _CLASS, _CONFIG, _WEIGHTS = "AutoencoderKLWan", "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def is_diffusers(folder: pathlib.Path | str) -> bool:
+    """Whether `folder` holds a model of diffusers, of whatever kind."""
+    path = pathlib.Path(folder) / _CONFIG
+    return path.exists() and "_class_name" in json.loads(path.read_text())
+
+
+def read_config(folder: pathlib.Path | str) -> VAEConfig:
+    """The shape of the autoencoder in `folder`.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is of another model, or asks for what this one does not have.
+    """
+    path = pathlib.Path(folder) / _CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: give the folder `vae` of a diffusers checkpoint of Wan")
+    return _config(json.loads(path.read_text()), str(path))
 
 
 def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
@@ -31,10 +50,7 @@ def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     folder = pathlib.Path(folder)
-    path = folder / _CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: give the folder `vae` of a diffusers checkpoint of Wan")
-    config = _config(json.loads(path.read_text()), str(path))
+    config = read_config(folder)
     vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     graphdef, params, buffers = nnx.split(vae, nnx.Param, ..., graph=False)
     names = diffusers_names(config, named_leaves(params))

@@ -13,7 +13,6 @@ from vidgen.nn.layers import CausalConv3d, History, pixel_shuffle, pixel_unshuff
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import Buffer
 
-
 _SLOWEST = 0.01
 """Least rate at which latent statistics follow a batch."""
 

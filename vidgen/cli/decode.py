@@ -1,0 +1,83 @@
+"""`vidgen decode`: latents back to a video, group by group, whatever its duration."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vidgen.cli.main import run
+
+__all__ = ["main"]
+
+_EPILOG = """\
+example:
+  vidgen decode clip.safetensors --out clip_decoded.mp4
+
+The VAE is the one that `vidgen encode` used, unless another is given.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments after the command's name.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.out.suffix.lower() not in (suffixes := (".mp4", ".gif", ".png")):
+        raise ValueError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
+
+    # What needs jax is imported late: --help and wrong options answer at once.
+    from tqdm import tqdm
+
+    from vidgen.core import pixels
+    from vidgen.data.latents_file import load_latents
+    from vidgen.data.video_io import save_frames
+    from vidgen.models.video_vae.streaming import decode_stream
+    from vidgen.train.vae_folder import load_vae
+
+    latents, info = load_latents(arguments.latents)
+    folder = arguments.vae or pathlib.Path(info.vae)
+    vae = load_vae(folder)
+    found = (info.spatial_factor, info.temporal_factor, latents.shape[-1])
+    expected = (vae.config.spatial_factor, vae.config.temporal_factor, vae.config.latent_channels)
+    if found != expected:
+        raise ValueError(
+            f"{arguments.latents} has (spatial factor, temporal factor, channels) {found}, the VAE in {folder} "
+            f"{expected}: give the one that made them with --vae"
+        )
+
+    def frames() -> Iterator[np.ndarray]:
+        blocks = np.split(latents[None], range(1, len(latents), arguments.group), axis=1)
+        with tqdm(total=info.num_frames, unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
+            for block in decode_stream(vae, blocks, num_frames=info.num_frames):
+                for frame in np.asarray(pixels.to_uint8(block))[0]:
+                    bar.update()
+                    yield frame[: info.height, : info.width]
+
+    made_by = {"latents": str(arguments.latents), "vae": str(folder)}
+    save_frames(arguments.out, frames(), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})
+    print(arguments.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen decode",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("latents", type=pathlib.Path, help="what `vidgen encode` wrote (.safetensors)")
+    parser.add_argument("--vae", type=pathlib.Path, help="a run, or a diffusers checkpoint")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help=".mp4, .gif or .png")
+    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

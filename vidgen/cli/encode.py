@@ -1,0 +1,95 @@
+"""`vidgen encode`: a video to the latents of a VAE, group by group, whatever its duration."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vidgen.cli.main import run
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  vidgen encode clip.mp4 --vae runs/vae --out clip.safetensors
+  vidgen encode clip.mp4 --vae Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --fps 16 --out clip.safetensors
+
+Sides that the VAE does not divide are filled by repeating the last row and column, and a last group that is
+not whole by repeating the last frame; `vidgen decode` crops them again. clip.json says what the latents are of.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments after the command's name.
+    """
+    arguments = _parser().parse_args(argv)
+
+    # What needs jax is imported late: --help and wrong options answer at once.
+    from tqdm import tqdm
+
+    from vidgen.data.latents_file import LatentsInfo, save_latents
+    from vidgen.data.video_io import probe, read_frames
+    from vidgen.models.video_vae.streaming import encode_stream
+    from vidgen.train.vae_folder import load_vae
+
+    info = probe(arguments.video)
+    frames = read_frames(arguments.video, fps=arguments.fps, height=arguments.height, width=arguments.width)
+    vae = load_vae(arguments.vae)
+    fps = arguments.fps or info.fps or 1.0
+    num_frames, height, width = 0, 0, 0
+
+    def prepared() -> Iterator[np.ndarray]:
+        nonlocal num_frames, height, width
+        total = max(1, round(info.duration * fps))
+        for frame in tqdm(frames, total=total, unit="frame", dynamic_ncols=True, file=sys.stderr):
+            num_frames += 1
+            height, width = frame.shape[:2]
+            yield _filled(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
+
+    blocks = [np.asarray(block[0]) for block in encode_stream(vae, prepared(), group=arguments.group)]
+    latents = np.concatenate(blocks)
+    about = LatentsInfo(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        fps=float(fps),
+        vae=str(arguments.vae),
+        spatial_factor=vae.config.spatial_factor,
+        temporal_factor=vae.config.temporal_factor,
+        source=str(arguments.video),
+    )
+    save_latents(arguments.out, latents, about)
+    print(f"{arguments.out}: {num_frames} frames of {height} x {width} as latents {list(latents.shape)}")
+    return 0
+
+
+def _filled(frame: np.ndarray, factor: int) -> np.ndarray:
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen encode",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("video", type=pathlib.Path, help="a video or an image")
+    parser.add_argument("--vae", required=True, type=pathlib.Path, help="a run, or a diffusers checkpoint")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="file of latents (.safetensors)")
+    parser.add_argument("--fps", type=float, help="frames per second to take; the file's own where not given")
+    parser.add_argument("--height", type=int, help="pixels; the file's own where not given")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
