@@ -14,7 +14,7 @@ class Foreign:
     Attributes:
       name: in the checkpoint.
       axes: which of our axes each of its axes is, None for one of length 1 that we lack. Axes of ours that
-        are not listed have length 1. A linear map's weight is (1, 0) in PyTorch, a 3D filter's (4, 3, 0, 1, 2).
+        are not listed have length 1. In PyTorch a linear map's are (1, 0), a 3D filter's (4, 3, 0, 1, 2).
     """
 
     name: str

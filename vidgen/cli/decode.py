@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     expected = (vae.config.spatial_factor, vae.config.temporal_factor, vae.config.latent_channels)
     if found != expected:
         raise ValueError(
-            f"{arguments.latents} has (spatial factor, temporal factor, channels) {found}, the VAE in {folder} "
-            f"{expected}: give the one that made them with --vae"
+            f"{arguments.latents} has (spatial factor, temporal factor, channels) {found}, the VAE in "
+            f"{folder} {expected}: give the one that made them with --vae"
         )
 
     def frames() -> Iterator[np.ndarray]:

@@ -14,10 +14,11 @@ __all__ = ["main"]
 _EPILOG = """\
 examples:
   vidgen encode clip.mp4 --vae runs/vae --out clip.safetensors
-  vidgen encode clip.mp4 --vae Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --fps 16 --out clip.safetensors
+  vidgen encode clip.mp4 --vae Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --out clip.safetensors
 
-Sides that the VAE does not divide are filled by repeating the last row and column, and a last group that is
-not whole by repeating the last frame; `vidgen decode` crops them again. clip.json says what the latents are of.
+Sides that the VAE does not divide are filled by repeating the last row and column, and a last group that
+is not whole by repeating the last frame; `vidgen decode` crops them again. clip.json says what the latents
+are of.
 """
 
 

@@ -90,9 +90,9 @@ def read_clip(
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}: expected 1 or more.")
     name = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "video in memory")
-    if num_frames not in (None, 1) and isinstance(file, (str, os.PathLike)):
-        if image_reader.is_image(pathlib.Path(file)):
-            raise BrokenClip(name, f"an image is one frame, {num_frames} are wanted")
+    in_a_file = isinstance(file, (str, os.PathLike))
+    if num_frames not in (None, 1) and in_a_file and image_reader.is_image(pathlib.Path(file)):
+        raise BrokenClip(name, f"an image is one frame, {num_frames} are wanted")
     frames = read_frames(file, start=start, fps=fps, height=height, width=width, crop_at=crop_at)
     with contextlib.closing(frames):
         clip = list(itertools.islice(frames, num_frames))

@@ -130,8 +130,8 @@ def write_mp4(
 
     Args:
       target: a file, or a buffer in memory.
-      frames: uint8 [h w 3] each, at least one, or a clip [t h w 3]; taken one by one. In yuv420p, sides of odd
-        length are made even by repeating the last row or column.
+      frames: uint8 [h w 3] each, at least one, or a clip [t h w 3]; taken one by one. In yuv420p, sides of
+        odd length are made even by repeating the last row or column.
       fps: frames per second.
       metadata: texts, stored as JSON in the container's comment.
       crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.

@@ -52,8 +52,8 @@ class Linear(nnx.Module):
 class History:
     """What causal layers keep of a group of frames for the next group, in the order in which they ask.
 
-    A network run over a video group by group, each with a `History` of what the one before `keeps`, gives what
-    it gives for the whole video at once.
+    A network run over a video group by group, each with a `History` of what the one before `keeps`, gives
+    what it gives for the whole video at once.
     """
 
     def __init__(self, kept: Sequence[Array] | None = None):

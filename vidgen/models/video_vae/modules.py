@@ -247,7 +247,7 @@ def average_down(
 def repeat_up(
     x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int], *, begins: bool = True
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """Repeats channels and moves them into neighbourhoods; frame 0, if `x` begins with it, gives one frame."""
+    """Repeats channels and moves them into neighbourhoods; a first frame, if `begins`, gives one frame."""
     ft, fh, fw = factors
     b, t, h, w, c = x.shape
     x = jnp.repeat(x, channels * ft * fh * fw // c, axis=-1).reshape(b, t, h, w, channels, ft, fh, fw)

@@ -1,4 +1,4 @@
-"""Tensor names of the same autoencoder in other programs: diffusers' `AutoencoderKLWan` and Wan's own code."""
+"""Tensor names of the same autoencoder in diffusers (`AutoencoderKLWan`) and in Wan's own checkpoints."""
 
 import re
 from collections.abc import Callable, Iterable
