@@ -1,12 +1,14 @@
 import json
 
 import av
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.cli.main import main
+from vidgen.core import pixels
 from vidgen.data.latents_file import load_latents
 from vidgen.data.video_io import read_clip, read_metadata, save_video
 from vidgen.models.video_vae.config import VAEConfig
@@ -51,7 +53,8 @@ def test_latents_are_those_of_the_filled_clip(workdir, clip, encoded):
     assert (info.spatial_factor, info.temporal_factor, info.source) == (4, 2, str(clip))
     assert json.loads(encoded.with_suffix(".json").read_text())["vae"] == str(workdir)
     video = np.pad(read_clip(clip), ((0, 1), (0, 2), (0, 2), (0, 0)), mode="edge")
-    expected = load_vae(workdir).encode(video[None].astype(np.float32) / 127.5 - 1.0)
+    encode = jax.jit(lambda vae, video: vae.encode(pixels.to_float(video)))
+    expected = encode(load_vae(workdir), video[None])
     np.testing.assert_allclose(latents, expected[0], rtol=1e-4, atol=1e-4)
     assert latents.shape == (3, 3, 4, 3)
 

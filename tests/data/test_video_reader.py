@@ -248,5 +248,5 @@ def test_text_is_no_video(tmp_path):
 
 @pytest.mark.parametrize("keywords", [{"height": 8}, {"start": -1.0}, {"fps": 0.0}, {"num_frames": 0}])
 def test_arguments_that_do_not_fit(video, keywords):
-    with pytest.raises(ValueError, match=r"height|start"):
+    with pytest.raises(ValueError, match=r"height|start|num_frames"):
         read_clip(video, **keywords)

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
 
     # What needs jax is imported late: --help and wrong options answer at once.
+    import jax.numpy as jnp
     from tqdm import tqdm
 
     from vidgen.core import pixels
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         )
 
     def frames() -> Iterator[np.ndarray]:
-        blocks = np.split(latents[None], range(1, len(latents), arguments.group), axis=1)
+        starts = range(1, len(latents), arguments.group)
+        blocks = map(jnp.asarray, np.split(latents[None], starts, axis=1))
         with tqdm(total=info.num_frames, unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
             for block in decode_stream(vae, blocks, num_frames=info.num_frames):
                 for frame in np.asarray(pixels.to_uint8(block))[0]:

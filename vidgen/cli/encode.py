@@ -34,11 +34,15 @@ def main(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from vidgen.data.latents_file import LatentsInfo, save_latents
+    from vidgen.data.source import BrokenClip
     from vidgen.data.video_io import probe, read_frames
     from vidgen.models.video_vae.streaming import encode_stream
     from vidgen.train.vae_folder import load_vae
 
-    info = probe(arguments.video)
+    try:
+        info = probe(arguments.video)
+    except BrokenClip as error:
+        raise ValueError(str(error)) from error
     frames = read_frames(arguments.video, fps=arguments.fps, height=arguments.height, width=arguments.width)
     vae = load_vae(arguments.vae)
     fps = arguments.fps or info.fps or 1.0
@@ -52,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
             height, width = frame.shape[:2]
             yield _filled(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
 
-    blocks = [np.asarray(block[0]) for block in encode_stream(vae, prepared(), group=arguments.group)]
+    try:
+        blocks = [np.asarray(block[0]) for block in encode_stream(vae, prepared(), group=arguments.group)]
+    except BrokenClip as error:
+        raise ValueError(str(error)) from error
     latents = np.concatenate(blocks)
     about = LatentsInfo(
         num_frames=num_frames,
