@@ -57,7 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.task.dit.num_layers = 4
         config.task.text = {"dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 128, "max_bytes": 96}
         config.data.update(height=32, width=32, sizes=("large",), motions=("left", "right"))
-        config.run.update(num_steps=900, log_every=50, eval_every=900, ema_decay=0.99)
+        config.optimizer.update(learning_rate=2e-2, adam_learning_rate=1e-2)
+        config.run.update(num_steps=1000, log_every=50, eval_every=1000, ema_decay=0.99)
     elif arg == "tiny":
         config.task.dit = _dit("tiny", vae="tiny")
         config.task.text = {"dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 64, "max_bytes": 96}
