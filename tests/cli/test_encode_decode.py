@@ -93,5 +93,10 @@ def test_errors_name_what_is_wrong(workdir, encoded, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     assert main(["encode", str(broken), "--vae", str(workdir), *out]) == 2
+    assert "b.mp4: latents are written to .safetensors" in capsys.readouterr().err
+    assert main(["decode", str(encoded), "--group", "0", *out]) == 2
+    assert "--group is 0" in capsys.readouterr().err
+    latents = ["--out", str(tmp_path / "b.safetensors")]
+    assert main(["encode", str(broken), "--vae", str(workdir), *latents]) == 2
     assert "broken.mp4" in capsys.readouterr().err
-    assert not (tmp_path / "b.mp4").exists()
+    assert not list(tmp_path.glob("b.*"))

@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.group < 1:
+        raise ValueError(f"--group is {arguments.group}: give at least 1")
     if arguments.out.suffix.lower() not in (suffixes := (".mp4", ".gif", ".png")):
         raise ValueError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
 

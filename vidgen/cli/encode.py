@@ -29,6 +29,10 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.group < 1:
+        raise ValueError(f"--group is {arguments.group}: give at least 1")
+    if arguments.out.suffix != ".safetensors":
+        raise ValueError(f"--out {arguments.out}: latents are written to .safetensors files")
 
     # What needs jax is imported late: --help and wrong options answer at once.
     from tqdm import tqdm

@@ -42,14 +42,21 @@ class LatentsInfo:
 
 
 def save_latents(path: pathlib.Path | str, latents: Float[np.ndarray, "t h w c"], info: LatentsInfo) -> None:
-    """Writes `path` (safetensors, one tensor `latents`) and the JSON beside it; each appears whole."""
+    """Writes `path` (safetensors, one tensor `latents`) and the JSON beside it; each appears whole.
+
+    Raises:
+      ValueError: the name does not end in `.safetensors`.
+    """
     path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: latents are written to .safetensors files")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(info), indent=2) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     save_file({"latents": np.ascontiguousarray(latents)}, temporary, metadata={"vidgen": text})
-    _json(path).write_text(text)
     os.replace(temporary, path)
+    temporary.write_text(text)
+    os.replace(temporary, _json(path))
 
 
 def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"], LatentsInfo]:
