@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vidgen.ops.convolution import conv3d
+from vidgen.parallel.mesh import MeshOptions
 
 CASES = {
     "plain": ((3, 3, 3), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
@@ -58,3 +59,42 @@ def test_it_is_a_cross_correlation_over_time():
     x = jnp.asarray([1.0, 10.0, 100.0]).reshape(1, 3, 1, 1, 1)
     kernel = jnp.asarray([1.0, 2.0]).reshape(2, 1, 1, 1, 1)
     np.testing.assert_array_equal(conv3d(x, kernel).reshape(-1), [1 + 20, 10 + 200])
+
+
+CUT = {
+    "causal": ((3, 3, 3), (1, 1, 1), ((2, 0), (1, 1), (1, 1))),
+    "stride, uneven padding": ((1, 3, 3), (1, 2, 2), ((0, 0), (0, 1), (0, 1))),
+    "stride, even kernel": ((3, 4, 4), (2, 2, 2), ((1, 1), (1, 1), (1, 1))),
+    "points": ((1, 1, 1), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
+    "no padding: not cut": ((1, 3, 3), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
+}
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 1, "tensor": 2, "context": 4}, {"data": 2, "tensor": 2, "context": 2}]
+)
+@pytest.mark.parametrize("case", CUT.values(), ids=CUT.keys())
+def test_cut_over_devices_it_is_that_of_one(case, mesh):
+    size, strides, padding = case
+    rng = np.random.default_rng(0)
+    # One clip: the axis `data` is left over, and what lies on it are copies.
+    x = rng.normal(size=(1, 5, 8, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(*size, 3, 4)).astype(np.float32)
+
+    def with_gradients(x, kernel):
+        def loss(x, kernel):
+            y = conv3d(x, kernel, strides=strides, padding=padding)
+            return jnp.sin(y).sum(), y
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    (dx, dk), y = jax.jit(with_gradients)(x, kernel)
+    mesh = MeshOptions(**mesh).build()
+    with jax.set_mesh(mesh):
+        (dx_cut, dk_cut), y_cut = jax.jit(with_gradients)(x, kernel)
+    if padding[1] != (0, 0) or size == (1, 1, 1):
+        rows, columns = y.shape[2] // mesh.shape["tensor"], y.shape[3] // mesh.shape["context"]
+        assert y_cut.sharding.shard_shape(y.shape)[2:4] == (rows, columns)
+    np.testing.assert_allclose(y_cut, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx_cut, dx, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dk_cut, dk, rtol=1e-5, atol=1e-4)

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from vidgen.parallel.mesh import AXES, MeshOptions
+from vidgen.parallel.mesh import AXES, MeshOptions, frame_mesh
 
 
 def test_the_free_axis_takes_the_devices_that_are_left():
@@ -27,3 +27,19 @@ def test_the_free_axis_takes_the_devices_that_are_left():
 def test_sizes_that_do_not_fit_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         MeshOptions(**options).build()
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "expected"),
+    [
+        (8, (136, 240), {"tensor": 2, "context": 4}),  # Parts of 68 x 60.
+        (8, (135, 240), {"tensor": 1, "context": 8}),
+        (8, (240, 135), {"tensor": 8, "context": 1}),
+        (8, (6, 5), {"data": 4, "tensor": 2, "context": 1}),
+        (1, (7, 7), {"tensor": 1, "context": 1}),
+    ],
+)
+def test_frames_are_shared_by_as_many_devices_as_divide_them(devices, size, expected):
+    found = frame_mesh(devices, *size)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.data * found.tensor * found.context == devices

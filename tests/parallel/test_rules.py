@@ -22,11 +22,15 @@ def mesh():
         (("layers", "embed", "heads"), (3, 8, 4), P(None, "fsdp", "tensor")),
         (("embed", "heads", "head_dim"), (8, 4, 6), P("fsdp", "tensor", None)),
         (("vocab", "embed"), (10, 8), P("tensor", "fsdp")),
-        ((None, None, None, "conv_in", "conv_out"), (3, 3, 3, 8, 4), P(None, None, None, "fsdp", "tensor")),
+        ((None, None, None, "conv_in", "conv_out"), (3, 3, 3, 8, 4), P(None, None, None, "fsdp", None)),
         (("embed", "mlp"), (7, 16), P(None, "tensor")),  # fsdp does not divide 7.
         (("mlp", "heads"), (8, 8), P("tensor", None)),  # A mesh axis is used once.
         (("batch", "tokens", "embed"), (4, 6, 8), P("fsdp", "context", None)),
-        (("batch", "time", "height", "width", None), (2, 5, 4, 4, 3), P("fsdp", None, "context", None, None)),
+        (
+            ("batch", "time", "height", "width", None),
+            (2, 5, 4, 4, 3),
+            P("fsdp", None, "tensor", "context", None),
+        ),
     ],
 )
 def test_table(mesh, axes, shape, spec):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 
+from vidgen.parallel.mesh import MeshOptions
 from vidgen.preflight.flops import matmul_flops
 
 
@@ -54,3 +55,10 @@ def test_the_most_expensive_branch_counts():
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ kernel, lambda: x @ kernel @ kernel)
 
     assert flops(branches, (4, 8), (8, 8)) == 2 * 2 * 4 * 8 * 8
+
+
+def test_the_work_of_all_devices_counts():
+    mesh, rows = MeshOptions(data=2, context=4).build(), jax.P("context")
+    body = jax.shard_map(lambda x, k: x @ k, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)
+    # Each of two copies is computed.
+    assert flops(body, (8, 3), (3, 5)) == 2 * (2 * 8 * 3 * 5)

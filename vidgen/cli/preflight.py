@@ -1,6 +1,7 @@
-"""`vidgen preflight`: whether a training run fits a TPU slice, found out before it is rented."""
+"""`vidgen preflight`: whether a training run, or decoding a video, fits a TPU slice, before it is rented."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,11 @@ examples:
   vidgen preflight --config=experiments/vae/wan.py --topology=v5e:4x4
   vidgen preflight --config=experiments/dit/t2v_1b.py --vae=experiments/vae/wan.py --topology=v5p:2x2x4
   vidgen preflight --config=experiments/dit/sprites.py --config.task.vae=runs/vae --topology=v6e:2x2
+  vidgen preflight --config=experiments/vae/wan.py --topology=v5e:2x4 --decode=1441x1080x1920
 
 The real training step is compiled for the slice by libtpu; no TPU, no weights and no clips are needed. Any
 value of the config is changed by --config.section.key=value: --config.mesh.data=2 --config.mesh.fsdp=8.
+With --decode, it is the VAE's decoder, streaming, frames cut over all devices, instead of the step.
 The last line is one JSON object. docs/tpu.md explains the numbers.
 """
 
@@ -46,10 +49,15 @@ def main(argv: Sequence[str]) -> int:
     if "path" in values["data"]:
         values["data"]["path"] = values["data"]["path"] or "unread"  # No clip is looked at.
     experiment = resolve(Experiment, values)
-    mesh = experiment.mesh.build(devices)
-    report = make_report(
-        compile_step(experiment, mesh, _vae_config(experiment, vae)), experiment, arguments.topology
-    )
+    frozen = _vae_config(experiment, vae)
+    if arguments.decode:
+        from vidgen.preflight.decode import compile_decode
+
+        config = getattr(experiment.task, "model", frozen)
+        report = compile_decode(config, devices, arguments.decode, arguments.topology)
+    else:
+        mesh = experiment.mesh.build(devices)
+        report = make_report(compile_step(experiment, mesh, frozen), experiment, arguments.topology)
     if not arguments.json:
         print(report.table())
     print(report.to_json())
@@ -74,6 +82,13 @@ def _vae_config(experiment: Any, values: dict[str, Any] | None) -> Any:
     return vae_config(experiment.task.vae)
 
 
+def _video(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected frames, height and width, as 1441x1080x1920")
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vidgen preflight",
@@ -95,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         "--vae",
         metavar="FILE[:ARG]",
         help="config of the frozen VAE's own training, where config.task.vae is not on this machine",
+    )
+    parser.add_argument(
+        "--decode",
+        type=_video,
+        metavar="TxHxW",
+        help="frames, height and width of a video to decode, as 1441x1080x1920",
     )
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     return parser

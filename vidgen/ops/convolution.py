@@ -1,12 +1,17 @@
-"""3D convolution: one function, the formulation chosen per platform."""
+"""3D convolution: one function, the formulation chosen per platform, height and width cut over the mesh."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Float
-from vidgen.parallel.rules import constrain
+from vidgen.parallel.rules import constrain, partition_spec
 
 Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+_AXES = ("batch", "time", "height", "width", None)
 
 
 def conv3d(
@@ -20,10 +25,73 @@ def conv3d(
 
     The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it is
     several times slower than the 2D one; there the taps over time become channels of one 2D convolution.
+
+    On a mesh, each device filters its part of the height and width, and neighbours exchange the rows and
+    columns that the filter reaches over: the result is that of one device.
     """
     # Gathered whole before it is used: left to itself the partitioner makes one convolution per shard of
     # `fsdp`, each over a few of the input channels.
     kernel = constrain(kernel.astype(x.dtype), None, None, None, None, "conv_out")
+    if jax.sharding.get_abstract_mesh().empty:
+        return _on_one_device(x, kernel, strides, padding)
+    spec = _cut(x.shape, kernel.shape, strides, padding)
+    if spec[2] is None and spec[3] is None:
+        return _on_one_device(constrain(x, "batch", None, None, None, None), kernel, strides, padding)
+    local = functools.partial(_with_neighbours, spec=spec, strides=strides, padding=padding)
+    return jax.shard_map(local, in_specs=(spec, PartitionSpec()), out_specs=spec)(x, kernel)
+
+
+def _cut(
+    shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int, int], padding: Padding
+) -> PartitionSpec:
+    """How `x` is laid over the mesh in context: along sides of which every device makes an equal part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = list(partition_spec(_AXES, shape, mesh))
+    for dim in (2, 3):
+        if spec[dim] is None:
+            continue
+        part, stride, pad = shape[dim] // mesh.shape[spec[dim]], strides[dim - 1], padding[dim - 1]
+        keeps_size = (shape[dim] + sum(pad) - kernel[dim - 1]) // stride + 1 == shape[dim] // stride
+        if part % stride or part < max(pad) or not keeps_size:
+            spec[dim] = None
+    return PartitionSpec(*spec)
+
+
+def _with_neighbours(
+    x: Array, kernel: Array, *, spec: PartitionSpec, strides: tuple[int, int, int], padding: Padding
+) -> Array:
+    """The convolution of one device's part: what others hold of its surroundings takes the padding's place.
+
+    It is written out since the partitioner's own (jax 0.10) gives wrong gradients of the kernel, without a
+    word, where a mesh axis is left over: it sums over copies too.
+    """
+    padding_left = list(padding)
+    for dim in (2, 3):
+        axis = spec[dim]
+        if axis is not None:
+            x = _extended(x, dim, axis, *padding[dim - 1])
+            padding_left[dim - 1] = (0, 0)
+    return _on_one_device(x, kernel, strides, tuple(padding_left))
+
+
+def _extended(x: Array, dim: int, axis: str, before: int, after: int) -> Array:
+    """`x` between the last `before` rows of the device before and the first `after` rows of the one after.
+
+    At the ends of the mesh axis there is nothing to receive, which is zeros: the padding.
+    """
+    count, size = jax.lax.axis_size(axis), x.shape[dim]
+    forward = [(i, i + 1) for i in range(count - 1)]
+    parts = [x]
+    if before:
+        last = jax.lax.slice_in_dim(x, size - before, size, axis=dim)
+        parts.insert(0, jax.lax.ppermute(last, axis, forward))
+    if after:
+        first = jax.lax.slice_in_dim(x, 0, after, axis=dim)
+        parts.append(jax.lax.ppermute(first, axis, [(j, i) for i, j in forward]))
+    return jnp.concatenate(parts, axis=dim)
+
+
+def _on_one_device(x: Array, kernel: Array, strides: tuple[int, int, int], padding: Padding) -> Array:
     return jax.lax.platform_dependent(
         x,
         kernel,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-__all__ = ["AXES", "MeshOptions"]
+__all__ = ["AXES", "MeshOptions", "frame_mesh"]
 
 AXES = ("data", "fsdp", "context", "tensor")
 """Mesh axes: replicas of the model, shards of its state, of the sequence, and of its matrices."""
@@ -50,3 +50,21 @@ class MeshOptions:
         for name in free:
             sizes[name] = num_devices // fixed
         return tuple(sizes.values())
+
+
+def frame_mesh(num_devices: int, height: int, width: int) -> MeshOptions:
+    """How devices best share the frames of one video: height over `tensor`, width over `context`.
+
+    As many devices as can take part do, each with a part as nearly square as possible, for what neighbours
+    exchange are its edges; copies of the rest are `data`.
+
+    Args:
+      height, width: of the latents.
+    """
+    shares = [
+        MeshOptions(data=num_devices // (rows * columns), context=columns, tensor=rows)
+        for rows in range(1, num_devices + 1)
+        for columns in range(1, num_devices // rows + 1)
+        if height % rows == 0 and width % columns == 0 and num_devices % (rows * columns) == 0
+    ]
+    return min(shares, key=lambda mesh: (mesh.data, height / mesh.tensor + width / mesh.context))

@@ -21,14 +21,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "conv_in": ("fsdp",),
-    "conv_out": ("tensor",),
+    "conv_out": (),  # In convolutions `tensor` cuts the height of what they filter.
     "patch": (),
     # Activations. The batch goes first, so `embed` of an activation finds `fsdp` taken and stays whole.
     "batch": ("data", "fsdp"),
     "tokens": ("context",),
     "time": (),
-    "height": ("context",),
-    "width": (),
+    "height": ("tensor",),
+    "width": ("context",),
 }
 """Mesh axes by logical axis name, in the order in which a dimension is cut."""
 

@@ -22,7 +22,7 @@ from vidgen.train.state import TrainState, abstract_state
 from vidgen.train.step import make_train_step
 from vidgen.train.task import Task
 
-__all__ = ["CompiledStep", "TooLarge", "compile_step"]
+__all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "placed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +82,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     )
     with jax.set_mesh(mesh):
         traced = step.trace(state, frozen, batch)
-        lowered = traced.lower()
-        try:
-            executable = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            executable = _refusal(str(error))
-            if executable is None:
-                raise
+        executable = compile_or_refusal(traced)
     return CompiledStep(
         mesh=mesh,
         state=state,
@@ -100,9 +94,20 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     )
 
 
+def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
+    """What the compiler makes of a `jax.stages.Traced`, or its refusal where memory does not suffice."""
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        refusal = _refusal(str(error))
+        if refusal is None:
+            raise
+        return refusal
+
+
 def _abstract_vae(config: VAEConfig, mesh: Mesh) -> tuple[nnx.GraphDef, PyTree]:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0))), graph=False)
-    return graphdef, _placed(state, shardings(state, mesh))
+    return graphdef, placed(state, shardings(state, mesh))
 
 
 def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,10 +123,11 @@ def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str,
     video = np.zeros((1, data.num_frames, data.height, data.width, 3), np.uint8)
     arrays = task.arrays({"video": video, "caption": [""], "name": [""]})
     one = {name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
-    return _placed(one, dict.fromkeys(one, batch_sharding(mesh)))
+    return placed(one, dict.fromkeys(one, batch_sharding(mesh)))
 
 
-def _placed(tree: PyTree, places: PyTree) -> PyTree:
+def placed(tree: PyTree, places: PyTree) -> PyTree:
+    """`jax.ShapeDtypeStruct`s with these shardings."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places
     )

@@ -12,8 +12,8 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
     """Two per multiply-add of every matrix product and convolution, over all devices.
 
     The body of a `scan` counts as often as it runs, which XLA's own estimate leaves out; what is recomputed
-    in the backward pass counts again; of a `cond`'s branches the most expensive one counts. The body of a
-    `while` counts once.
+    in the backward pass counts again; what `shard_map` gives a device counts for each; of a `cond`'s branches
+    the most expensive one counts. The body of a `while` counts once.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -26,9 +26,16 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
         elif name == "cond":
             total += max(matmul_flops(branch) for branch in equation.params["branches"])
         else:
-            times = equation.params["length"] if name == "scan" else 1
-            total += times * sum(matmul_flops(inner) for inner in _inner(equation.params))
+            total += _times(equation) * sum(matmul_flops(inner) for inner in _inner(equation.params))
     return total
+
+
+def _times(equation: Any) -> int:
+    """How often the inside of an equation runs, over all devices."""
+    if equation.primitive.name == "shard_map":
+        mesh = equation.params["mesh"]
+        return math.prod(mesh.shape[axis] for axis in equation.params["manual_axes"])
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _dot(equation: Any) -> float:

@@ -15,7 +15,7 @@ from vidgen.preflight.layout import Layout, compare_layout
 from vidgen.preflight.topology import GIB, chip_of
 from vidgen.train.experiment import Experiment
 
-__all__ = ["Memory", "Report", "make_report"]
+__all__ = ["Memory", "Report", "lines", "make_report"]
 
 _SHOWN = 8
 
@@ -40,9 +40,54 @@ class Memory:
     peak: int
     available: int | None
 
+    @classmethod
+    def read(
+        cls, executable: jax.stages.Compiled | TooLarge, arguments: PyTree, available: int | None
+    ) -> "Memory":
+        """What the compiler says.
+
+        Args:
+          arguments: of the program, as `jax.ShapeDtypeStruct`s with shardings.
+        """
+        if isinstance(executable, TooLarge):
+            sizes = [
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(arguments)
+            ]
+            return cls(
+                arguments=sum(sizes),
+                outputs=None,
+                temporaries=None,
+                code=None,
+                peak=executable.needed_bytes,
+                available=available,
+            )
+        found: Any = executable.memory_analysis()
+        given, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
+        temporaries, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
+        return cls(
+            arguments=given,
+            outputs=outputs,
+            temporaries=temporaries,
+            code=code,
+            peak=given + outputs - found.alias_size_in_bytes + temporaries + code,
+            available=available,
+        )
+
     @property
     def fits(self) -> bool:
         return self.available is None or self.peak <= self.available
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        rows = [("memory per chip", "")]
+        for name in ("arguments", "outputs", "temporaries", "code"):
+            rows += [(f"  {name}", _gib(getattr(self, name)))]
+        limit = f"of {_gib(self.available)}" if self.available is not None else "(of an unknown limit)"
+        return [
+            *rows,
+            ("  peak", f"{_gib(self.peak)} {limit}: {'fits' if self.fits else 'DOES NOT FIT'}"),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,18 +131,14 @@ class Report:
 
     def table(self) -> str:
         """For people."""
-        memory, rows = self.memory, [("devices", f"{self.topology}: {self.devices}")]
+        rows = [("devices", f"{self.topology}: {self.devices}")]
         rows += [("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.items()))]
         rows += [("batch", ", ".join(f"{name} {list(shape)}" for name, shape in self.batch.items()))]
         rows += [
             ("parameters", f"{self.num_parameters:,} trained, {self.parameters_per_chip:,} of them per chip")
         ]
         rows += [("frozen", f"{self.frozen_parameters:,} parameters")]
-        rows += [("memory per chip", "")]
-        for name in ("arguments", "outputs", "temporaries", "code"):
-            rows += [(f"  {name}", _gib(getattr(memory, name)))]
-        limit = f"of {_gib(memory.available)}" if memory.available is not None else "(of an unknown limit)"
-        rows += [("  peak", f"{_gib(memory.peak)} {limit}: {'fits' if memory.fits else 'DOES NOT FIT'}")]
+        rows += self.memory.rows()
         rows += _layout_rows(self.layout)
         if self.collectives is not None:
             counted = ", ".join(f"{number} {name}" for name, number in self.collectives.items())
@@ -109,7 +150,12 @@ class Report:
             ]
         rows += [("compiled in", f"{self.compile_seconds:.0f} s")]
         rows += [("to make it fit" if not index else "", line) for index, line in enumerate(self.advice)]
-        return "\n".join(f"{name:<17} {text}".rstrip() for name, text in rows)
+        return lines(rows)
+
+
+def lines(rows: list[tuple[str, str]]) -> str:
+    """A table of names and texts."""
+    return "\n".join(f"{name:<17} {text}".rstrip() for name, text in rows)
 
 
 def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -> Report:
@@ -120,7 +166,11 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
     """
     devices = compiled.mesh.devices
     chip = chip_of(devices.flat[0])
-    memory = _memory(compiled, chip.hbm_bytes if chip else None)
+    memory = Memory.read(
+        compiled.executable,
+        (compiled.state, compiled.frozen, compiled.batch),
+        chip.hbm_bytes if chip else None,
+    )
     executable = compiled.executable
     refused = isinstance(executable, TooLarge)
     least = compiled.flops / devices.size / chip.bf16_flops if chip else None
@@ -139,34 +189,6 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         least_seconds=least,
         compile_seconds=compiled.seconds,
         advice=() if memory.fits else _advice(experiment, compiled),
-    )
-
-
-def _memory(compiled: CompiledStep, available: int | None) -> Memory:
-    executable = compiled.executable
-    if isinstance(executable, TooLarge):
-        arguments = sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves((compiled.state, compiled.frozen, compiled.batch))
-        )
-        return Memory(
-            arguments=arguments,
-            outputs=None,
-            temporaries=None,
-            code=None,
-            peak=executable.needed_bytes,
-            available=available,
-        )
-    found: Any = executable.memory_analysis()
-    arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
-    temporaries, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
-    return Memory(
-        arguments=arguments,
-        outputs=outputs,
-        temporaries=temporaries,
-        code=code,
-        peak=arguments + outputs - found.alias_size_in_bytes + temporaries + code,
-        available=available,
     )
 
 

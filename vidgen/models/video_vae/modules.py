@@ -12,6 +12,7 @@ from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.attention import attention
 from vidgen.ops.convolution import conv3d
+from vidgen.parallel.rules import constrain
 
 _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
@@ -58,7 +59,9 @@ class FrameAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(b * t, h * w, 1, 3 * c)
+        # Positions of a frame in a row: each device asks for its share of them, of all.
+        rows = constrain(self.norm(x).reshape(b, t, h * w, c), "batch", "time", "tokens", None)
+        qkv = self.to_qkv(rows).reshape(b * t, h * w, 1, 3 * c)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         return x + self.out(attention(query, key, value).reshape(x.shape))
 

@@ -1,0 +1,78 @@
+"""What tiles cost in quality: a decoded video against the same one decoded tile by tile, for several overlaps.
+
+    python benchmarks/vae_tiles.py
+
+With the trained VAE in experiments/weights, on sprites with textured backgrounds. The seams are where the two
+differ most: `seam` is the mean absolute difference within 4 pixels of a tile's edge, `elsewhere` of the rest, in
+8-bit levels. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from vidgen.core import pixels
+from vidgen.data.sprites.source import SpritesData
+from vidgen.models.video_vae import streaming
+from vidgen.models.video_vae.tiling import Tiles
+from vidgen.train.vae_folder import load_vae
+
+ROOT = pathlib.Path(__file__).parents[1]
+NEAR = 4
+"""Pixels from a seam that count as near it."""
+
+
+def main() -> None:
+    """Prints a row per overlap and the JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vae", type=pathlib.Path, default=ROOT / "experiments" / "weights" / "sprites_vae")
+    parser.add_argument("--side", type=int, default=256, help="pixels of a frame's sides")
+    parser.add_argument("--tile", type=int, default=16, help="latent pixels of a tile's sides")
+    parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 2, 4, 8])
+    arguments = parser.parse_args()
+    vae = load_vae(arguments.vae)
+    source = SpritesData(
+        split="heldout", num_frames=5, height=arguments.side, width=arguments.side, backgrounds=("textured",)
+    ).source()
+    video = pixels.to_float(np.stack([source[index]["video"] for index in range(4)]))
+    latents = jax.jit(streaming.encode)(vae, video)
+    whole = np.asarray(jax.jit(streaming.decode)(vae, latents))
+    result = {}
+    for overlap in arguments.overlaps:
+        tiles = Tiles(height=arguments.tile, width=arguments.tile, overlap=overlap)
+        decoded = jax.jit(lambda vae, z, tiles=tiles: streaming.decode(vae, z, tiles=tiles))(vae, latents)
+        error = np.abs(np.asarray(decoded) - whole)
+        near = _near_seams(tiles, latents.shape[2:4], vae.config.spatial_factor)
+        result[overlap] = {
+            "tiles": len(tiles.split(latents)),
+            "psnr": float(10 * np.log10(4 / np.mean(np.square(error)))),
+            "seam": float(127.5 * error[:, :, near].mean()),
+            "elsewhere": float(127.5 * error[:, :, ~near].mean()),
+        }
+        row = ", ".join(f"{name} {value:.3f}" for name, value in result[overlap].items())
+        print(f"overlap {overlap:2d} of {arguments.tile}: {row}", flush=True)
+    print(json.dumps({"tile": arguments.tile, "overlaps": result}))
+
+
+def _near_seams(tiles: Tiles, size: tuple[int, ...], factor: int) -> np.ndarray:
+    """Which pixels of a frame are within `NEAR` of an edge of a tile that is no edge of the frame."""
+    height, width = size[0] * factor, size[1] * factor
+    rows, columns = np.indices((height, width))
+    frame = np.stack([rows, columns], axis=-1)[None, None]
+    near = np.zeros((height, width), bool)
+    for part in tiles.split(frame, factor):
+        top, left = part[0, 0, 0, 0]
+        bottom, right = part[0, 0, -1, -1] + 1
+        for edge, position, end in ((top, rows, height), (bottom, rows, height), (left, columns, width)):
+            near |= (0 < edge < end) & (abs(position - edge + 0.5) < NEAR)
+        near |= (right < width) & (abs(columns - right + 0.5) < NEAR)
+    return near
+
+
+if __name__ == "__main__":
+    main()

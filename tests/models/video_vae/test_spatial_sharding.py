@@ -1,0 +1,76 @@
+"""Height and width over devices: the result is that of one device, and only edges are exchanged."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.models.random_weights import random_module
+from tests.models.video_vae.test_streaming import CONFIGS, normal
+from vidgen.models.video_vae import streaming
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.parallel.mesh import MeshOptions
+
+# Compiling takes longer than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+def vae(request):
+    return random_module(lambda: VideoVAE(request.param, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        (MeshOptions(data=1, context=4, tensor=2), (2, 4)),
+        # Five rows of latents are not divisible: both devices of `tensor` have all of them.
+        (MeshOptions(data=2, context=2, tensor=2), (1, 2)),
+    ],
+)
+@pytest.mark.parametrize("function", [streaming.encode, streaming.decode])
+def test_equal_to_one_device(vae, options, cut, function):
+    rows, columns = 4 if cut[0] > 1 else 5, 4
+    latents = normal(1, 3, rows, columns, vae.config.latent_channels)
+    x = jit(streaming.decode)(vae, latents) if function is streaming.encode else latents
+    expected = jit(function)(vae, x)
+    mesh = options.build()
+    with jax.set_mesh(mesh):
+        vae = jax.device_put(vae, NamedSharding(mesh, PartitionSpec()))
+        compiled = jit(function).lower(vae, x).compile()
+        y = compiled(vae, x)
+    b, t, h, w, c = y.shape
+    assert y.sharding.shard_shape(y.shape) == (b, t, h // cut[0], w // cut[1], c)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    # Frames are never gathered: what is, is of the size of latents, for the attention within them.
+    program = compiled.as_text()
+    assert "collective-permute" in program
+    gathered = [shape.split(",") for shape in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", program)]
+    assert all(math.prod(map(int, shape)) <= rows * columns * 3 * 8 for shape in gathered)
+
+
+@pytest.mark.parametrize("spare", [{"data": 1, "context": 4}, {"data": 4, "context": 1}])
+def test_gradients_are_those_of_one_device(spare):
+    """`spare`: the second mesh has an axis that nothing is cut by; copies must not be summed."""
+    config = dataclasses.replace(
+        CONFIGS["as Wan 2.2"], num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,)
+    )
+    vae = random_module(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
+    video = normal(1, 1 + config.temporal_factor, 8, 16, 3)
+    graphdef, params, buffers = nnx.split(vae, nnx.Param, ..., graph=False)
+
+    def loss(params, video):
+        model = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, buffers))
+        return (model.decode_raw(model.posterior(video).mean) ** 2).mean()
+
+    expected = jit(jax.grad(loss))(params, video)
+    with jax.set_mesh(MeshOptions(tensor=2, **spare).build()):
+        found = jit(jax.grad(loss))(params, video)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * float(np.abs(b).max()))
