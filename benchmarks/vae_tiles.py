@@ -1,10 +1,10 @@
-"""What tiles cost in quality: a decoded video against the same one decoded tile by tile, for several overlaps.
+"""What tiles cost in quality: a decoded video against the same one decoded tile by tile, by overlap.
 
     python benchmarks/vae_tiles.py
 
-With the trained VAE in experiments/weights, on sprites with textured backgrounds. The seams are where the two
-differ most: `seam` is the mean absolute difference within 4 pixels of a tile's edge, `elsewhere` of the rest, in
-8-bit levels. The last line is one JSON object.
+With the trained VAE in experiments/weights, on sprites with textured backgrounds. `seam` is the mean
+absolute difference in 8-bit levels within 4 pixels of a tile's edge, `elsewhere` that of the rest. The last
+line is one JSON object.
 """
 
 import argparse

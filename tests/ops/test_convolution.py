@@ -70,9 +70,7 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"data": 1, "tensor": 2, "context": 4}, {"data": 2, "tensor": 2, "context": 2}]
-)
+@pytest.mark.parametrize("mesh", [MeshOptions(tensor=2, context=4), MeshOptions(tensor=2, context=2)])
 @pytest.mark.parametrize("case", CUT.values(), ids=CUT.keys())
 def test_cut_over_devices_it_is_that_of_one(case, mesh):
     size, strides, padding = case
@@ -89,7 +87,7 @@ def test_cut_over_devices_it_is_that_of_one(case, mesh):
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
 
     (dx, dk), y = jax.jit(with_gradients)(x, kernel)
-    mesh = MeshOptions(**mesh).build()
+    mesh = mesh.build()
     with jax.set_mesh(mesh):
         (dx_cut, dk_cut), y_cut = jax.jit(with_gradients)(x, kernel)
     if padding[1] != (0, 0) or size == (1, 1, 1):

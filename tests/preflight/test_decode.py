@@ -58,5 +58,5 @@ def test_too_large_is_status_1(report, monkeypatch):
 
 
 def test_a_size_that_the_vae_does_not_take_is_an_error():
-    with pytest.raises(ValueError, match="num_frames=8 is not 1 . 2 n; use 7 or 9"):
+    with pytest.raises(ValueError, match=r"num_frames=8 is not 1 \+ 2 n; use 7 or 9"):
         compile_decode(CONFIG, jax.devices(), (8, 16, 32), "eight CPUs")

@@ -166,7 +166,7 @@ def _step(
     if tiles is None:
         return functools.partial(run, vae)
 
-    def step(x: Array, kept: list[Kept] | None) -> tuple[Array, list[Kept]]:
+    def step(x: Array, kept: list[Any] | None) -> tuple[Array, list[Any]]:
         parts, keeps = [], []
         for index, tile in enumerate(tiles.split(x, factor_in)):
             part, keep = run(vae, tile, None if kept is None else kept[index])
