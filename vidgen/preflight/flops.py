@@ -34,7 +34,8 @@ def _times(equation: Any) -> int:
     """How often the inside of an equation runs, over all devices."""
     if equation.primitive.name == "shard_map":
         mesh = equation.params["mesh"]
-        return math.prod(mesh.shape[axis] for axis in equation.params["manual_axes"])
+        [axes] = [axes for name, axes in equation.params.items() if name.endswith("manual_axes")]
+        return math.prod(mesh.shape[axis] for axis in axes)
     return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 

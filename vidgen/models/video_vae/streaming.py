@@ -87,7 +87,7 @@ def encode_stream(
     kept = None
     size = vae.config.temporal_factor * group
     for block in _blocks(frames, size, vae.config.temporal_factor):
-        latents, kept = step(block, kept)
+        latents, kept = step(jnp.asarray(block), kept)
         yield latents
 
 
