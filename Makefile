@@ -30,7 +30,7 @@ format: .venv/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-unit: .venv/.dev
+unit: .venv/.parity
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --durations=15
 
 notebooks: $(NOTEBOOKS)
@@ -60,12 +60,20 @@ test-slow: .venv/.dev
 	$(BIN)/python -m pip install -qq --no-deps -e .
 	@touch $@ .venv/.base
 
+# PyTorch and what is built on it: references that tests compare with, never imported by the package.
+.venv/.parity: requirements/parity.txt | .venv/.dev
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements/parity.txt
+	@touch $@
+
 PIN := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links --output-file
 requirements: | .venv/.dev
 	$(PIN) requirements/base.txt pyproject.toml
 	$(PIN) requirements/dev.txt --extra dev --extra bench -c requirements/base.txt pyproject.toml
-	@for set in base dev; do \
+	$(PIN) requirements/parity.txt --extra parity -c requirements/base.txt -c requirements/dev.txt pyproject.toml
+	@# PyTorch's own dependencies on CUDA are left to pip: its builds for CPU have none.
+	@sed -i -E '/^(nvidia-|cuda-|triton==)/d' requirements/parity.txt
+	@for set in base dev parity; do \
 	  sed -i '1i # Pinned by `make requirements` from pyproject.toml, for Python 3.11 and newer.' requirements/$$set.txt; done
 
 clean:
