@@ -79,8 +79,8 @@ def test_average_decay_warms_up():
 def test_clipping_bounds_the_gradient_and_reports_its_norm():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Steep(toy.ToyTask):
-        def loss(self, model, frozen, batch, key):
-            loss, metrics = super().loss(model, frozen, batch, key)
+        def loss(self, model, frozen, batch, key, step):
+            loss, metrics = super().loss(model, frozen, batch, key, step)
             return 1e4 * loss, metrics
 
     mesh = one_device()

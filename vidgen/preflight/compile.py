@@ -18,6 +18,7 @@ from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.topology import GIB, PreflightError
 from vidgen.train.experiment import Experiment
 from vidgen.train.loop import step_options
+from vidgen.train.optimizer import partitioned
 from vidgen.train.state import TrainState, abstract_state
 from vidgen.train.step import make_train_step
 from vidgen.train.task import Task
@@ -72,7 +73,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
-    transformation = experiment.optimizer.transformation(options.num_steps)
+    transformation = partitioned(experiment.optimizer, task.apart, options.num_steps)
     state, graphdef = abstract_state(task, transformation, mesh)
     frozen_graphdef, frozen = _abstract_vae(vae, mesh) if vae else (None, None)
     batch = _abstract_batch(experiment, task, mesh)
