@@ -12,6 +12,8 @@ from flax import nnx
 from vidgen.core import pixels
 from vidgen.core.typing import Array, Float, Int, Metrics, Video
 from vidgen.models.adversarial_vae import AdversarialVAE
+from vidgen.models.lpips.model import LPIPS
+from vidgen.models.lpips.params import load_lpips
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.variables import freeze
@@ -32,6 +34,8 @@ class VAETask:
         and averages then, and there is no KL penalty.
       l1_weight, l2_weight: of the absolute and the squared error; pixels are in [-1, 1].
       wavelet_weight, wavelet_levels: of the error in Haar subbands, see `wavelets`.
+      perceptual_weight: of LPIPS (arXiv:1801.03924), mean over frames.
+      perceptual_weights: safetensors file of VGG16 and LPIPS's heads, see `vidgen.models.lpips.params`.
       kl_weight: of the divergence in nats per latent element.
       adversary: a discriminator to train against, or None.
     """
@@ -43,15 +47,22 @@ class VAETask:
     l2_weight: float = 1.0
     wavelet_weight: float = 0.0
     wavelet_levels: int = 3
+    perceptual_weight: float = 0.0
+    perceptual_weights: str | None = None
     kl_weight: float = 1e-4
     adversary: Adversary | None = None
 
     def __post_init__(self):
-        for name in ("l1_weight", "l2_weight", "wavelet_weight", "kl_weight"):
+        for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if self.wavelet_levels < 1:
             raise ValueError(f"wavelet_levels is {self.wavelet_levels}: it must be at least 1")
+        if self.perceptual_weight and self.perceptual_weights is None:
+            raise ValueError(
+                f"perceptual_weight is {self.perceptual_weight}, but perceptual_weights names no file: give "
+                "the safetensors file of LPIPS on VGG16, or a weight of 0"
+            )
 
     @property
     def apart(self) -> dict[str, Adversary]:
@@ -72,8 +83,8 @@ class VAETask:
         assert isinstance(vae, VideoVAE)
         return vae
 
-    def frozen(self) -> None:
-        return None
+    def frozen(self) -> LPIPS | None:
+        return load_lpips(self.perceptual_weights) if self.perceptual_weight else None
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}
@@ -89,7 +100,7 @@ class VAETask:
         vae, video = self.product(model), pixels.to_float(batch["video"])
         posterior = vae.posterior(video)
         made = vae.decode_raw(posterior.sample(key))
-        loss, metrics, gradient = with_gradient(lambda made: self._reconstruction(made, video), made)
+        loss, metrics, gradient = with_gradient(lambda made: self._reconstruction(made, video, frozen), made)
         if self.adversary is not None:
             assert isinstance(model, AdversarialVAE)
             more, others = self.adversary.loss(model.discriminator, video, made, gradient, step)
@@ -101,13 +112,16 @@ class VAETask:
                 loss += self.kl_weight * metrics["kl"]
         return loss, metrics
 
-    def _reconstruction(self, made: Video, video: Video) -> tuple[Float[Array, ""], Metrics]:
+    def _reconstruction(
+        self, made: Video, video: Video, lpips: nnx.Module | None
+    ) -> tuple[Float[Array, ""], Metrics]:
         """The weighted sum of the losses that compare, and each of them."""
         error = made - video
         losses = {
             "l1": lambda: jnp.abs(error).mean(),
             "l2": lambda: jnp.square(error).mean(),
             "wavelet": lambda: wavelet_loss(made, video, levels=self.wavelet_levels),
+            "perceptual": lambda: lpips(made, video).mean(),
         }
         weights = {name: getattr(self, f"{name}_weight") for name in losses}
         found = {name: loss() for name, loss in losses.items() if weights[name]}
