@@ -17,7 +17,7 @@ from vidgen.train.optimizer import part_names
 from vidgen.train.state import TrainState
 from vidgen.train.task import Task
 
-__all__ = ["StepOptions", "TrainStep", "make_train_step"]
+__all__ = ["StepOptions", "TrainStep", "clipped", "make_train_step"]
 
 TrainStep = Callable[[TrainState, nnx.State | None, dict[str, Array]], tuple[TrainState, Metrics]]
 
@@ -78,7 +78,7 @@ def make_train_step(
         )
         grads = constrain_tree(grads)
         grad_norm = optax.tree.norm(grads)
-        grads, norms = _clipped(grads, options.grad_clip, task.apart)
+        grads, norms = clipped(grads, options.grad_clip, task.apart)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, _decay(state.step, options.ema_decay))
@@ -98,7 +98,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _clipped(
+def clipped(
     grads: PyTree, largest: float | None, apart: Mapping[str, Any]
 ) -> tuple[PyTree, dict[str, Array]]:
     """Gradients of which no part is longer than `largest`, and the lengths that the named parts had."""
