@@ -1,10 +1,10 @@
-"""PSNR and SSIM against their formulas, written out."""
+"""PSNR, SSIM and flicker against their formulas, written out."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidgen.evals.quality import evaluate_reconstruction, psnr, ssim
+from vidgen.evals.quality import evaluate_reconstruction, flicker, psnr, ssim
 
 
 @pytest.fixture
@@ -62,6 +62,22 @@ def test_ssim_of_equal_and_of_inverted_frames(pair):
 def test_ssim_names_frames_that_are_too_small():
     with pytest.raises(ValueError, match="10 x 12"):
         ssim(np.zeros((1, 10, 12, 3), np.uint8), np.zeros((1, 10, 12, 3), np.uint8))
+
+
+def test_flicker_is_of_errors_that_change():
+    rng = np.random.default_rng(2)
+    reference = rng.integers(20, 236, (2, 5, 6, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(flicker(reference, reference), np.zeros((2, 4)))
+    standing = reference + rng.integers(0, 20, (1, 1, 6, 7, 3), dtype=np.uint8)
+    np.testing.assert_allclose(flicker(standing, reference), np.zeros((2, 4)), atol=1e-12)
+    blinking = reference.copy()
+    blinking[:, 2] += 8  # comes and goes: two changes of 8 levels
+    np.testing.assert_allclose(flicker(blinking, reference), [[0, 8, 8, 0]] * 2, atol=1e-12)
+    np.testing.assert_allclose(flicker(blinking / 255, reference / 255), [[0, 8, 8, 0]] * 2, atol=1e-12)
+    frozen = np.repeat(reference[:, :1], 5, axis=1)
+    changes = np.abs(np.diff(reference.astype(float), axis=1)).mean((2, 3, 4))
+    np.testing.assert_allclose(flicker(frozen, reference), changes, rtol=1e-12)
+    assert flicker(reference[:, :1], reference[:, :1]).shape == (2, 0)
 
 
 def test_reconstruction_is_scored_in_bytes():

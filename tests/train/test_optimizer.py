@@ -6,7 +6,8 @@ import optax
 import pytest
 from flax import nnx
 
-from vidgen.train.optimizer import AdamW, Muon, cosine_schedule
+from vidgen.core.tree import named_leaves
+from vidgen.train.optimizer import AdamW, Muon, cosine_schedule, partitioned
 
 
 def test_schedule_rises_linearly_and_falls_along_a_cosine():
@@ -97,3 +98,28 @@ def test_adamw_is_optax_adamw():
     expected = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params())
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value[...], rtol=1e-5)
+
+
+@pytest.mark.parametrize("main", [AdamW(), Muon()])
+def test_parts_that_learn_apart_have_rules_of_their_own(main):
+    tree = nnx.State({"rest": params(), "rival": params()})
+    grads = jax.tree.map(np.cos, tree)
+    rival = AdamW(learning_rate=0.5, warmup_steps=0)
+    tx = partitioned(main, {"rival": rival}, 100)
+    state = tx.init(tree)
+    found, state = jax.jit(tx.update)(grads, state, tree)
+    for name, rule in (("rest", main), ("rival", rival)):
+        expected = updates(rule, jax.tree.map(np.cos, params()))
+        for key, value in found[name].items():
+            np.testing.assert_allclose(value[...], expected[key], rtol=1e-5, atol=1e-7)
+    names = named_leaves(state)
+    assert not [name for name in names if "inner_states.rival" in name and "rest" in name]
+    # Moments carry the axes of their parameters.
+    variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    axes = [v.get_metadata("axes") for v in variables if isinstance(v, nnx.Variable)]
+    assert axes.count(("vocab", "embed")) == 4
+
+
+def test_a_module_of_one_part_has_the_optimizers_own_state():
+    alone = AdamW().transformation(10).init(params())
+    assert jax.tree.structure(partitioned(AdamW(), {}, 10).init(params())) == jax.tree.structure(alone)

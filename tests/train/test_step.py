@@ -3,7 +3,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from tests.train import toy
 from vidgen.core.tree import named_leaves
@@ -12,6 +14,7 @@ from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.optimizer import AdamW
 from vidgen.train.state import init_state
 from vidgen.train.step import StepOptions, make_train_step
+from vidgen.train.step import clipped as clip
 
 ONE = MeshOptions(data=1)
 
@@ -79,8 +82,8 @@ def test_average_decay_warms_up():
 def test_clipping_bounds_the_gradient_and_reports_its_norm():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Steep(toy.ToyTask):
-        def loss(self, model, frozen, batch, key):
-            loss, metrics = super().loss(model, frozen, batch, key)
+        def loss(self, model, frozen, batch, key, step):
+            loss, metrics = super().loss(model, frozen, batch, key, step)
             return 1e4 * loss, metrics
 
     mesh = one_device()
@@ -91,6 +94,26 @@ def test_clipping_bounds_the_gradient_and_reports_its_norm():
     assert norm(clipped) == pytest.approx(0.5, rel=1e-5)
     free, _ = steps(mesh, task=Steep(), grad_clip=None)
     assert norm(free) == pytest.approx(metrics["grad_norm"], rel=1e-5)
+
+
+def test_parts_that_learn_apart_are_clipped_by_their_own_norms():
+    grads = nnx.State(
+        {
+            "a": {"x": nnx.Param(jnp.asarray([3.0, 0.0])), "y": nnx.Param(jnp.asarray([4.0]))},
+            "b": {"x": nnx.Param(jnp.asarray([0.5]))},
+            "c": {"x": nnx.Param(jnp.asarray([12.0]))},
+        }
+    )
+    clipped, norms = clip(grads, 1.0, {"b": None, "a": None})
+    assert norms.keys() == {"grad_norm/a", "grad_norm/b"}
+    assert float(norms["grad_norm/a"]) == pytest.approx(5.0)
+    found = {name: np.asarray(leaf) for name, leaf in named_leaves(clipped).items()}
+    np.testing.assert_allclose(found["a.x"], [0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(found["a.y"], [0.8], rtol=1e-6)
+    np.testing.assert_allclose(found["b.x"], [0.5], rtol=1e-6)
+    np.testing.assert_allclose(found["c.x"], [1.0], rtol=1e-6)
+    together, none = clip(grads, 1.0, {})
+    assert none == {} and optax.tree.norm(together) == pytest.approx(1.0)
 
 
 def moments(state):

@@ -45,13 +45,20 @@ class ToyTask:
     def build(self, rngs):
         return Net(rngs)
 
+    @property
+    def apart(self):
+        return {}
+
+    def product(self, model):
+        return model
+
     def frozen(self):
         return None
 
     def arrays(self, batch):
         return {"video": batch["video"]}
 
-    def loss(self, model, frozen, batch, key):
+    def loss(self, model, frozen, batch, key, step):
         x = batch["video"].reshape(len(batch["video"]), DIM).astype(jnp.float32) / 127.5 - 1
         loss = jnp.square(model(x + self.noise * jax.random.normal(key, x.shape)) - x).mean()
         model.seen[...] = model.seen[...] + 1

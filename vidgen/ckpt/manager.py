@@ -119,6 +119,36 @@ class CheckpointManager:
             loaded = ocp.load_checkpointables(str(where), wanted)
         return step, loaded[_STATE], {name: loaded[name] for name in parts}
 
+    def shapes(self, step: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of each saved array by dotted name; of the newest checkpoint where `step` is None.
+
+        Raises:
+          CheckpointError: no such checkpoint.
+        """
+        self.wait()
+        return {_plain(name): shape for name, shape in self._stored(self._existing(step)).items()}
+
+    def restore_named(
+        self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None
+    ) -> tuple[int, dict[str, jax.Array]]:
+        """The step, and those arrays of its checkpoint that are wanted, by the names that `shapes` gives.
+
+        Raises:
+          CheckpointError: no such checkpoint, or arrays that are missing or of another shape.
+        """
+        self.wait()
+        step = self._existing(step)
+        stored = {_plain(name): name for name in self._stored(step)}
+        tree: dict[str, Any] = {}
+        for name, leaf in wanted.items():
+            *parents, last = stored.get(name, name).split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = leaf
+        step, loaded, _ = self.restore(tree, step, partial=True)
+        return step, {_plain(name): array for name, array in named_leaves(loaded).items()}
+
     def wait(self) -> None:
         """Until the save that is under way is complete.
 
@@ -149,13 +179,13 @@ class CheckpointManager:
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
         return step
 
+    def _stored(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Shapes by the names that Orbax uses."""
+        metadata = self._orbax.checkpointables_metadata(step).metadata[_STATE]
+        return {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata).items()}
+
     def _check(self, abstract_state: PyTree, step: int, where: pathlib.Path, partial: bool) -> None:
-        saved = {
-            _plain(name): leaf.shape
-            for name, leaf in named_leaves(
-                self._orbax.checkpointables_metadata(step).metadata[_STATE]
-            ).items()
-        }
+        saved = {_plain(name): shape for name, shape in self._stored(step).items()}
         wanted = {_plain(name): _stored_shape(leaf) for name, leaf in named_leaves(abstract_state).items()}
         problems = [f"{name}: missing in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
         left_over = () if partial else sorted(saved.keys() - wanted.keys())

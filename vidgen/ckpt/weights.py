@@ -1,7 +1,9 @@
 """Weights as safetensors: a tree of arrays by dotted names, without optimizer and without pickle."""
 
+import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +18,7 @@ from vidgen.ckpt.foreign import Foreign
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 
-__all__ = ["WeightsError", "load_weights", "save_weights"]
+__all__ = ["WeightsError", "load_weights", "save_weights", "tensor_shapes"]
 
 
 class WeightsError(ValueError):
@@ -52,7 +54,12 @@ def save_weights(
 
 
 def load_weights(
-    path: pathlib.Path | str, abstract_tree: PyTree, *, names: Mapping[str, Foreign] | None = None
+    path: pathlib.Path | str,
+    abstract_tree: PyTree,
+    *,
+    names: Mapping[str, Foreign] | None = None,
+    ignore: str | None = None,
+    remedy: str = "use the config of its run",
 ) -> PyTree:
     """The arrays of a file in a tree like `abstract_tree`.
 
@@ -60,32 +67,50 @@ def load_weights(
       abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a
         sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
       names: of a file by another program: its name and layout of each array.
+      ignore: regular expression for whole names of tensors that the file may hold and nobody needs.
+      remedy: what to do about tensors that do not fit, for the error.
 
     Raises:
       FileNotFoundError: no such file.
       WeightsError: tensors are missing, left over, or of another shape; all of them are named.
     """
+    wanted = [(_foreign(names, name, leaf), leaf) for name, leaf in named_leaves(abstract_tree).items()]
+    found = {
+        name: shape for name, shape in tensor_shapes(path).items() if not re.fullmatch(ignore or "", name)
+    }
+    problems = list(_problems({f.name: f.shape(tuple(leaf.shape)) for f, leaf in wanted}, found))
+    if problems:
+        listed = "\n  ".join(problems)
+        raise WeightsError(f"{path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}")
+    with _opened(path) as file:
+        arrays = [
+            _placed(foreign.to_ours(file.get_tensor(foreign.name), tuple(leaf.shape)), leaf)
+            for foreign, leaf in wanted
+        ]
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
+
+
+def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
+    """The names of a file's tensors with their shapes; reads the header only.
+
+    Raises:
+      FileNotFoundError: no such file.
+      WeightsError: it is no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path | str) -> Iterator[Any]:
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format")
-    wanted = [(_foreign(names, name, leaf), leaf) for name, leaf in named_leaves(abstract_tree).items()]
     try:
         with safe_open(path, framework="numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            problems = list(_problems({f.name: f.shape(tuple(leaf.shape)) for f, leaf in wanted}, shapes))
-            if problems:
-                listed = "\n  ".join(problems)
-                raise WeightsError(
-                    f"{path} does not fit the model ({len(problems)} tensors): use the config of its run"
-                    f"\n  {listed}"
-                )
-            arrays = [
-                _placed(foreign.to_ours(file.get_tensor(foreign.name), tuple(leaf.shape)), leaf)
-                for foreign, leaf in wanted
-            ]
+            yield file
     except SafetensorError as error:
         raise WeightsError(f"{path} is no complete safetensors file ({error}): write it again") from error
-    return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
 
 
 def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Foreign:

@@ -1,6 +1,7 @@
 """Kinds of variables: trained parameters with logical axis names, and buffers."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -32,6 +33,20 @@ def param(
     if len(axes) != len(shape):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, found {axes}")
     return nnx.Param(init(rngs.params(), shape), axes=axes)
+
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def freeze(module: Module) -> Module:
+    """`module` with its parameters as buffers: no gradient, moment or average is made of them."""
+
+    def frozen(variable: nnx.Variable) -> nnx.Variable:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        return Buffer(variable.get_value(), axes=variable.get_metadata("axes"))
+
+    return jax.tree.map(frozen, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def over_last_axis(vector: Array, x: Array) -> Array:

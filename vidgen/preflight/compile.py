@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core.typing import PyTree
+from vidgen.models.lpips.model import LPIPS
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import RULES, batch_sharding, shardings
@@ -18,9 +19,11 @@ from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.topology import GIB, PreflightError
 from vidgen.train.experiment import Experiment
 from vidgen.train.loop import step_options
+from vidgen.train.optimizer import partitioned
 from vidgen.train.state import TrainState, abstract_state
 from vidgen.train.step import make_train_step
 from vidgen.train.task import Task
+from vidgen.train.vae_task import VAETask
 
 __all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "placed"]
 
@@ -72,9 +75,9 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
-    transformation = experiment.optimizer.transformation(options.num_steps)
+    transformation = partitioned(experiment.optimizer, task.apart, options.num_steps)
     state, graphdef = abstract_state(task, transformation, mesh)
-    frozen_graphdef, frozen = _abstract_vae(vae, mesh) if vae else (None, None)
+    frozen_graphdef, frozen = _abstract_frozen(task, vae, mesh)
     batch = _abstract_batch(experiment, task, mesh)
     schedule = experiment.optimizer.schedule(options.num_steps)
     step: Any = make_train_step(
@@ -105,8 +108,17 @@ def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
         return refusal
 
 
-def _abstract_vae(config: VAEConfig, mesh: Mesh) -> tuple[nnx.GraphDef, PyTree]:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0))), graph=False)
+def _abstract_frozen(
+    task: Task, vae: VAEConfig | None, mesh: Mesh
+) -> tuple[nnx.GraphDef, PyTree] | tuple[None, None]:
+    """What `task.frozen` would read from files: the VAE, or the network of the perceptual loss."""
+    if vae is not None:
+        module = nnx.eval_shape(lambda: VideoVAE(vae, rngs=nnx.Rngs(0)))
+    elif isinstance(task, VAETask) and task.perceptual_weight:
+        module = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0)))
+    else:
+        return None, None
+    graphdef, state = nnx.split(module, graph=False)
     return graphdef, placed(state, shardings(state, mesh))
 
 

@@ -58,7 +58,8 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
 def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write: bool = True) -> None:
     """Makes `workdir` the folder of this experiment: checks the config.json that is there, or writes one.
 
-    A run may be resumed with another mesh, number of steps, intervals and threads.
+    A run may be resumed with another mesh, number of steps, intervals and threads. Options that are newer
+    than the run count as having had their default values.
 
     Args:
       write: False on the processes that only check.
@@ -69,11 +70,12 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
     path = pathlib.Path(workdir) / "config.json"
     new = to_dict(experiment)
     if path.exists():
-        differing = [key for key in _differences(_read(path), new) if not key.startswith(_MAY_CHANGE)]
+        old = _completed(_read(path))
+        differing = [key for key in _differences(old, new) if not key.startswith(_MAY_CHANGE)]
         if differing:
             raise ConfigError(
                 f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
-                f"{_shown(differing, _read(path), new)}. Use another --workdir, or the config of that run."
+                f"{_shown(differing, old, new)}. Use another --workdir, or the config of that run."
             )
     if not write:
         return
@@ -88,6 +90,14 @@ def _read(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON ({error}): restore it, or use another workdir") from error
+
+
+def _completed(values: Any) -> Any:
+    """The values with defaults where they have none; as they are where they are of no experiment any more."""
+    try:
+        return to_dict(resolve(Experiment, values))
+    except ConfigError:
+        return values
 
 
 def _differences(old: Any, new: Any) -> list[str]:

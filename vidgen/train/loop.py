@@ -1,12 +1,10 @@
 """The training loop, written once: restore, step, log, evaluate, save."""
 
-import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,17 +17,17 @@ from vidgen.parallel import processes
 from vidgen.train.evaluator import Evaluator
 from vidgen.train.interrupt import StopSignal
 from vidgen.train.metrics import MetricsWriter
-from vidgen.train.optimizer import AdamW, Muon
+from vidgen.train.optimizer import AdamW, Muon, partitioned
 from vidgen.train.options import RunOptions
 from vidgen.train.progress import Progress
 from vidgen.train.recent import RecentSteps
+from vidgen.train.start import start_from
 from vidgen.train.state import (
     TrainState,
     abstract_state,
     ema_model,
     init_state,
     place_frozen,
-    restore_averaged,
 )
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.task import Task
@@ -82,7 +80,8 @@ def fit(
     """
     workdir = pathlib.Path(workdir)
     main = processes.is_main_process()
-    tx, schedule = optimizer.transformation(options.num_steps), optimizer.schedule(options.num_steps)
+    tx = partitioned(optimizer, task.apart, options.num_steps)
+    schedule = optimizer.schedule(options.num_steps)
     with jax.set_mesh(mesh), _checkpoints(workdir, options) as checkpoints, StopSignal() as stop:
         state, graphdef, start = _restore_or_init(task, tx, options, loader, mesh, checkpoints)
         frozen_graphdef, frozen = place_frozen(task.frozen(), mesh) or (None, None)
@@ -109,7 +108,7 @@ def fit(
                         for e in evaluators
                         if step == options.num_steps or (e.every and step % e.every == 0)
                     ]
-                    line |= _evaluate(due, state, graphdef, frozen_graphdef, frozen, step, workdir)
+                    line |= _evaluate(due, task, state, graphdef, frozen_graphdef, frozen, step, workdir)
                 writer.write(step, line)
                 if ending or checkpoints.should_save(step):
                     recent.check()
@@ -144,21 +143,13 @@ def _restore_or_init(
         state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
         _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
         if options.init_from is not None:
-            state = _start_from(options.init_from, state)
+            state = start_from(options.init_from, state, task.apart)
         return state, graphdef, 0
     abstract, graphdef = abstract_state(task, tx, mesh)
     step, state, parts = checkpoints.restore(abstract, parts=(_DATA,))
     loader.set_state(parts[_DATA])
     _log.info("resuming after step %d of %d, from %s", step, options.num_steps, checkpoints.directory)
     return state, graphdef, step
-
-
-def _start_from(workdir: str, state: TrainState) -> TrainState:
-    """`state` with the averaged weights of another run as its parameters and their average."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    step, params, buffers = restore_averaged(workdir, abstract)
-    _log.info("weights are those of %s after step %d", workdir, step)
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=buffers)
 
 
 def step_options(options: RunOptions) -> StepOptions:
@@ -172,6 +163,7 @@ def step_options(options: RunOptions) -> StepOptions:
 
 def _evaluate(
     due: Sequence[Evaluator],
+    task: Task,
     state: TrainState,
     graphdef: nnx.GraphDef,
     frozen_graphdef: nnx.GraphDef | None,
@@ -182,7 +174,7 @@ def _evaluate(
     """The scores of the evaluators that are due, each under its name."""
     if not due:
         return {}
-    model = ema_model(state, graphdef)
+    model = task.product(ema_model(state, graphdef))
     frozen_model = None if frozen_graphdef is None else nnx.merge(frozen_graphdef, frozen)
     return {
         f"{evaluator.name}/{name}": value

@@ -1,7 +1,8 @@
 """Optimizers as options: AdamW, and Muon for the matrices; learning rates with warm-up and cosine decay."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,36 @@ from flax import nnx
 
 from vidgen.core.typing import PyTree
 
-__all__ = ["AdamW", "Muon", "cosine_schedule"]
+__all__ = ["AdamW", "Muon", "Optimizer", "cosine_schedule", "part_names", "partitioned"]
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """Says how parameters are updated."""
+
+    def transformation(self, num_steps: int) -> optax.GradientTransformation:
+        """The update rule for a run of `num_steps`."""
+        ...
+
+
+def partitioned(
+    optimizer: Optimizer, apart: Mapping[str, Optimizer], num_steps: int
+) -> optax.GradientTransformation:
+    """The update rule of a module some of whose submodules, `apart` by name, have rules of their own."""
+    rule = optimizer.transformation(num_steps)
+    if not apart:
+        return rule
+    rules = {name: part.transformation(num_steps) for name, part in apart.items()}
+    return optax.partition({_REST: rule, **rules}, lambda params: part_names(params, apart))
+
+
+def part_names(params: PyTree, apart: Mapping[str, Any]) -> PyTree:
+    """A tree like `params` of the name in `apart` that each array belongs to, "" for the others."""
+
+    def name(path: tuple[Any, ...], _: Any) -> str:
+        return path[0].key if path[0].key in apart else _REST
+
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def cosine_schedule(peak: float, *, warmup_steps: int, num_steps: int, end: float) -> optax.Schedule:
@@ -112,6 +142,8 @@ class Muon:
         decay = optax.add_decayed_weights(-self.weight_decay, mask=_decayed)
         return optax.chain(directions, decay, optax.scale_by_schedule(self.schedule(num_steps)))
 
+
+_REST = ""
 
 _NO_MATRIX = frozenset({"vocab", "patch"})
 """Parameters with one of these axes are tables, or the first or last projection."""

@@ -1,7 +1,9 @@
 """One step of training as a pure function: (state, frozen, batch) -> (state, metrics)."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,11 @@ from flax import nnx
 from vidgen.core.typing import Array, Float, Key, Metrics, PyTree
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import constrain_tree
+from vidgen.train.optimizer import part_names
 from vidgen.train.state import TrainState
 from vidgen.train.task import Task
 
-__all__ = ["StepOptions", "TrainStep", "make_train_step"]
+__all__ = ["StepOptions", "TrainStep", "clipped", "make_train_step"]
 
 TrainStep = Callable[[TrainState, nnx.State | None, dict[str, Array]], tuple[TrainState, Metrics]]
 
@@ -25,7 +28,8 @@ class StepOptions:
 
     Attributes:
       grad_accumulation: micro-batches per step, computed one after the other; must divide the batch.
-      grad_clip: largest global norm of the gradient; None leaves it as it is.
+      grad_clip: largest norm of the gradient, of each of the parts that learn apart by itself; None leaves it
+        as it is.
       ema_decay: of the averaged weights, approached as (1 + step) / (10 + step).
     """
 
@@ -53,17 +57,18 @@ def make_train_step(
 
     Returns:
       A function of (state, frozen state or None, batch). Its metrics are the task's, and `loss`, `grad_norm`
-      and `learning_rate`: float32 scalars on the device.
+      and `learning_rate`: float32 scalars on the device. For each submodule that learns apart there is also
+      a `grad_norm/<name>`.
     """
 
     def loss_fn(
-        params: PyTree, buffers: PyTree, frozen: PyTree, batch: dict[str, Array], key: Key[Array, ""]
+        params: PyTree, buffers: PyTree, frozen: PyTree, batch: dict[str, Array], key: Key[Array, ""], done
     ):
         # Variables may be written only at the trace level that made them: the buffers are made anew in here.
         buffers, frozen = jax.tree.map(lambda x: x, (buffers, frozen))
         model = nnx.merge(graphdef, params, buffers)
         frozen_model = None if frozen_graphdef is None else nnx.merge(frozen_graphdef, frozen)
-        loss, metrics = task.loss(model, frozen_model, batch, key)
+        loss, metrics = task.loss(model, frozen_model, batch, key, done)
         return loss.astype(jnp.float32), (metrics, nnx.state(model, Buffer, graph=False))
 
     def step(state: TrainState, frozen: PyTree, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
@@ -73,9 +78,7 @@ def make_train_step(
         )
         grads = constrain_tree(grads)
         grad_norm = optax.tree.norm(grads)
-        if options.grad_clip is not None:
-            scale = options.grad_clip / jnp.maximum(grad_norm, options.grad_clip)
-            grads = jax.tree.map(lambda g: g * scale, grads)
+        grads, norms = clipped(grads, options.grad_clip, task.apart)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, _decay(state.step, options.ema_decay))
@@ -87,7 +90,7 @@ def make_train_step(
             key=state.key,
             **dict(zip(("params", "buffers", "ema", "opt_state"), new, strict=True)),
         )
-        extra = {"loss": loss, "grad_norm": grad_norm}
+        extra = {"loss": loss, "grad_norm": grad_norm} | norms
         if schedule is not None:
             extra["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return constrain_tree(new_state), {**metrics, **extra}
@@ -95,11 +98,27 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def clipped(
+    grads: PyTree, largest: float | None, apart: Mapping[str, Any]
+) -> tuple[PyTree, dict[str, Array]]:
+    """Gradients of which no part is longer than `largest`, and the lengths that the named parts had."""
+    names = part_names(grads, apart)
+    of_part = zip(jax.tree.leaves(names), jax.tree.leaves(grads), strict=True)
+    by_name = itertools.groupby(sorted(of_part, key=lambda pair: pair[0]), key=lambda pair: pair[0])
+    norms = {name: optax.tree.norm([leaf for _, leaf in pairs]) for name, pairs in by_name}
+    if largest is not None:
+        scales = {name: largest / jnp.maximum(norm, largest) for name, norm in norms.items()}
+        grads = jax.tree.map(lambda name, g: g * scales[name], names, grads)
+    return grads, {f"grad_norm/{name}": norms[name] for name in apart}
+
+
 def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array, ""], count: int):
     """Loss, metrics, buffers and gradients over the batch, in `count` micro-batches."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
-        (loss, (metrics, buffers)), grads = grad_fn(state.params, state.buffers, frozen, batch, key)
+        (loss, (metrics, buffers)), grads = grad_fn(
+            state.params, state.buffers, frozen, batch, key, state.step
+        )
         return loss, metrics, buffers, grads
 
     def split(x: Array) -> Array:
@@ -113,7 +132,7 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
         buffers, total = carry
         micro, index = inputs
         (loss, (metrics, buffers)), grads = grad_fn(
-            state.params, buffers, frozen, micro, jax.random.fold_in(key, index)
+            state.params, buffers, frozen, micro, jax.random.fold_in(key, index), state.step
         )
         return (buffers, jax.tree.map(jnp.add, total, grads)), (loss, metrics)
 

@@ -19,6 +19,7 @@ from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.train.optimizer import Optimizer
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae
 
 
@@ -49,6 +50,13 @@ class TextToVideoTask:
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
         return TextToVideo(self.dit, self.text, rngs=rngs)
 
+    @property
+    def apart(self) -> dict[str, Optimizer]:
+        return {}
+
+    def product(self, model: nnx.Module) -> nnx.Module:
+        return model
+
     def frozen(self) -> VideoVAE:
         return load_vae(self.vae)
 
@@ -67,7 +75,12 @@ class TextToVideoTask:
         return {"video": batch["video"], "tokens": tokens, "mask": mask}
 
     def loss(
-        self, model: nnx.Module, frozen: nnx.Module | None, batch: Mapping[str, Array], key: Array
+        self,
+        model: nnx.Module,
+        frozen: nnx.Module | None,
+        batch: Mapping[str, Array],
+        key: Array,
+        step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
         assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
         clean = jax.lax.stop_gradient(frozen.encode(pixels.to_float(batch["video"])))

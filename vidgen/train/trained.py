@@ -2,6 +2,7 @@
 
 import pathlib
 
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,14 +21,14 @@ def load_trained(
       step: which checkpoint; None is the newest.
 
     Returns:
-      The experiment, the step of the checkpoint, the module.
+      The experiment, the step of the checkpoint, the module (`Task.product`).
 
     Raises:
       FileNotFoundError: `workdir` is not that of a training run.
       CheckpointError: it has no such checkpoint.
     """
     experiment = load_experiment(workdir)
-    transformation = experiment.optimizer.transformation(experiment.run.num_steps)
-    abstract, graphdef = abstract_state(experiment.task, transformation, mesh)
+    # What the optimizer keeps is not read.
+    abstract, graphdef = abstract_state(experiment.task, optax.identity(), mesh)
     step, *state = restore_averaged(workdir, abstract, step)
-    return experiment, step, nnx.merge(graphdef, *state)
+    return experiment, step, experiment.task.product(nnx.merge(graphdef, *state))

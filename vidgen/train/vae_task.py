@@ -1,4 +1,4 @@
-"""Training the video VAE: reconstruct, and stay close to a standard normal."""
+"""Training the video VAE: reconstruct, look real to an adversary, and stay close to a standard normal."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,44 +10,121 @@ import numpy as np
 from flax import nnx
 
 from vidgen.core import pixels
-from vidgen.core.typing import Array, Float, Metrics
+from vidgen.core.typing import Array, Float, Int, Metrics, Video
+from vidgen.models.adversarial_vae import AdversarialVAE
+from vidgen.models.lpips.model import LPIPS
+from vidgen.models.lpips.params import load_lpips
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.nn.variables import freeze
+from vidgen.train.adversary import Adversary, with_gradient
+from vidgen.train.wavelets import wavelet_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAETask:
-    """L1 and L2 reconstruction with a small KL penalty (Rombach et al., arXiv 2112.10752).
+    """Reconstruction losses with a small KL penalty (Rombach et al., arXiv 2112.10752), and a GAN.
+
+    A term of weight 0 is not computed.
 
     Attributes:
       model: shape of the VAE.
-      l2_weight: of the squared error, beside an L1 weight of 1; pixels are in [-1, 1].
+      train: "decoder" leaves the encoder and its latent statistics exactly as they are (see
+        `run.init_from`), so that what was trained on its latents stays of use; it has no gradients, moments
+        and averages then, and there is no KL penalty.
+      l1_weight, l2_weight: of the absolute and the squared error; pixels are in [-1, 1].
+      wavelet_weight, wavelet_levels: of the error in Haar subbands, see `wavelets`.
+      perceptual_weight: of LPIPS (arXiv:1801.03924), mean over frames.
+      perceptual_weights: safetensors file of VGG16 and LPIPS's heads, see `vidgen.models.lpips.params`.
       kl_weight: of the divergence in nats per latent element.
+      adversary: a discriminator to train against, or None.
     """
 
     kind: Literal["vae"] = "vae"
     model: VAEConfig = VAEConfig()
+    train: Literal["all", "decoder"] = "all"
+    l1_weight: float = 1.0
     l2_weight: float = 1.0
+    wavelet_weight: float = 0.0
+    wavelet_levels: int = 3
+    perceptual_weight: float = 0.0
+    perceptual_weights: str | None = None
     kl_weight: float = 1e-4
+    adversary: Adversary | None = None
 
-    def build(self, rngs: nnx.Rngs) -> VideoVAE:
-        return VideoVAE(self.model, rngs=rngs)
+    def __post_init__(self):
+        for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.wavelet_levels < 1:
+            raise ValueError(f"wavelet_levels is {self.wavelet_levels}: it must be at least 1")
+        if self.perceptual_weight and self.perceptual_weights is None:
+            raise ValueError(
+                f"perceptual_weight is {self.perceptual_weight}, but perceptual_weights names no file: give "
+                "the safetensors file of LPIPS on VGG16, or a weight of 0"
+            )
 
-    def frozen(self) -> None:
-        return None
+    @property
+    def apart(self) -> dict[str, Adversary]:
+        return {"discriminator": self.adversary} if self.adversary else {}
+
+    def build(self, rngs: nnx.Rngs) -> VideoVAE | AdversarialVAE:
+        if self.adversary is None:
+            module = VideoVAE(self.model, rngs=rngs)
+        else:
+            module = AdversarialVAE(self.model, self.adversary.discriminator, rngs=rngs)
+        if self.train == "decoder":
+            vae = self.product(module)
+            vae.encoder, vae.quant_conv = freeze(vae.encoder), freeze(vae.quant_conv)
+        return module
+
+    def product(self, model: nnx.Module) -> VideoVAE:
+        vae = model.vae if isinstance(model, AdversarialVAE) else model
+        assert isinstance(vae, VideoVAE)
+        return vae
+
+    def frozen(self) -> LPIPS | None:
+        return load_lpips(self.perceptual_weights) if self.perceptual_weight else None
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}
 
     def loss(
-        self, model: nnx.Module, frozen: nnx.Module | None, batch: Mapping[str, Array], key: Array
+        self,
+        model: nnx.Module,
+        frozen: nnx.Module | None,
+        batch: Mapping[str, Array],
+        key: Array,
+        step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
-        assert isinstance(model, VideoVAE)
-        video = pixels.to_float(batch["video"])
-        posterior = model.posterior(video)
-        model.update_statistics(jax.lax.stop_gradient(posterior.mean))
-        error = model.decode_raw(posterior.sample(key)) - video
-        l1, l2, kl = jnp.abs(error).mean(), jnp.square(error).mean(), posterior.kl()
+        vae, video = self.product(model), pixels.to_float(batch["video"])
+        posterior = vae.posterior(video)
+        made = vae.decode_raw(posterior.sample(key))
+        loss, metrics, gradient = with_gradient(lambda made: self._reconstruction(made, video, frozen), made)
+        if self.adversary is not None:
+            assert isinstance(model, AdversarialVAE)
+            more, others = self.adversary.loss(model.discriminator, video, made, gradient, step)
+            loss, metrics = loss + more, metrics | others
+        if self.train == "all":
+            vae.update_statistics(jax.lax.stop_gradient(posterior.mean))
+            if self.kl_weight:
+                metrics["kl"] = posterior.kl()
+                loss += self.kl_weight * metrics["kl"]
+        return loss, metrics
+
+    def _reconstruction(
+        self, made: Video, video: Video, lpips: nnx.Module | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The weighted sum of the losses that compare, and each of them."""
+        error = made - video
+        losses = {
+            "l1": lambda: jnp.abs(error).mean(),
+            "l2": lambda: jnp.square(error).mean(),
+            "wavelet": lambda: wavelet_loss(made, video, levels=self.wavelet_levels),
+            "perceptual": lambda: lpips(made, video).mean(),
+        }
+        weights = {name: getattr(self, f"{name}_weight") for name in losses}
+        found = {name: loss() for name, loss in losses.items() if weights[name]}
+        total = sum((weights[name] * loss for name, loss in found.items()), start=jnp.zeros(()))
         # PSNR of pixels in [-1, 1], whose range is 2.
-        metrics = {"l1": l1, "kl": kl, "psnr": 10.0 * jnp.log10(4.0 / l2)}
-        return l1 + self.l2_weight * l2 + self.kl_weight * kl, metrics
+        return total, found | {"psnr": 10.0 * jnp.log10(4.0 / jnp.square(error).mean())}

@@ -1,0 +1,113 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.random_weights import random_module
+from tests.train.small_vae import ADVERSARIAL, ADVERSARY, MODEL, PLAIN
+from vidgen.ckpt.manager import CheckpointError, CheckpointManager
+from vidgen.core.tree import named_leaves
+from vidgen.nn.variables import Buffer
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.parallel.rules import shardings
+from vidgen.train.start import start_from
+from vidgen.train.state import TrainState
+
+DECODER = dataclasses.replace(PLAIN, train="decoder")
+MESH = MeshOptions(data=2, fsdp=2, tensor=2)
+
+
+def state(task, seed, mesh=None):
+    """A state of random numbers, sharded as a run's is."""
+    module = random_module(lambda: task.build(nnx.Rngs(0)), seed)
+    _, params, buffers = nnx.split(module, nnx.Param, Buffer, graph=False)
+    tree = {"params": params, "ema": jax.tree.map(lambda x: 2 * x, params), "buffers": buffers}
+    tree = jax.device_put(tree, shardings(tree, mesh or MeshOptions().build(jax.devices()[:1])))
+    return TrainState(step=jnp.zeros((), jnp.int32), opt_state=(), key=jax.random.key(0), **tree)
+
+
+def saved(workdir, task, seed=0):
+    source = state(task, seed)
+    with CheckpointManager(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(3, source)
+    return named_leaves(source.ema) | named_leaves(source.buffers)
+
+
+def check(found, expected):
+    """The parameters, their averages and the buffers of `found` are the numbers expected."""
+    names = named_leaves(found.params) | named_leaves(found.buffers)
+    assert names.keys() == expected.keys()
+    for name, value in names.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    for name, value in named_leaves(found.ema).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def inside(arrays, name="vae"):
+    return {f"{name}.{key}": value for key, value in arrays.items()}
+
+
+def own(task, seed, part):
+    """What a state of this seed has in a part."""
+    before = state(task, seed)
+    arrays = named_leaves(before.params) | named_leaves(before.buffers)
+    return {name: value for name, value in arrays.items() if name.startswith(f"{part}.")}
+
+
+@pytest.mark.parametrize("target", [PLAIN, DECODER])
+@pytest.mark.parametrize("source", [PLAIN, DECODER])
+def test_whether_the_encoder_is_trained_does_not_matter(source, target, tmp_path):
+    there = saved(tmp_path, source)
+    check(start_from(tmp_path, state(target, 1), {}), there)
+
+
+def test_a_vae_without_a_discriminator_gets_a_new_one(tmp_path):
+    there = saved(tmp_path, PLAIN)
+    found = start_from(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ADVERSARIAL.apart)
+    kernel = found.params["vae"]["decoder"]["conv_in"]["kernel"].get_value()
+    assert (
+        kernel.sharding.spec
+        == state(ADVERSARIAL, 1, MESH.build())
+        .params["vae"]["decoder"]["conv_in"]["kernel"]
+        .get_value()
+        .sharding.spec
+    )
+    fresh = own(ADVERSARIAL, 1, "discriminator")
+    for name, value in named_leaves(found.ema).items():
+        expected = inside(there) | fresh
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    check(found, inside(there) | fresh)
+
+
+def test_a_discriminator_of_the_same_shape_goes_on_and_another_begins_anew(tmp_path):
+    there = saved(tmp_path, ADVERSARIAL)
+    check(start_from(tmp_path, state(ADVERSARIAL, 1), ADVERSARIAL.apart), there)
+    shape = dataclasses.replace(ADVERSARY.discriminator, base_dim=8)
+    wider = dataclasses.replace(PLAIN, adversary=dataclasses.replace(ADVERSARY, discriminator=shape))
+    vae = {name: value for name, value in there.items() if name.startswith("vae.")}
+    found = start_from(tmp_path, state(wider, 1), wider.apart)
+    check(found, vae | own(wider, 1, "discriminator"))
+
+
+def test_a_vae_starts_from_one_with_a_discriminator(tmp_path):
+    there = saved(tmp_path, ADVERSARIAL)
+    vae = {name.removeprefix("vae."): value for name, value in there.items() if name.startswith("vae.")}
+    check(start_from(tmp_path, state(DECODER, 1), {}), vae)
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    saved(tmp_path, PLAIN)
+    other = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, latent_channels=4))
+    with pytest.raises(CheckpointError, match=r"post_quant_conv\.bias: shape \(3,\) in .*, \(4,\) expected"):
+        start_from(tmp_path, state(other, 1), {})
+    deeper = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, num_res_blocks=2))
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.conv1\.bias: missing in the checkpoint"):
+        start_from(tmp_path, state(deeper, 1), {})
+    with pytest.raises(
+        CheckpointError, match=re.escape("nowhere/checkpoints is missing: expected the workdir")
+    ):
+        start_from(tmp_path / "nowhere", state(PLAIN, 1), {})

@@ -1,0 +1,87 @@
+"""The Frechet distance of two sets of features, in float64 on the host, from statistics that are streamed."""
+
+import dataclasses
+
+import numpy as np
+
+from vidgen.core.typing import Float
+
+__all__ = ["Moments", "frechet_distance"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean and scatter of features; grows by sets of features or other moments, never by keeping them.
+
+    Attributes:
+      count: how many there were.
+      mean: of each feature.
+      scatter: sum of the outer products of deviations from the mean.
+    """
+
+    count: int
+    mean: Float[np.ndarray, "d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "n d"]) -> "Moments":
+        """Of features all at once, at least one.
+
+        Raises:
+          ValueError: some are not finite.
+        """
+        x = np.asarray(features, np.float64)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} features are not finite numbers")
+        mean = x.mean(0)
+        return cls(count=len(x), mean=mean, scatter=(x - mean).T @ (x - mean))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of both sets together (Chan et al. 1979, Updating formulae and a pairwise algorithm)."""
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        between = np.outer(shift, shift) * (self.count * other.count / count)
+        return Moments(
+            count=count,
+            mean=self.mean + shift * (other.count / count),
+            scatter=self.scatter + other.scatter + between,
+        )
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """Unbiased, over n - 1.
+
+        Raises:
+          ValueError: there are fewer than two.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs the features of at least 2 clips; there is {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of the Gaussians with these moments: of features of I3D, the FVD.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017,
+    arXiv:1706.08500). The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays
+    exact where covariances are singular: with fewer clips than features. The fewer clips, the higher it comes
+    out (Chong & Forsyth 2019, arXiv:1911.07023): compare figures of equally many clips only.
+
+    Raises:
+      ValueError: a set has fewer than two members, or their features differ in number.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"one set has {a.mean.size} features, the other {b.mean.size}: use the same network")
+    covariance_a, covariance_b = a.covariance, b.covariance
+    product = _square_root(covariance_a) @ _square_root(covariance_b)
+    overlap = np.linalg.svd(product, compute_uv=False).sum()
+    distance = (
+        np.square(a.mean - b.mean).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
+    )
+    return max(float(distance), 0.0)
+
+
+def _square_root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    values, vectors = np.linalg.eigh(covariance)
+    noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return (vectors * np.sqrt(np.where(values > noise, values, 0.0))) @ vectors.T

@@ -1,0 +1,60 @@
+"""I3D out of a user's safetensors file, under the names of the port to PyTorch (`pytorch-i3d`)."""
+
+import pathlib
+from collections.abc import Iterable
+
+from flax import nnx
+
+from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.weights import load_weights
+from vidgen.core.tree import named_leaves
+from vidgen.models.i3d.model import I3D
+
+__all__ = ["i3d_names", "load_i3d"]
+
+_MODULES = {"conv_1a": "Conv3d_1a_7x7", "conv_2b": "Conv3d_2b_1x1", "conv_2c": "Conv3d_2c_3x3"}
+_TENSORS = {
+    "kernel": Foreign("conv3d.weight", (4, 3, 0, 1, 2)),
+    "scale": Foreign("bn.weight", (0,)),
+    "bias": Foreign("bn.bias", (0,)),
+    "mean": Foreign("bn.running_mean", (0,)),
+    "variance": Foreign("bn.running_var", (0,)),
+}
+_LOGITS = {
+    "logits_kernel": Foreign("logits.conv3d.weight", (1, 0, None, None, None)),
+    "logits_bias": Foreign("logits.conv3d.bias", (0,)),
+}
+_IGNORE = r".*\.num_batches_tracked"
+_REMEDY = (
+    "expected the state_dict of pytorch-i3d's `InceptionI3d(400, in_channels=3)` (rgb_imagenet), "
+    "Conv3d_1a_7x7.conv3d.weight to logits.conv3d.bias"
+)
+
+
+def load_i3d(path: pathlib.Path | str) -> I3D:
+    """The network in a safetensors file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      WeightsError: names every tensor that is missing, left over or of another shape, and what was expected.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: I3D(rngs=nnx.Rngs(0))), graph=False)
+    names = i3d_names(named_leaves(state))
+    return nnx.merge(graphdef, load_weights(path, state, names=names, ignore=_IGNORE, remedy=_REMEDY))
+
+
+def i3d_names(names: Iterable[str]) -> dict[str, Foreign]:
+    """Name and layout of each parameter and statistic in a file.
+
+    Args:
+      names: of ours, dotted (`vidgen.core.tree.named_leaves`).
+    """
+    table = {}
+    for name in names:
+        if name in _LOGITS:
+            table[name] = _LOGITS[name]
+            continue
+        module, *branch, kind = name.split(".")
+        theirs, tensor = _MODULES.get(module, module.capitalize()), _TENSORS[kind]
+        table[name] = Foreign(".".join([theirs, *branch, tensor.name]), tensor.axes)
+    return table

@@ -1,0 +1,96 @@
+"""Starting a run from the weights of another, which need not have trained the same module."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vidgen.ckpt.manager import CheckpointError, CheckpointManager
+from vidgen.core.logging import get_logger
+from vidgen.core.tree import named_leaves
+from vidgen.core.typing import PyTree
+from vidgen.train.state import TrainState
+
+__all__ = ["start_from"]
+
+_log = get_logger(__name__)
+
+
+def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[str, Any]) -> TrainState:
+    """`state` with the averaged weights of another run as its parameters and their average; buffers too.
+
+    Arrays are found by name, whether they are trained in either run or not, and the other module may be a
+    part of this one or have it as a part: a VAE starts from a VAE with a discriminator and the other way
+    around, with the encoder trained or not.
+
+    Args:
+      workdir: of the other run; its newest checkpoint is read.
+      apart: names of submodules that stay as they are where the other run has none of this shape.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is of another model; the arrays that differ are named.
+    """
+    directory = pathlib.Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is missing: expected the workdir of a training run")
+    wanted = named_leaves(state.params) | named_leaves(state.buffers)
+    with CheckpointManager(directory) as checkpoints:
+        saved = checkpoints.shapes()
+        source = _source(wanted, {name: saved[name] for name in saved if _is_weight(name)}, apart)
+        abstract = {
+            source[name]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in wanted.items()
+            if name in source
+        }
+        step, arrays = checkpoints.restore_named(abstract)
+    fresh = sorted({name.partition(".")[0] for name in wanted.keys() - source.keys()})
+    _log.info("weights are those of %s after step %d%s", workdir, step, f"; new: {fresh}" if fresh else "")
+    found = {name: arrays[there] for name, there in source.items()}
+    params = _replaced(state.params, found)
+    return dataclasses.replace(
+        state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=_replaced(state.buffers, found)
+    )
+
+
+_PLACES = ("ema.", "buffers.")
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith(_PLACES)
+
+
+def _source(
+    wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]], apart: Mapping[str, Any]
+) -> dict[str, str]:
+    """The name in the checkpoint of each array; those without one are left out if they are `apart`.
+
+    Where the rest is not all there, the names are those that it should have.
+    """
+    places = {name.partition(".")[2]: name for name in saved}
+    required = [name for name in wanted if name.partition(".")[0] not in apart]
+    inside = sorted({name.partition(".")[0] for name in places})
+    renamings: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: name.partition(".")[2],
+        *(lambda name, top=top: f"{top}.{name}" for top in inside),
+    ]
+    for there in renamings:
+        if all(there(name) in places for name in required):
+            found = {name: places[there(name)] for name in required}
+            break
+    else:
+        there = renamings[0]
+        found = {name: places.get(name, f"ema.{name}") for name in required}
+    for part in apart:
+        names = [name for name in wanted if name.partition(".")[0] == part]
+        if all(saved.get(places.get(name, "")) == tuple(wanted[name].shape) for name in names):
+            found |= {name: places[name] for name in names}
+    return found
+
+
+def _replaced(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+    leaves = [arrays.get(name, leaf) for name, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
