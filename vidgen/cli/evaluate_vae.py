@@ -63,7 +63,8 @@ def evaluate_vae(
     length = experiment.data.num_frames if experiment and not arguments.videos else arguments.clip_frames
     if arguments.i3d and length < arguments.clip_frames:
         raise ValueError(
-            f"held-out clips have {length} frames: give --clip-frames {length} for rFVD, or --videos"
+            f"held-out clips have {length} frames: rFVD takes --clip-frames of at most that and at least 9, "
+            "or longer --videos"
         )
     networks = FeatureNetworks(
         lpips=arguments.lpips and load_lpips(arguments.lpips),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
-from vidgen.core.typing import Array, Float, RGBClip, UInt8, Video
+from vidgen.core.typing import Array, Float, RGBClip, UInt8
 from vidgen.data.source import BrokenClip
 from vidgen.evals.frechet import Moments, frechet_distance
 from vidgen.evals.quality import SMALLEST_FRAME, flicker, psnr, ssim
@@ -190,5 +190,5 @@ _jit_i3d = jax.jit(lambda i3d, video: i3d(video))
 
 
 @jax.jit
-def _jit_resize(clip: UInt8[Array, "b t h w 3"]) -> Video:
+def _jit_resize(clip: UInt8[Array, "b t h w 3"]) -> Float[Array, "b t 224 224 3"]:
     return i3d_model.resize(pixels.to_float(clip))
