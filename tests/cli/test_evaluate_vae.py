@@ -167,6 +167,10 @@ def test_errors_name_what_is_wrong(workdir, videos, tmp_path, capsys):
         (["--videos", videos, "--fps", 0], "--fps is 0.0: give a positive number"),
         (["--videos", videos, "--group", 0], "--group is 0: give at least 1"),
         (["--videos", videos, "--side-by-side", videos / "new"], "is among the videos: give another folder"),
+        (
+            ["--videos", videos / "a.mp4", "--side-by-side", videos],
+            "is among the videos: give another folder",
+        ),
         (["--videos", videos, "--lpips", tmp_path / "lpips.safetensors"], "is no complete safetensors file"),
         (["--videos", videos, "--i3d", "i3d.safetensors"], "i3d.safetensors is missing"),
     ):

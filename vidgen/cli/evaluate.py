@@ -83,9 +83,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("give both --height and --width, or none of them")
     if arguments.side_by_side and arguments.videos:
-        root = arguments.videos.resolve()
-        root = root if root.is_dir() else root.parent
-        if arguments.side_by_side.resolve().is_relative_to(root):
+        videos, beside = arguments.videos.resolve(), arguments.side_by_side.resolve()
+        # Files below a folder of videos would be among the videos of the next call.
+        if beside == videos.parent if videos.is_file() else beside.is_relative_to(videos):
             raise ValueError(
                 f"--side-by-side {arguments.side_by_side} is among the videos: give another folder"
             )
