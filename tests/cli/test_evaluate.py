@@ -20,10 +20,13 @@ def evaluate(*arguments):
 
 def test_a_vae_is_scored_by_its_reconstructions(tiny_runs, tmp_path, capsys):
     file = tmp_path / "scores.json"
-    assert evaluate("--checkpoint", tiny_runs.vae, "--num-clips", 5, "--batch-size", 3, "--json", file) == 0
-    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores == json.loads(file.read_text())
+    assert evaluate("--checkpoint", tiny_runs.vae, "--num-clips", 5, "--json", file) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = json.loads(lines[-1])
+    videos = json.loads(file.read_text()).pop("videos")
+    assert scores | {"videos": videos} == json.loads(file.read_text())
     assert (scores["checkpoint"], scores["step"], scores["num_clips"]) == (str(tiny_runs.vae), 2, 5)
+    assert scores["num_frames"] == 25 and scores["skipped"] == {} and len(videos) == len(lines) - 3 == 5
 
     # Again with the averaged weights that the run left in its folder; all five clips count, evenly.
     source = heldout_source(load_experiment(tiny_runs.vae))
@@ -31,10 +34,12 @@ def test_a_vae_is_scored_by_its_reconstructions(tiny_runs, tmp_path, capsys):
     pixels = jnp.asarray(clips, jnp.float32) / 127.5 - 1
     vae = load_vae(tiny_runs.vae)
     vae = jax.device_put(vae, shardings(vae, MeshOptions().build()))
-    made = np.concatenate([reconstruct(vae, pixels[:3]), reconstruct(vae, pixels[3:])])
-    made = np.rint((np.clip(made, -1, 1) + 1) * 127.5)
+    made = np.rint((np.clip(reconstruct(vae, pixels), -1, 1) + 1) * 127.5)
     errors = np.square(made - clips).mean((2, 3, 4))
     np.testing.assert_allclose(scores["psnr"], (10 * np.log10(255**2 / errors)).mean(), rtol=1e-3)
+    changes = np.abs(np.diff(made - clips, axis=1)).mean((1, 2, 3, 4))
+    np.testing.assert_allclose([video["flicker"] for video in videos], changes, rtol=1e-3)
+    assert [video["name"] for video in videos] == [source[index]["name"] for index in range(5)]
     assert -1 <= scores["ssim"] <= 1
 
 
@@ -62,6 +67,13 @@ def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, argumen
     assert evaluate("--checkpoint", "x", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_options_for_another_kind_of_run_are_errors(tiny_runs, tmp_path, capsys):
+    assert evaluate("--checkpoint", tiny_runs.dit, "--lpips", "lpips.safetensors") == 2
+    assert "is no VAE: --lpips is for a VAE's reconstructions" in capsys.readouterr().err
+    assert evaluate("--checkpoint", tiny_runs.vae, "--i3d", "i3d.safetensors") == 2
+    assert "held-out clips have 5 frames" in capsys.readouterr().err
 
 
 def test_help(capsys):

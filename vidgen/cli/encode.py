@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from vidgen.data.latents_file import LatentsInfo, save_latents
     from vidgen.data.source import BrokenClip
     from vidgen.data.video_io import probe, read_frames
-    from vidgen.models.video_vae.streaming import encode_stream
+    from vidgen.models.video_vae.streaming import encode_stream, fill_sides
     from vidgen.train.vae_folder import load_vae
 
     try:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         for frame in tqdm(frames, total=total, unit="frame", dynamic_ncols=True, file=sys.stderr):
             num_frames += 1
             height, width = frame.shape[:2]
-            yield _filled(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
+            yield fill_sides(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
 
     try:
         blocks = [np.asarray(block[0]) for block in encode_stream(vae, prepared(), group=arguments.group)]
@@ -78,11 +78,6 @@ def main(argv: Sequence[str]) -> int:
     save_latents(arguments.out, latents, about)
     print(f"{arguments.out}: {num_frames} frames of {height} x {width} as latents {list(latents.shape)}")
     return 0
-
-
-def _filled(frame: np.ndarray, factor: int) -> np.ndarray:
-    height, width = frame.shape[:2]
-    return np.pad(frame, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge")
 
 
 def _parser() -> argparse.ArgumentParser:

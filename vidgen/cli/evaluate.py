@@ -1,10 +1,10 @@
-"""`vidgen evaluate`: scores of a trained run: reconstruction of a VAE, prompt alignment of a video model."""
+"""`vidgen evaluate`: what a VAE makes of videos; whether a video model does what prompts say."""
 
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,13 +12,26 @@ from vidgen.cli.main import run
 
 __all__ = ["main"]
 
+_PROMPTS = 200
+_OF_VAES = ("videos", "fps", "height", "width", "lpips", "i3d", "side_by_side")
+"""Options that make sense of a VAE only."""
+
 _EPILOG = """\
 examples:
   vidgen evaluate --checkpoint runs/vae --num-clips 64
+  vidgen evaluate --checkpoint runs/vae --videos my_clips --lpips lpips.safetensors --i3d i3d.safetensors \\
+    --side-by-side beside --json scores.json
+  vidgen evaluate --checkpoint Wan2.1-T2V-1.3B-Diffusers --videos clip.mp4 --height 480 --width 832
   vidgen evaluate --checkpoint runs/dit --num-clips 200 --json scores.json
 
 Clips and prompts are held out: sprites show pairs of colour and shape that no training clip has.
-`real` are the same detectors on real clips of the same scenes, the best that a model can reach.
+
+Of a VAE: PSNR (dB), SSIM, and flicker, by how many 8-bit levels pixels change from frame to frame otherwise
+than in the original, each a mean over all frames of whole videos. LPIPS and rFVD (the Frechet video distance
+of reconstructions from originals) need the weights of their networks: docs/evaluation.md says how to write
+them. Files that cannot be read are named and skipped.
+
+Of a video model: `real` are the same detectors on real clips of the same scenes, the best that it can reach.
 """
 
 
@@ -29,48 +42,70 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
-    for option in ("num_clips", "batch_size"):
-        if getattr(arguments, option) < 1:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is {getattr(arguments, option)}: give at least 1")
+    _check(arguments)
 
     # What needs jax is imported late: --help and wrong options answer at once.
+    from vidgen.cli.evaluate_vae import evaluate_vae, video_files
     from vidgen.models.video_vae.model import VideoVAE
-    from vidgen.parallel.mesh import MeshOptions
-    from vidgen.train.trained import load_trained
 
-    mesh = MeshOptions().build()
-    experiment, step, model = load_trained(arguments.checkpoint, mesh)
+    if arguments.videos:
+        video_files(arguments.videos)
+    experiment, step, model = _load(arguments.checkpoint)
     if isinstance(model, VideoVAE):
-        scores = _reconstruction(experiment, model, arguments)
+        scores = evaluate_vae(model, experiment, arguments)
     else:
+        given = [name for name in _OF_VAES if getattr(arguments, name) is not None]
+        if given:
+            raise ValueError(
+                f"{arguments.checkpoint} is no VAE: {_option(given[0])} is for a VAE's reconstructions"
+            )
         scores = _alignment(experiment, arguments)
     result = {"checkpoint": str(arguments.checkpoint), "step": step, **scores}
-    print(json.dumps(result))
+    print(json.dumps({name: value for name, value in result.items() if name != "videos"}))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if result.get("rfvd", 0.0) is None:
+        raise ValueError(
+            f"rFVD needs at least 2 clips of {arguments.clip_frames} frames, found {result['rfvd_clips']}: "
+            "give more or longer videos, or a smaller --clip-frames"
+        )
     return 0
 
 
-def _reconstruction(experiment, vae, arguments: argparse.Namespace) -> dict:
-    from vidgen.cli.evaluators import heldout_source
-    from vidgen.data.loader import Loader
-    from vidgen.evals.previews import reconstruct
-    from vidgen.evals.quality import evaluate_reconstruction
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that cannot be."""
+    for name in ("num_clips", "batch_size", "group", "clip_frames", "height", "width"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{_option(name)} is {value}: give at least 1")
+    if arguments.fps is not None and arguments.fps <= 0:
+        raise ValueError(f"--fps is {arguments.fps}: give a positive number")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("give both --height and --width, or none of them")
+    if arguments.side_by_side and arguments.videos:
+        videos, beside = arguments.videos.resolve(), arguments.side_by_side.resolve()
+        # Files below a folder of videos would be among the videos of the next call.
+        if beside == videos.parent if videos.is_file() else beside.is_relative_to(videos):
+            raise ValueError(
+                f"--side-by-side {arguments.side_by_side} is among the videos: give another folder"
+            )
 
-    source = heldout_source(experiment)
-    count = min(arguments.num_clips, len(source))
-    size = min(arguments.batch_size, count)
 
-    def batches() -> Iterator[np.ndarray]:
-        with Loader(source, batch_size=size, seed=0, shuffle=False) as loader:
-            for start in range(0, count, size):
-                yield next(loader)["video"][: count - start]
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-    scores = evaluate_reconstruction(lambda video: reconstruct(vae, video), batches())
-    psnr, ssim, clips = scores["psnr"], scores["ssim"], scores["num_clips"]
-    print(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} over {clips:.0f} held-out clips")
-    return scores
+
+def _load(checkpoint: pathlib.Path):
+    """Experiment, step and model of a run; of a VAE alone, the model."""
+    from vidgen.models.video_vae.diffusers_folder import is_diffusers
+    from vidgen.parallel.mesh import MeshOptions
+    from vidgen.train.trained import load_trained
+    from vidgen.train.vae_folder import has_vae, load_vae
+
+    is_run = (checkpoint / "config.json").exists() and not is_diffusers(checkpoint)
+    if has_vae(checkpoint) and not is_run:
+        return None, None, load_vae(checkpoint)
+    return load_trained(checkpoint, MeshOptions().build())
 
 
 def _alignment(experiment, arguments: argparse.Namespace) -> dict:
@@ -86,7 +121,7 @@ def _alignment(experiment, arguments: argparse.Namespace) -> dict:
             "is measured in the sprite world only. Sample from it with `vidgen sample`"
         )
     source = dataclasses.replace(experiment.data, split="heldout").source()
-    scenes = [source.scene(index) for index in range(arguments.num_clips)]
+    scenes = [source.scene(index) for index in range(arguments.num_clips or _PROMPTS)]
     pipeline = load(arguments.checkpoint)
     seeds = iter(range(arguments.seed, arguments.seed + len(scenes), arguments.batch_size))
 
@@ -110,13 +145,44 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run")
-    parser.add_argument("--num-clips", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=30, help="of the sampler")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=pathlib.Path,
+        help="workdir of a run, or a VAE in diffusers' layout",
+    )
+    parser.add_argument(
+        "--num-clips", type=int, help="how many clips or prompts (200), or files of --videos (all)"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the scores there too")
+    vae = parser.add_argument_group("of a VAE")
+    vae.add_argument(
+        "--videos", type=pathlib.Path, help="a folder or a file, instead of the run's held-out clips"
+    )
+    vae.add_argument(
+        "--fps", type=float, help="frames per second to take of --videos; their own where not given"
+    )
+    vae.add_argument("--height", type=int, help="pixels, of --videos; their own where not given")
+    vae.add_argument("--width", type=int)
+    vae.add_argument(
+        "--lpips", type=pathlib.Path, metavar="FILE", help="weights of VGG16-LPIPS (.safetensors)"
+    )
+    vae.add_argument(
+        "--i3d", type=pathlib.Path, metavar="FILE", help="weights of I3D, for rFVD (.safetensors)"
+    )
+    vae.add_argument("--clip-frames", type=int, default=16, help="of a clip of rFVD (16), at least 9")
+    vae.add_argument(
+        "--side-by-side",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="write each video beside its reconstruction there",
+    )
+    vae.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    sampler = parser.add_argument_group("of a video model")
+    sampler.add_argument("--batch-size", type=int, default=20, help="prompts at a time")
+    sampler.add_argument("--steps", type=int, default=30, help="of the sampler")
+    sampler.add_argument("--guidance-scale", type=float, default=4.0)
+    sampler.add_argument("--seed", type=int, default=0)
     return parser
 
 

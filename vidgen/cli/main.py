@@ -14,7 +14,7 @@ __all__ = ["main", "run"]
 _COMMANDS = {
     "train": "train what an experiment config describes, or resume it",
     "sample": "generate videos from prompts with a trained run",
-    "evaluate": "measure a trained run",
+    "evaluate": "score a VAE on videos, or a video model on prompts",
     "encode": "turn a video into latents of a VAE",
     "decode": "turn latents back into a video",
     "data": "check a folder of videos, or write it as records",

@@ -15,7 +15,7 @@ from vidgen.data.captions import CAPTION_SUFFIXES, FolderCaptions
 from vidgen.data.source import BrokenClip
 from vidgen.data.video_io import VideoInfo, probe, read_clip
 
-__all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile"]
+__all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile", "clip_files"]
 
 _PROBE_THREADS = 8
 _LISTED = 5
@@ -138,9 +138,8 @@ class FolderData:
         root = pathlib.Path(self.path)
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder of videos.")
-        files = _files_below(root)
-        texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
-        clips = [file for file in files if file.suffix.lower() not in CAPTION_SUFFIXES]
+        clips = clip_files(root)
+        texts = [file for file in _files_below(root) if file.suffix.lower() in CAPTION_SUFFIXES]
         captions = FolderCaptions.load(root, self.captions)
         used: list[UsedFile] = []
         rejected = [(_name(root, path), why) for path, why in captions.without_clip(clips, texts)]
@@ -262,6 +261,11 @@ class FolderSource:
             video = np.ascontiguousarray(video[:, :, ::-1])
         name = file.name if file.info.is_image else f"{file.name}@{start:.3f}s"
         return {"video": video, "caption": file.caption, "name": name}
+
+
+def clip_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Every file of a folder and the folders below it but for captions and hidden ones, sorted."""
+    return [file for file in _files_below(root) if file.suffix.lower() not in CAPTION_SUFFIXES]
 
 
 def _files_below(root: pathlib.Path) -> list[pathlib.Path]:

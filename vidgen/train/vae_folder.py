@@ -37,21 +37,21 @@ def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
 
 def has_vae(workdir: pathlib.Path | str) -> bool:
     """Whether `workdir`/vae is there, whole."""
-    return (pathlib.Path(workdir) / _FOLDER / _CONFIG).exists()
+    return (_folder(workdir) / _CONFIG).exists()
 
 
 def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
-    """The VAE in `workdir`/vae; `workdir` may be a checkpoint of Wan in diffusers' layout.
+    """The VAE in `workdir`/vae; `workdir` may be a checkpoint of Wan in diffusers' layout, or its `vae`.
 
     Raises:
       FileNotFoundError: there is none.
     """
-    if is_diffusers(pathlib.Path(workdir) / _FOLDER):
-        return load_diffusers(pathlib.Path(workdir) / _FOLDER)
+    if is_diffusers(_folder(workdir)):
+        return load_diffusers(_folder(workdir))
     config = vae_config(workdir)
     abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract, graph=False)
-    return nnx.merge(graphdef, load_weights(pathlib.Path(workdir) / _FOLDER / _WEIGHTS, state))
+    return nnx.merge(graphdef, load_weights(_folder(workdir) / _WEIGHTS, state))
 
 
 def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
@@ -60,7 +60,7 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
     Raises:
       FileNotFoundError: there is none.
     """
-    folder = pathlib.Path(workdir) / _FOLDER
+    folder = _folder(workdir)
     if not has_vae(workdir):
         raise FileNotFoundError(
             f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
@@ -69,6 +69,11 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
     if is_diffusers(folder):
         return read_config(folder)
     return resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
+
+
+def _folder(workdir: pathlib.Path | str) -> pathlib.Path:
+    path = pathlib.Path(workdir)
+    return path if is_diffusers(path) else path / _FOLDER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidgen.core.typing import Array, Latents, Video
+from vidgen.core.typing import Array, Latents, UInt8, Video
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.tiling import Tiles
 from vidgen.nn.layers import History
 
-__all__ = ["decode", "decode_stream", "encode", "encode_stream", "padded_frames"]
+__all__ = ["decode", "decode_stream", "encode", "encode_stream", "fill_sides", "padded_frames"]
 
 Kept = tuple[Array, ...]
 """What one group leaves to the next: the last frames that each causal layer has seen."""
@@ -123,6 +123,12 @@ def decode_stream(
 def padded_frames(num_frames: int, temporal_factor: int) -> int:
     """The smallest 1 + n * temporal_factor that is not less than `num_frames`."""
     return num_frames + (1 - num_frames) % temporal_factor
+
+
+def fill_sides(frame: UInt8[np.ndarray, "h w 3"], spatial_factor: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The frame with its last row and column repeated until the VAE divides its sides."""
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, -height % spatial_factor), (0, -width % spatial_factor), (0, 0)), mode="edge")
 
 
 def _encode_group(vae: VideoVAE, video: Video, kept: Kept | None) -> tuple[Latents, Kept]:

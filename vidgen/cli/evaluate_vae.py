@@ -1,0 +1,170 @@
+"""The part of `vidgen evaluate` that measures a VAE by what it makes of videos."""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vidgen.cli.evaluators import heldout_source
+from vidgen.data.folder import clip_files
+from vidgen.data.source import BrokenClip, ClipSource
+from vidgen.data.video_io import probe, read_frames, save_frames
+from vidgen.evals.reconstruction import RFVD, FeatureNetworks, VideoScorer, reconstruct_frames
+from vidgen.evals.video_scores import VideoScores, format_scores, overall
+from vidgen.models.i3d.params import load_i3d
+from vidgen.models.lpips.params import load_lpips
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.train.experiment import Experiment
+
+__all__ = ["evaluate_vae", "video_files"]
+
+_HELD_OUT = 200
+"""How many clips of a run's data are taken, where no number is given."""
+
+_LISTED = 5
+"""How many videos that cannot be read an error names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A video about to be read: its name, frames per second, and frames uint8 [h w 3]."""
+
+    name: str
+    fps: float
+    frames: Iterable[np.ndarray]
+
+
+Open = Callable[[], Opened]
+"""Opens one video, or raises BrokenClip."""
+
+
+def evaluate_vae(
+    vae: VideoVAE, experiment: Experiment | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores of the videos of a folder, or of the held-out clips of the run; prints them as a table.
+
+    Args:
+      experiment: the run's; None where there is only a VAE.
+      arguments: those of `vidgen evaluate`.
+
+    Returns:
+      `overall` of all videos, `rfvd` (None of fewer than two clips) and `rfvd_clips` where there is an I3D,
+      `skipped`, the videos that cannot be read with the reason, and `videos`, the scores of each.
+
+    Raises:
+      ValueError: no video could be scored, there are none, or clips are too short for rFVD.
+    """
+    length = experiment.data.num_frames if experiment and not arguments.videos else arguments.clip_frames
+    if arguments.i3d and length < arguments.clip_frames:
+        raise ValueError(
+            f"held-out clips have {length} frames: rFVD takes --clip-frames of at most that and at least 9, "
+            "or longer --videos"
+        )
+    networks = FeatureNetworks(
+        lpips=arguments.lpips and load_lpips(arguments.lpips),
+        i3d=arguments.i3d and load_i3d(arguments.i3d),
+        clip_frames=arguments.clip_frames,
+    )
+    videos = list(_of_folder(arguments) if arguments.videos else _held_out(experiment, arguments))
+    scores: list[VideoScores] = []
+    skipped: dict[str, str] = {}
+    rfvd = RFVD()
+    with tqdm(unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
+        for number, open_video in enumerate(videos, 1):
+            bar.set_description(f"video {number} of {len(videos)}")
+            try:
+                scorer = _score(vae, open_video(), networks, arguments, bar)
+            except BrokenClip as error:
+                skipped[error.name] = error.reason
+                continue
+            scores.append(scorer.scores())
+            rfvd += scorer.rfvd
+    if not scores:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:_LISTED])
+        raise ValueError(f"none of {len(videos)} videos could be scored: {reasons}")
+    total = overall(scores)
+    print(format_scores(scores, total))
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}")
+    result: dict[str, Any] = dict(total)
+    if networks.i3d is not None:
+        result |= {"rfvd": rfvd.distance() if rfvd.num_clips > 1 else None, "rfvd_clips": rfvd.num_clips}
+        distance = "-" if result["rfvd"] is None else f"{result['rfvd']:.2f}"
+        print(f"rFVD {distance} of {rfvd.num_clips} clips of {networks.clip_frames} frames")
+    return result | {"skipped": skipped, "videos": [dataclasses.asdict(score) for score in scores]}
+
+
+def video_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file `path`, or those of the folder `path`.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      ValueError: the folder is empty.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--videos {path}: no such file or folder")
+    files = clip_files(path) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--videos {path}: the folder holds no videos")
+    return files
+
+
+def _score(
+    vae: VideoVAE, video: Opened, networks: FeatureNetworks, arguments: argparse.Namespace, bar: tqdm
+) -> VideoScorer:
+    scorer = VideoScorer(video.name, networks)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for original, made in scorer.watch(reconstruct_frames(vae, video.frames, group=arguments.group)):
+            bar.update(len(original))
+            yield from zip(original, made, strict=True)
+
+    if arguments.side_by_side is None:
+        for _ in pairs():
+            pass
+        return scorer
+    name = video.name if video.name.endswith(".mp4") else f"{video.name}.mp4"
+    beside = (np.concatenate(pair, axis=1) for pair in pairs())
+    metadata = {"vidgen": f"{video.name} (left) and its reconstruction by {arguments.checkpoint}"}
+    save_frames(arguments.side_by_side / name, beside, fps=video.fps, metadata=metadata)
+    return scorer
+
+
+def _of_folder(arguments: argparse.Namespace) -> Iterator[Open]:
+    root = arguments.videos if arguments.videos.is_dir() else arguments.videos.parent
+    for path in video_files(arguments.videos)[: arguments.num_clips]:
+        yield functools.partial(_open_file, path, path.relative_to(root).as_posix(), arguments)
+
+
+def _open_file(path: pathlib.Path, name: str, arguments: argparse.Namespace) -> Opened:
+    fps = arguments.fps or probe(path).fps or 1.0
+    frames = read_frames(path, fps=arguments.fps, height=arguments.height, width=arguments.width)
+    return Opened(name, fps, _of_one_size(path, frames))
+
+
+def _of_one_size(path: pathlib.Path, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    shape = None
+    for frame in frames:
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise BrokenClip(str(path), "its frames change their size: give --height and --width")
+        yield frame
+
+
+def _held_out(experiment: Experiment | None, arguments: argparse.Namespace) -> Iterator[Open]:
+    if experiment is None:
+        raise ValueError(f"{arguments.checkpoint} is a VAE without data of its own: give some with --videos")
+    source = heldout_source(experiment)
+    for index in range(min(arguments.num_clips or _HELD_OUT, len(source))):
+        yield functools.partial(_open_clip, source, index, experiment.data.fps)
+
+
+def _open_clip(source: ClipSource, index: int, fps: float) -> Opened:
+    clip = source[index]
+    return Opened(clip["name"], fps, clip["video"])
