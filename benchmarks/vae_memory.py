@@ -20,8 +20,9 @@ FPS = 24
 
 
 def decode(seconds: int, height: int, width: int, variant: str) -> None:
-    """In a process of its own: prints the resident MiB before decoding, the peak, and the number of frames."""
+    """In a process of its own: prints resident MiB before decoding and at most, and the number of frames."""
     import jax
+    import jax.numpy as jnp
     from flax import nnx
 
     from vidgen.core import pixels
@@ -36,7 +37,7 @@ def decode(seconds: int, height: int, width: int, variant: str) -> None:
     frames = streaming.padded_frames(seconds * FPS, vae.config.temporal_factor)
     count, *shape = vae.config.latent_shape(frames, height, width)
     random = np.random.default_rng(0)
-    latents = (random.normal(size=(1, 1, *shape)).astype(np.float32) for _ in range(count))
+    latents = (jnp.asarray(random.normal(size=(1, 1, *shape)), jnp.float32) for _ in range(count))
     made = 0
     for block in streaming.decode_stream(vae, latents, num_frames=seconds * FPS):
         made += len(np.asarray(pixels.to_uint8(block))[0])

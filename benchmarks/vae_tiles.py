@@ -12,6 +12,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
@@ -39,7 +40,7 @@ def main() -> None:
     source = SpritesData(
         split="heldout", num_frames=5, height=arguments.side, width=arguments.side, backgrounds=("textured",)
     ).source()
-    video = pixels.to_float(np.stack([source[index]["video"] for index in range(4)]))
+    video = pixels.to_float(jnp.stack([source[index]["video"] for index in range(4)]))
     latents = jax.jit(streaming.encode)(vae, video)
     whole = np.asarray(jax.jit(streaming.decode)(vae, latents))
     result = {}
@@ -63,11 +64,10 @@ def _near_seams(tiles: Tiles, size: tuple[int, ...], factor: int) -> np.ndarray:
     """Which pixels of a frame are within `NEAR` of an edge of a tile that is no edge of the frame."""
     height, width = size[0] * factor, size[1] * factor
     rows, columns = np.indices((height, width))
-    frame = np.stack([rows, columns], axis=-1)[None, None]
+    frame = jnp.stack([rows, columns], axis=-1)[None, None]
     near = np.zeros((height, width), bool)
     for part in tiles.split(frame, factor):
-        top, left = part[0, 0, 0, 0]
-        bottom, right = part[0, 0, -1, -1] + 1
+        (top, left), (bottom, right) = part[0, 0, 0, 0].tolist(), (part[0, 0, -1, -1] + 1).tolist()
         for edge, position, end in ((top, rows, height), (bottom, rows, height), (left, columns, width)):
             near |= (0 < edge < end) & (abs(position - edge + 0.5) < NEAR)
         near |= (right < width) & (abs(columns - right + 0.5) < NEAR)

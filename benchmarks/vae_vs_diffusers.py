@@ -44,7 +44,7 @@ Coder = Callable[[np.ndarray], np.ndarray]
 def write(folder: pathlib.Path, variant: str) -> None:
     """Random weights, in diffusers' layout."""
     import torch
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VARIANTS[variant])
@@ -55,10 +55,10 @@ def write(folder: pathlib.Path, variant: str) -> None:
 def diffusers_coders(folder: pathlib.Path, threads: int) -> tuple[Coder, Coder]:
     """Video `b t h w 3` to raw latents, and back."""
     import torch
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     torch.set_num_threads(threads)
-    vae = AutoencoderKLWan.from_pretrained(folder).eval()
+    vae: Any = AutoencoderKLWan.from_pretrained(folder).eval()
 
     @torch.inference_mode()
     def encode(video: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """3D convolution: one function, the formulation chosen per platform, height and width cut over the mesh."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jax.sharding import PartitionSpec
 from vidgen.core.typing import Array, Float
 from vidgen.parallel.rules import constrain, partition_spec
 
-Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+Padding = Sequence[tuple[int, int]]
+"""Zeros before and after, along time, height and width."""
 
 _AXES = ("batch", "time", "height", "width", None)
 
@@ -71,7 +73,7 @@ def _with_neighbours(
         if axis is not None:
             x = _extended(x, dim, axis, *padding[dim - 1])
             padding_left[dim - 1] = (0, 0)
-    return _on_one_device(x, kernel, strides, tuple(padding_left))
+    return _on_one_device(x, kernel, strides, padding_left)
 
 
 def _extended(x: Array, dim: int, axis: str, before: int, after: int) -> Array:
