@@ -4,8 +4,8 @@
 
 Each program is two 3x3x3 convolutions in bfloat16 with the VAE's norm and SiLU before each, as in a residual
 block, for one device; shapes are those of decoding 4 frames of 1080p on 8 chips with Wan 2.1's VAE. Its
-figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of its own
-schedule, not a measured time. `ideal` is the multiply-adds over those that the matrix units do per cycle.
+figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of its
+own schedule, not a measured time. `ideal` is the multiply-adds over those that the matrix units do per cycle.
 The last line is one JSON object. Needs the `tpu` extra (libtpu).
 """
 
