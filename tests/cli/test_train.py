@@ -133,6 +133,20 @@ def test_folders_that_are_no_workdir_are_errors(tmp_path):
         load_experiment(tmp_path)
 
 
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(config, tmp_path):
+    experiment = resolve(Experiment, load_config(config, []))
+    claim_workdir(experiment, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["task"]["l1_weight"], values["task"]["adversary"], values["run"]["seed"]
+    path.write_text(json.dumps(values))
+    claim_workdir(experiment, tmp_path)
+    path.write_text(json.dumps(values))
+    other = resolve(Experiment, load_config(config, ["--config.task.l1_weight=0.5"]))
+    with pytest.raises(ConfigError, match=r"task\.l1_weight 1\.0 -> 0\.5"):
+        claim_workdir(other, tmp_path)
+
+
 def test_only_the_main_process_writes_the_config(config, tmp_path):
     experiment = resolve(Experiment, load_config(config, []))
     claim_workdir(experiment, tmp_path / "w", write=False)

@@ -54,3 +54,17 @@ def test_tiny_differs_and_unknown_arguments_are_errors(name):
     assert str(module.get_config("tiny")) != str(module.get_config())
     with pytest.raises(ValueError, match="tiny"):
         module.get_config("no-such-argument")
+
+
+@pytest.mark.parametrize("argument", ["", "decoder", "images", "demo", "decoder,tiny"])
+def test_finetuning_takes_the_arguments_of_what_it_continues(argument):
+    from experiments.vae import finetune, sprites
+
+    experiment = resolve(Experiment, finetune.get_config(argument).to_dict())
+    base = sprites.get_config(argument.replace("decoder", "").strip(",")).to_dict()
+    assert experiment.task.train == ("decoder" if "decoder" in argument else "all")
+    assert experiment.task.model == resolve(Experiment, base).task.model
+    assert experiment.data == resolve(Experiment, base).data
+    assert 0 < experiment.task.adversary.start_step < experiment.run.num_steps
+    frame = min(experiment.data.height, experiment.data.width)
+    assert frame >= experiment.task.adversary.discriminator.spatial_factor

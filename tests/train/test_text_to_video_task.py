@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -33,7 +34,8 @@ def test_draws_of_one_clip_are_those_of_the_clip_repeated():
     video = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
     batch = once.arrays({"video": video, "caption": ["left", "a red circle"]})
     repeated = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
-    loss = nnx.jit(lambda task, batch: task.loss(model, vae, batch, jax.random.key(2))[0], static_argnums=0)
+    key, step = jax.random.key(2), jnp.asarray(0)
+    loss = nnx.jit(lambda task, batch: task.loss(model, vae, batch, key, step)[0], static_argnums=0)
     np.testing.assert_allclose(loss(twice, batch), loss(once, repeated), rtol=1e-6)
     assert abs(loss(twice, batch) - loss(once, batch)) > 1e-3
 

@@ -97,6 +97,7 @@ class VAETask:
         key: Array,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
+        assert isinstance(frozen, LPIPS) == bool(self.perceptual_weight)
         vae, video = self.product(model), pixels.to_float(batch["video"])
         posterior = vae.posterior(video)
         made = vae.decode_raw(posterior.sample(key))
@@ -121,8 +122,9 @@ class VAETask:
             "l1": lambda: jnp.abs(error).mean(),
             "l2": lambda: jnp.square(error).mean(),
             "wavelet": lambda: wavelet_loss(made, video, levels=self.wavelet_levels),
-            "perceptual": lambda: lpips(made, video).mean(),
         }
+        if isinstance(lpips, LPIPS):
+            losses["perceptual"] = lambda: lpips(made, video).mean()
         weights = {name: getattr(self, f"{name}_weight") for name in losses}
         found = {name: loss() for name, loss in losses.items() if weights[name]}
         total = sum((weights[name] * loss for name, loss in found.items()), start=jnp.zeros(()))
