@@ -59,6 +59,7 @@ def test_a_video_model_is_scored_by_its_alignment(tiny_runs, capsys):
     [
         (["--num-clips", "0"], "--num-clips is 0: give at least 1"),
         (["--batch-size", "0"], "--batch-size is 0: give at least 1"),
+        (["--fps", "8"], "--fps is for --videos"),
         (["--checkpoint", "no/such/run"], "no/such/run is not the workdir of a training run"),
     ],
 )

@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     result = {"checkpoint": str(arguments.checkpoint), "step": step, **scores}
     print(json.dumps({name: value for name, value in result.items() if name != "videos"}))
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if result.get("rfvd", 0.0) is None:
         raise ValueError(
@@ -82,6 +83,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--fps is {arguments.fps}: give a positive number")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("give both --height and --width, or none of them")
+    for name in ("fps", "height", "width"):
+        if getattr(arguments, name) is not None and not arguments.videos:
+            raise ValueError(f"{_option(name)} is for --videos: held-out clips are those of the run")
     if arguments.side_by_side and arguments.videos:
         videos, beside = arguments.videos.resolve(), arguments.side_by_side.resolve()
         # Files below a folder of videos would be among the videos of the next call.
