@@ -36,6 +36,10 @@ class VAETask:
     def frozen(self) -> None:
         return None
 
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        """Raises ValueError for clips of a size that the VAE does not take; names the nearest sizes."""
+        self.model.latent_shape(num_frames, height, width)
+
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}
 
