@@ -2,8 +2,11 @@
 
 Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DIR --workdir=runs/vae_folder
            and, after the same with folder.py:images and --workdir=runs/vae_images, better with
-           --config.run.init_from=runs/vae_images
-Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `tiny` a few steps, for tests.
+           --config.run.init_from=runs/vae_images; or images and clips of several sizes all at once:
+           vidgen train --config=experiments/vae/folder.py:mixed --config.data.path=DIR --workdir=runs/vae
+Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `mixed` images and clips of two
+           lengths by turns, each length in a shape of its own (`config.data.buckets`; of one length there may
+           be several shapes, for files that suit them); `tiny` a few steps, for tests; also `mixed,tiny`.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 """
 
@@ -15,9 +18,17 @@ from experiments.vae import sprites
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
-    config = sprites.get_config(arg)
+    arguments = arg.split(",")
+    config = sprites.get_config(",".join(word for word in arguments if word != "mixed"))
     size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
     config.data = {"kind": "folder", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
     config.data.crop = "random"
     config.data.path = placeholder(str)
+    if "mixed" in arguments:
+        # Frames, height, width, clips per step, share of the steps.
+        sizes = [(1, 96, 96, 12, 1.0), (9, 64, 96, 6, 2.0), (17, 64, 64, 4, 1.0)]
+        if "tiny" in arguments:
+            sizes = [(1, 16, 24, 16, 1.0), (5, 16, 16, 8, 1.0)]
+        keys = ("num_frames", "height", "width", "batch_size", "weight")
+        config.data.buckets = [dict(zip(keys, values, strict=True)) for values in sizes]
     return config

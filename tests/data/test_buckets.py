@@ -93,12 +93,12 @@ def test_the_first_bucket_alone_has_the_order_of_its_source_alone():
 
 def test_processes_share_the_batches_of_one():
     parts = [names(process_index=index, process_count=2) for index in range(2)]
-    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == names()
+    assert [first + second for first, second in zip(*parts, strict=True)] == names()
 
 
 def test_resume_is_exact_at_every_step_and_with_other_processes():
     whole = names()
-    for step in range(0, 20):
+    for step in range(20):
         with Loader(mixture(), batch_size=4, seed=3, process_count=2) as loader:
             for _ in range(step):
                 next(loader)
@@ -112,7 +112,7 @@ def test_broken_clips_are_replaced_by_clips_of_their_bucket():
     assert all(bucket_of(batch) for batch in batches)
     assert not {name for batch in batches for name in batch if name.endswith((" 1", " 2"))}
     split = [names(source=mixture(broken=(1, 2)), process_index=i, process_count=2) for i in range(2)]
-    assert [sum(rows, []) for rows in zip(*split, strict=True)] == batches
+    assert [first + second for first, second in zip(*split, strict=True)] == batches
 
 
 def test_numbers_that_do_not_fit_name_the_bucket():
@@ -126,7 +126,10 @@ def test_numbers_that_do_not_fit_name_the_bucket():
 
 
 def test_buckets_come_from_a_config_and_go_into_one():
-    values = {"num_clips": 4, "buckets": [{"height": 16, "width": 24}, {"num_frames": 5, "height": 8, "width": 8}]}
+    values = {
+        "num_clips": 4,
+        "buckets": [{"height": 16, "width": 24}, {"num_frames": 5, "height": 8, "width": 8}],
+    }
     data = resolve(SpritesData, values)
     assert data.buckets == (Bucket(height=16, width=24), Bucket(num_frames=5, height=8, width=8))
     assert resolve(SpritesData, json.loads(json.dumps(to_dict(data)))) == data
@@ -188,7 +191,12 @@ def used(report):
 
 def test_files_go_to_the_buckets_that_suit_them(folder):
     data = folder(
-        bucket(1, 16, 32), bucket(1, 32, 16), bucket(5, 16, 32), bucket(5, 32, 16), bucket(9, 16, 16), stride=1.0
+        bucket(1, 16, 32),
+        bucket(1, 32, 16),
+        bucket(5, 16, 32),
+        bucket(5, 32, 16),
+        bucket(9, 16, 16),
+        stride=1.0,
     )
     reports = [used(report) for report in data.scan_buckets()]
     assert reports == [
@@ -233,7 +241,9 @@ def test_a_bucket_that_no_file_suits_is_named(folder):
 def test_no_training_clip_of_any_bucket_shows_a_held_out_second(folder, numbered_video):
     numbered_video("long.mp4", 250)
     sizes = (bucket(1, 16, 32), bucket(5, 16, 32), bucket(9, 16, 32))
-    for data, report in zip(sizes, folder(*sizes, split="train", heldout_every=4).scan_buckets(), strict=True):
+    for data, report in zip(
+        sizes, folder(*sizes, split="train", heldout_every=4).scan_buckets(), strict=True
+    ):
         (file,) = (file for file in report.used if file.name == "long.mp4")
         for start in file.starts:
             seconds = range(int(start + 1e-6), int(np.ceil(start + data.num_frames / 5 - 1e-6)))

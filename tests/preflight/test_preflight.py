@@ -141,5 +141,7 @@ def test_errors_about_memory_are_read(message, gib):
 
 def test_a_batch_that_does_not_divide_is_an_error(experiment):
     options = dataclasses.replace(experiment.run, batch_size=12, grad_accumulation=2)
-    with pytest.raises(PreflightError, match=r"batch_size of 12 in 2 micro-batches .* make it a multiple of 16"):
+    with pytest.raises(
+        PreflightError, match=r"batch_size of 12 in 2 micro-batches .* make it a multiple of 16"
+    ):
         compile_step(dataclasses.replace(experiment, run=options), experiment.mesh.build(), VARIANTS["tiny"])

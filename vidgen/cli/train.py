@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import shlex
 import sys
@@ -70,7 +71,8 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     processes.sync("workdir")
     if isinstance(task, TextToVideoTask):
         task = task.with_own_vae(workdir)
-    loader = Loader(
+    open_clips = functools.partial(
+        Loader,
         training_clips(experiment.data),
         batch_size=experiment.run.batch_size,
         seed=experiment.run.seed,
@@ -78,6 +80,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
         process_count=count,
         num_threads=experiment.run.num_threads,
     )
+    loader = open_clips()
     try:
         with loader:
             fit(
@@ -87,7 +90,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
                 optimizer=experiment.optimizer,
                 workdir=workdir,
                 mesh=mesh,
-                evaluators=evaluators(experiment),
+                evaluators=evaluators(experiment, open_clips=open_clips, mesh=mesh),
                 resume_with=command,
             )
     except NonFiniteLoss as error:

@@ -1,7 +1,7 @@
 """Training on clips of several sizes at once: images and videos, short and long, high and wide.
 
-A bucket is a size, with a share of the training steps. Every step takes its whole batch from one bucket, so that
-each size is compiled once.
+A bucket is a size, with a share of the training steps. Every step takes its whole batch from one bucket, so
+that each size is compiled once.
 """
 
 import dataclasses
@@ -128,7 +128,9 @@ def with_size(data: D, bucket: Bucket) -> D:
     return dataclasses.replace(options, buckets=(), **size)
 
 
-def fitting_sizes(shown: tuple[float | int, float | int], sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+def fitting_sizes(
+    shown: tuple[float | int, float | int], sizes: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
     """Which sizes a picture is good for: those nearest in shape for which it need not be enlarged.
 
     Nearest in shape are the sizes that keep most of it when it is cropped, give or take 5 %. Where each of

@@ -206,8 +206,8 @@ class FolderData:
     def _require(self, report: FolderReport, where: str = "") -> None:
         if not report.used:
             raise ValueError(
-                f"{self.path}: {where}no clip of {self.num_frames} frames at {self.fps:g} fps can be used for "
-                f'"{self.split}" (heldout_every={self.heldout_every}): '
+                f"{self.path}: {where}no clip of {self.num_frames} frames at {self.fps:g} fps can be used "
+                f'for "{self.split}" (heldout_every={self.heldout_every}): '
                 f"{_some(report.rejected) or 'the folder is empty'}. `vidgen data check` lists every file."
             )
 

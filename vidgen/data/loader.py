@@ -96,6 +96,11 @@ class Loader(Iterator[dict[str, Any]]):
         self._step += 1
         return batch
 
+    @property
+    def num_clips(self) -> int:
+        """Clips of the source; of a mixture, of all buckets."""
+        return sum(len(part.source) for part in self._parts)
+
     def get_state(self) -> dict[str, int]:
         """Where the sequence stands: JSON-able, and equal on all processes.
 
@@ -104,7 +109,7 @@ class Loader(Iterator[dict[str, Any]]):
         """
         return {
             "next_index": self._step * self._positions_per_step,
-            "num_clips": self._num_clips,
+            "num_clips": self.num_clips,
             "seed": self._seed,
         }
 
@@ -124,11 +129,11 @@ class Loader(Iterator[dict[str, Any]]):
                 f"the loader's state stands after {state['next_index']} clips, not a whole number of "
                 f"batches of {self._positions_per_step}: use the batch size of the run that saved it."
             )
-        if state["num_clips"] != self._num_clips:
+        if state["num_clips"] != self.num_clips:
             get_logger(__name__).warning(
                 "the data had %d clips when this state was saved and has %d now: the order of clips differs",
                 state["num_clips"],
-                self._num_clips,
+                self.num_clips,
             )
         self._step = step
         self._rows.set_state({"next_index": step * self._rows_per_step})
@@ -142,10 +147,6 @@ class Loader(Iterator[dict[str, Any]]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def _num_clips(self) -> int:
-        return sum(len(part.source) for part in self._parts)
 
     def _read(self, row: "_Row") -> dict[str, Any]:
         """The clip at a position of the sequence, or what stands in for it."""
@@ -237,9 +238,7 @@ def _parts(
 class _ProcessRows(grain.MapDataset[_Row]):
     """The clips that one process decodes: as many rows for each step as the largest batch, some empty."""
 
-    def __init__(
-        self, turns: grain.MapDataset[tuple[_Part, int]], rows_per_step: int, process_index: int
-    ):
+    def __init__(self, turns: grain.MapDataset[tuple[_Part, int]], rows_per_step: int, process_index: int):
         super().__init__(turns)
         self._turns = turns
         self._rows_per_step = rows_per_step

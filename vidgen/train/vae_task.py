@@ -23,12 +23,19 @@ class VAETask:
       model: shape of the VAE.
       l2_weight: of the squared error, beside an L1 weight of 1; pixels are in [-1, 1].
       kl_weight: of the divergence in nats per latent element.
+      statistics_clips: training clips over which the latents' mean and deviation are measured each time the
+        VAE is kept for later runs; 0 keeps the running ones of training.
     """
 
     kind: Literal["vae"] = "vae"
     model: VAEConfig = VAEConfig()
     l2_weight: float = 1.0
     kl_weight: float = 1e-4
+    statistics_clips: int = 256
+
+    def __post_init__(self):
+        if self.statistics_clips < 0:
+            raise ValueError(f"statistics_clips is {self.statistics_clips}; expected 0 or more")
 
     def build(self, rngs: nnx.Rngs) -> VideoVAE:
         return VideoVAE(self.model, rngs=rngs)
