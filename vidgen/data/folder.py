@@ -260,7 +260,9 @@ class FolderData:
         stride = self.clip_seconds if self.stride is None else self.stride
         # Half a frame of slack: the last frame of the clip is then still on screen at its time.
         room = info.duration + 0.5 / self.fps - self.clip_seconds
-        return [] if room < 0 else [index * stride for index in range(int(room / stride + 1e-6) + 1)]
+        if room < 0:
+            return [0.0] if self.num_frames == 1 else []  # every video shows its first frame
+        return [index * stride for index in range(int(room / stride + 1e-6) + 1)]
 
     def _in_split(self, name: str, info: VideoInfo, start: float) -> bool:
         if self.split == "all":

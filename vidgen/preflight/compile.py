@@ -117,8 +117,8 @@ def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str,
     micro = rows // experiment.run.grad_accumulation
     if micro % ways:
         raise PreflightError(
-            f"a batch_size of {rows} in {experiment.run.grad_accumulation} micro-batches does not divide "
-            f"over data * fsdp = {ways} devices: make it a multiple of {ways * experiment.run.grad_accumulation}"
+            f"a batch_size of {rows} in {experiment.run.grad_accumulation} micro-batches does not fit "
+            f"data * fsdp = {ways} devices: make it a multiple of {ways * experiment.run.grad_accumulation}"
         )
     video = np.zeros((1, size.num_frames, size.height, size.width, 3), np.uint8)
     arrays = task.arrays({"video": video, "caption": [""], "name": [""]})

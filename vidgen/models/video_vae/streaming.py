@@ -45,6 +45,9 @@ def encode_stream(vae: VideoVAE, frames: Iterable[np.ndarray], *, group: int = 1
 
     Yields:
       Normalised latents `b t h w c`: one latent frame for frame 0, then `group` at a time.
+
+    Raises:
+      ValueError: a frame has another size than the first, or pixels that are not finite; names it.
     """
     kept: Kept | None = None
     size = vae.config.temporal_factor * group
@@ -121,7 +124,13 @@ def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np
     """`b t h w 3`: frame 0, then `size` frames at a time; the end is filled to a multiple of `factor`."""
     waiting: list[np.ndarray] = []
     wanted = 1
-    for frame in frames:
+    shape: tuple[int, ...] | None = None
+    for index, frame in enumerate(frames):
+        shape = frame.shape if shape is None else shape
+        if frame.shape != shape:
+            raise ValueError(f"frame {index} is {list(frame.shape)}, those before it {list(shape)}")
+        if not np.isfinite(frame).all():
+            raise ValueError(f"frame {index} has pixels that are not finite")
         waiting.append(frame)
         if len(waiting) == wanted:
             yield np.stack(waiting, axis=1)
