@@ -113,7 +113,7 @@ def test_data_check_uses_them_and_names_what_is_not_finite(files, broken, capsys
     assert "turned.mp4: 1 clips; 20x12" in out and "shown turned by 270 degrees" in out
     assert main(["data", "check", str(broken), "--num-frames=1"]) == 1
     out = capsys.readouterr().out
-    assert "NOT USED  nan.nut: has pixels that are not finite, in the frame at 0.250 s" in out
+    assert "NOT USED  nan.nut: pixels are not finite at 0.250 s" in out
     assert (
         "nan.tiff: cannot be decoded as an image: pixels are not finite, the first in row 7, column 3" in out
     )
@@ -174,7 +174,7 @@ def test_training_replaces_what_is_not_finite(files, broken, tmp_path, drawn, ca
     ("name", "message"),
     [
         ("nan.tiff", "nan.tiff: cannot be decoded as an image: pixels are not finite, the first in row 7"),
-        ("nan.nut", "nan.nut: has pixels that are not finite, in the frame at 0.250 s"),
+        ("nan.nut", "nan.nut: pixels are not finite at 0.250 s"),
     ],
 )
 def test_encode_names_the_pixels_that_are_not_finite(broken, workdir, tmp_path, capsys, name, message):

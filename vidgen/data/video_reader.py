@@ -25,9 +25,6 @@ _UNSPECIFIED = 2
 _HD_LINES = 577
 """From this height on, video without a colour tag is taken to be BT.709, below it BT.601, as players do."""
 
-_FLOATS = "f32"
-"""In the names of FFmpeg's pixel formats of floating point numbers."""
-
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
@@ -157,7 +154,6 @@ def _to_rgb_frames(
     last: av.VideoFrame | None = None
     for frame in frames:
         if frame is not last:
-            _require_finite(video, frame)
             turn = orientation(frame)
             shown = (frame.width, frame.height) if turn.swaps_sides else (frame.height, frame.width)
             crop = Crop.covering(shown, size, pixel_aspect=video.pixel_aspect(turn), crop_at=crop_at)
@@ -165,14 +161,6 @@ def _to_rgb_frames(
             picture = crop.apply(turn.apply(_to_rgb(reformatter, frame, *stored)))
         yield picture
         last = frame
-
-
-def _require_finite(video: VideoFile, frame: av.VideoFrame) -> None:
-    """Raises BrokenClip for a picture of floating point numbers of which some are none."""
-    if _FLOATS in frame.format.name and not np.isfinite(frame.to_ndarray()).all():
-        raise BrokenClip(
-            video.name, f"has pixels that are not finite, in the frame at {frame.time or 0.0:.3f} s"
-        )
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
