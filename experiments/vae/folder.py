@@ -6,20 +6,28 @@ Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DI
            vidgen train --config=experiments/vae/folder.py:mixed --config.data.path=DIR --workdir=runs/vae
 Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `mixed` images and clips of two
            lengths by turns, each length in a shape of its own (`config.data.buckets`; of one length there may
-           be several shapes, for files that suit them); `tiny` a few steps, for tests; also `mixed,tiny`.
+           be several shapes, for files that suit them); `tiny` a few steps, for tests; for another VAE its
+           name in vidgen/models/video_vae/config.py, as `small-8x16x16`; several arguments with commas.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from experiments.vae import sprites
+from vidgen.models.video_vae.config import VARIANTS
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     arguments = arg.split(",")
-    config = sprites.get_config(",".join(word for word in arguments if word != "mixed"))
+    own = {"mixed", *VARIANTS} - {"tiny"}
+    config = sprites.get_config(",".join(word for word in arguments if word not in own))
+    for name in (own & VARIANTS.keys()).intersection(arguments):
+        # Statistics of published weights' latents are of no use to weights of one's own.
+        config.task.model = dataclasses.asdict(VARIANTS[name]) | {"latents_mean": (), "latents_std": ()}
     size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
     config.data = {"kind": "folder", "split": "train", "heldout_every": 4, "stride": 0.25, **size}
     config.data.crop = "random"

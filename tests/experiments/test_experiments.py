@@ -26,7 +26,7 @@ def test_docstring_says_how_to_run_it(name):
     assert f"--config={path}" in (inspect.getdoc(module) or ""), f"{path}: the docstring gives no command"
 
 
-MIXED = [("experiments.vae.folder", argument) for argument in ("mixed", "mixed,tiny")]
+MIXED = [("experiments.vae.folder", argument) for argument in ("mixed", "mixed,tiny", "mixed,small-8x16x16")]
 
 
 @pytest.mark.parametrize(
