@@ -56,6 +56,19 @@ def test_check_with_captions(clips, capsys):
     assert '"brief noise"' in capsys.readouterr().out
 
 
+def test_check_of_buckets_says_what_goes_where(clips, capsys):
+    sizes = ["--bucket=1x16x32", "--bucket=5x16x32", "--fps=5"]
+    assert main(["check", str(clips), *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "clips of 1 x 16 x 32, " in out and " of 5 x 16 x 32; " in out
+    assert "of 1 x 16 x 32 at 5 fps, from" in out
+    assert main(["check", str(clips), *sizes, "--bucket=500x16x32"]) == 1
+    assert "can be used for the bucket 500 x 16 x 32" in capsys.readouterr().err
+    for wrong, message in (("1x16", "no size of clips"), ("1x0x16", "height is 0")):
+        assert main(["check", str(clips), f"--bucket={wrong}"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_check_decode_finds_damage_inside(tmp_path, capsys):
     video = np.random.default_rng(0).integers(0, 256, (40, 16, 24, 3), np.uint8)
     path = tmp_path / "a.mp4"

@@ -1,14 +1,20 @@
 import json
+import pathlib
 import textwrap
 
 import pytest
+from flax import nnx
 
+from tests.models.random_weights import random_module
 from vidgen.cli import train
 from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
 from vidgen.core.config import ConfigError, resolve
+from vidgen.models.video_vae.config import VARIANTS
+from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train import loop
 from vidgen.train.experiment import Experiment, claim_workdir, load_experiment
+from vidgen.train.vae_folder import save_vae
 
 
 @pytest.fixture
@@ -151,3 +157,81 @@ def test_only_the_main_process_writes_the_config(config, tmp_path):
     experiment = resolve(Experiment, load_config(config, []))
     claim_workdir(experiment, tmp_path / "w", write=False)
     assert not (tmp_path / "w").exists()
+
+
+def bucketed(config, *buckets):
+    return [f"--config={config}", f"--config.data.buckets={list(buckets)!r}", "--config.data.num_frames=5"]
+
+
+def test_buckets_give_the_loader_batches_of_each_size(config, tmp_path, fitted, monkeypatch):
+    given = []
+
+    def fit(**arguments):
+        given.extend(next(arguments["loader"])["video"].shape for _ in range(4))
+
+    monkeypatch.setattr(loop, "fit", fit)
+    sizes = ({"height": 8, "width": 16, "batch_size": 16}, {"num_frames": 5, "height": 16, "width": 8})
+    assert run(train.main, [*bucketed(config, *sizes), f"--workdir={tmp_path / 'w'}"]) == 0
+    assert sorted(given) == [(8, 5, 16, 8, 3)] * 2 + [(16, 1, 8, 16, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("bucket", "message"),
+    [
+        (
+            {"num_frames": 7, "height": 16, "width": 16},
+            "config.data.buckets[1] (7 x 16 x 16): num_frames=7 is not 1 + 4 n; use 5 or 9",
+        ),
+        (
+            {"num_frames": 5, "height": 16, "width": 20},
+            "config.data.buckets[1] (5 x 16 x 20): width=20 is not a multiple of 8; use 16 or 24",
+        ),
+        (
+            {"height": 16, "width": 16, "batch_size": 12},
+            "config.data.buckets[1] (1 x 16 x 16): a batch of 12 rows (clips) does not divide over data * ",
+        ),
+    ],
+)
+def test_buckets_that_do_not_fit_are_named_before_anything_begins(
+    config, tmp_path, fitted, capsys, bucket, message
+):
+    workdir = tmp_path / "w"
+    command = [*bucketed(config, {"height": 16, "width": 16}, bucket), f"--workdir={workdir}"]
+    assert run(train.main, command) == 2
+    assert message in capsys.readouterr().err
+    assert not fitted and not workdir.exists()
+
+
+def test_sizes_without_buckets_and_of_previews_are_looked_at_too(config, tmp_path, fitted, capsys):
+    workdir = f"--workdir={tmp_path / 'w'}"
+    assert run(train.main, [f"--config={config}", workdir, "--config.data.height=12"]) == 2
+    assert (
+        "config.data (5 x 12 x 16): height=12 is not a multiple of 8; use 8 or 16" in capsys.readouterr().err
+    )
+    command = [*bucketed(config, {"height": 16, "width": 16}), "--config.data.height=12", workdir]
+    assert run(train.main, command) == 2
+    assert "config.data, whose own size is that of previews: height=12" in capsys.readouterr().err
+    command = [*bucketed(config, {"height": 16, "width": 16, "batch_size": 8}), workdir]
+    assert run(train.main, [*command, "--config.run.batch_size=48", "--config.run.grad_accumulation=3"]) == 2
+    assert "batch_size is 8, which run.grad_accumulation 3 does not divide" in capsys.readouterr().err
+
+
+def test_a_transformers_patches_count_for_its_sizes(tmp_path, capsys):
+    save_vae(random_module(lambda: VideoVAE(VARIANTS["tiny"], rngs=nnx.Rngs(0))), tmp_path / "vae")
+    config = pathlib.Path(__file__).parents[2] / "experiments" / "dit" / "sprites.py"
+    options = [f"--config.task.vae={tmp_path / 'vae'}", "--config.data.buckets=[{'height': 24, 'width': 16}]"]
+    assert run(train.main, [f"--config={config}:tiny", f"--workdir={tmp_path / 'w'}", *options]) == 2
+    message = "config.data.buckets[0] (1 x 24 x 16): height=24 is not a multiple of 16; use 16 or 32"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_options_newer_than_the_run_have_their_defaults(config, tmp_path, fitted):
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    assert run(train.main, command) == 0
+    path = tmp_path / "w" / "config.json"
+    values = json.loads(path.read_text())
+    del values["data"]["buckets"]
+    path.write_text(json.dumps(values))
+    assert run(train.main, command) == 0
+    assert len(fitted) == 2 and json.loads(path.read_text())["data"]["buckets"] == []

@@ -91,6 +91,13 @@ def test_images_and_videos_as_single_frames(numbered_video, options, tmp_path):
     assert clip["video"][0, 8, 8].tolist() == [255, 0, 0]
 
 
+def test_every_video_shows_at_least_one_frame(numbered_video, options):
+    numbered_video("a.mp4", 1)
+    data = options(num_frames=1)
+    assert starts(data.scan()) == {"a.mp4": [0.0]}
+    assert data.source()[0]["video"].shape == (1, 16, 32, 3)
+
+
 def test_captions(numbered_video, options, tmp_path, caplog):
     for name in ("a", "b"):
         numbered_video(f"{name}.mp4", 25)

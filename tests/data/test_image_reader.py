@@ -93,3 +93,18 @@ def test_damaged_images(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(BrokenClip, match=r"a\.png: cannot be (opened|decoded) as an image"):
         read_clip(path)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.5, 128), (1.0, 255), (200.4, 200), (300.0, 255)])
+def test_floating_point_numbers_up_to_one_or_up_to_255(tmp_path, value, shown):
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tiff")
+    assert read_clip(tmp_path / "a.tiff")[0, 2, 2].tolist() == [shown] * 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_named(tmp_path, value):
+    pixels = np.full((4, 6), 0.5, np.float32)
+    pixels[2, 5] = value
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    with pytest.raises(BrokenClip, match="not finite, the first in row 2, column 5"):
+        read_clip(tmp_path / "a.tiff")

@@ -6,6 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vidgen.core.config import resolve, to_dict
+from vidgen.data.buckets import training_clips
 from vidgen.data.folder import FolderData
 from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
@@ -175,3 +176,17 @@ def test_impossible_options():
 def test_options_travel_through_a_config():
     data = ArrayRecordData(path="records", num_frames=9)
     assert resolve(ArrayRecordData, json.loads(json.dumps(to_dict(data)))) == data
+
+
+def test_records_in_buckets(tmp_path):
+    build_records({"train": Noise(5)}, tmp_path, fps=8.0, encoding="lossless")
+    sizes = ({"height": 8, "width": 8, "batch_size": 4}, {"num_frames": 3, "height": 17, "width": 23})
+    data = resolve(ArrayRecordData, {"path": str(tmp_path), "buckets": list(sizes)})
+    with Loader(training_clips(data), batch_size=2, seed=0) as loader:
+        batches = [next(loader) for _ in range(6)]
+    assert {batch["video"].shape for batch in batches} == {(4, 1, 8, 8, 3), (2, 3, 17, 23, 3)}
+    long = resolve(
+        ArrayRecordData, {"path": str(tmp_path), "buckets": [{"num_frames": 9, "height": 8, "width": 8}]}
+    )
+    with pytest.raises(ValueError, match=r"bucket 0 \(9 x 8 x 8\): .*only 3 of 9 frames"):
+        training_clips(long)

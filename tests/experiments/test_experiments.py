@@ -26,8 +26,12 @@ def test_docstring_says_how_to_run_it(name):
     assert f"--config={path}" in (inspect.getdoc(module) or ""), f"{path}: the docstring gives no command"
 
 
-@pytest.mark.parametrize("argument", [None, "tiny"])
-@pytest.mark.parametrize("name", NAMES)
+MIXED = [("experiments.vae.folder", argument) for argument in ("mixed", "mixed,tiny", "mixed,small-8x16x16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in NAMES for argument in (None, "tiny")] + MIXED
+)
 def test_get_config_gives_values_that_resolve(name, argument):
     module = importlib.import_module(name)
     config = module.get_config() if argument is None else module.get_config(argument)

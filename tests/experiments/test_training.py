@@ -10,6 +10,7 @@ import pytest
 
 from vidgen.cli.train import main
 from vidgen.data.video_io import save_video
+from vidgen.train.vae_folder import has_vae
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATHS = sorted(
@@ -37,9 +38,22 @@ def vae(tmp_path_factory):
     return workdir
 
 
-def train(path, workdir, overrides):
+def train(path, workdir, overrides, argument="tiny"):
     options = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return main([f"--config={ROOT / path}:tiny", f"--workdir={workdir}", *options])
+    return main([f"--config={ROOT / path}:{argument}", f"--workdir={workdir}", *options])
+
+
+def test_images_and_clips_of_several_sizes_by_turns(tmp_path, videos):
+    save_video(videos / "image.png", np.full((1, 40, 40, 3), 90, np.uint8), fps=1)
+    overrides = {"data.path": videos, "run.num_steps": 4, "run.eval_every": 4}
+    assert train("experiments/vae/folder.py", tmp_path, overrides, "mixed,tiny") == 0
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+    state = json.loads((tmp_path / "config.json").read_text())["data"]["buckets"]
+    assert [bucket["num_frames"] for bucket in state] == [1, 5]
+    assert has_vae(tmp_path) and list((tmp_path / "samples").glob("*.mp4"))
 
 
 @pytest.mark.parametrize("path", PATHS)

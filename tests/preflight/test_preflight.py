@@ -13,6 +13,7 @@ from vidgen.cli import preflight as command
 from vidgen.cli.overrides import load_config
 from vidgen.core.config import resolve
 from vidgen.core.tree import named_leaves
+from vidgen.data.buckets import Bucket
 from vidgen.models.video_vae.config import VARIANTS
 from vidgen.preflight import compile as compiling
 from vidgen.preflight import report as reporting
@@ -141,5 +142,19 @@ def test_errors_about_memory_are_read(message, gib):
 
 def test_a_batch_that_does_not_divide_is_an_error(experiment):
     options = dataclasses.replace(experiment.run, batch_size=12, grad_accumulation=2)
-    with pytest.raises(PreflightError, match=r"batch_size=12 in 2 micro-batches .* make it a multiple of 16"):
+    with pytest.raises(
+        PreflightError, match=r"batch_size of 12 in 2 micro-batches .* make it a multiple of 16"
+    ):
         compile_step(dataclasses.replace(experiment, run=options), experiment.mesh.build(), VARIANTS["tiny"])
+
+
+def test_of_several_buckets_the_largest_batch_is_compiled(experiment):
+    buckets = (
+        Bucket(height=64, width=64, batch_size=8),
+        Bucket(num_frames=5, height=32, width=32, batch_size=24),
+        Bucket(num_frames=9, height=32, width=32),
+    )
+    data = dataclasses.replace(experiment.data, buckets=buckets)
+    wide = dataclasses.replace(experiment, data=data)
+    batch = compiling._abstract_batch(wide, experiment.task, experiment.mesh.build())
+    assert batch["video"].shape == (24, 5, 32, 32, 3)

@@ -2,6 +2,7 @@
 
 Examples:
   vidgen data check clips --num-frames 17 --fps 8
+  vidgen data check clips --bucket 1x256x256 --bucket 17x256x448 --bucket 17x448x256
   vidgen data build folder clips --out records --height 128 --width 128 --heldout-every 20
   vidgen data build sprites --out records --num-clips 1000 --num-heldout 100
 """
@@ -10,10 +11,12 @@ import argparse
 import concurrent.futures
 import contextlib
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from vidgen.data.buckets import Bucket
 from vidgen.data.check import find_damage
 from vidgen.data.folder import FolderData, FolderReport, UsedFile
 from vidgen.data.source import ClipSource
@@ -50,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     check = commands.add_parser("check", help="list every file that is used, and why the others are not")
     _add_folder_options(check)
+    check.add_argument(
+        "--bucket",
+        action="append",
+        default=[],
+        type=_bucket,
+        metavar="FRAMESxHEIGHTxWIDTH",
+        help="one of several sizes, each for the files that suit it; in the place of the three options above",
+    )
     check.add_argument(
         "--decode", action="store_true", help="decode every file to its end, to find damage inside"
     )
@@ -107,6 +118,17 @@ def _add_build_options(parser: argparse.ArgumentParser, *, encoding: str) -> Non
     )
 
 
+def _bucket(text: str) -> Bucket:
+    sides = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if sides is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of clips; give it as 17x256x448")
+    num_frames, height, width = map(int, sides.groups())
+    try:
+        return Bucket(num_frames=num_frames, height=height, width=width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _folder_data(options: argparse.Namespace, **more: object) -> FolderData:
     return FolderData(
         path=options.dir,
@@ -122,31 +144,48 @@ def _folder_data(options: argparse.Namespace, **more: object) -> FolderData:
 
 
 def _check(options: argparse.Namespace) -> int:
-    data = _folder_data(options)
-    report = _without_damage(data.scan(), full=options.decode)
-    for file in report.used:
-        print(_describe(file))
-    for name, reason in report.rejected:
-        print(f"NOT USED  {name}: {reason}")
-    clips = f"{report.num_clips} clips of {data.num_frames} frames at {data.fps:g} fps"
-    print(f"{clips}, from {len(report.used)} files; {len(report.rejected)} files not used")
-    if report.without_caption:
-        print(f"{len(report.without_caption)} of the files used have no caption")
-    if not report.used:
-        print(f"vidgen data: nothing in {options.dir} can be used", file=sys.stderr)
-        return 1
-    return 0
+    data = _folder_data(options, buckets=tuple(options.bucket))
+    sizes = data.buckets or (Bucket(num_frames=data.num_frames, height=data.height, width=data.width),)
+    reports = data.scan_buckets() if data.buckets else (data.scan(),)
+    reports = _without_damage(reports, full=options.decode)
+    used = {file.name: file for report in reports for file in report.used}
+    rejected = {name: why for report in reports for name, why in report.rejected if name not in used}
+    for name in sorted(used):
+        counts = [
+            f"{len(file.starts)} clips" + (f" of {size}" if data.buckets else "")
+            for size, report in zip(sizes, reports, strict=True)
+            for file in report.used
+            if file.name == name
+        ]
+        print(f"used      {name}: {', '.join(counts)}; {_describe(used[name])}")
+    for name in sorted(rejected):
+        print(f"NOT USED  {name}: {rejected[name]}")
+    for size, report in zip(sizes, reports, strict=True):
+        clips = f"{report.num_clips} clips of {size if data.buckets else f'{size.num_frames} frames'}"
+        left = f"; {len(rejected)} files not used" if size is sizes[-1] else ""
+        print(f"{clips} at {data.fps:g} fps, from {len(report.used)} files{left}")
+    if without := [name for name, file in used.items() if not file.caption]:
+        print(f"{len(without)} of the files used have no caption")
+    empty = [size for size, report in zip(sizes, reports, strict=True) if not report.used]
+    for size in empty:
+        where = f" for the bucket {size}" if data.buckets else ""
+        print(f"vidgen data: nothing in {options.dir} can be used{where}", file=sys.stderr)
+    return 1 if empty else 0
 
 
-def _without_damage(report: FolderReport, *, full: bool) -> FolderReport:
-    """The report after decoding the files: those with damage are moved to the rejected ones."""
+def _without_damage(reports: Sequence[FolderReport], *, full: bool) -> list[FolderReport]:
+    """The reports after decoding the files once: those with damage are moved to the rejected ones."""
+    files = list({file.name: file for report in reports for file in report.used}.values())
     with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
-        found = list(pool.map(lambda file: find_damage(file.path, file.info, full=full), report.used))
-    damaged = [(file.name, why) for file, why in zip(report.used, found, strict=True) if why]
-    return FolderReport(
-        used=tuple(file for file, why in zip(report.used, found, strict=True) if not why),
-        rejected=tuple(sorted([*report.rejected, *damaged])),
-    )
+        found = pool.map(lambda file: find_damage(file.path, file.info, full=full), files)
+        damage = {file.name: why for file, why in zip(files, found, strict=True) if why}
+    return [
+        FolderReport(
+            used=tuple(file for file in report.used if file.name not in damage),
+            rejected=tuple(sorted({**dict(report.rejected), **damage}.items())),
+        )
+        for report in reports
+    ]
 
 
 def _describe(file: UsedFile) -> str:
@@ -160,7 +199,7 @@ def _describe(file: UsedFile) -> str:
         )
     turned = f", shown turned by {info.rotation} degrees" if info.rotation else ""
     caption = f'"{file.caption}"' if file.caption else "no caption"
-    return f"used      {file.name}: {len(file.starts)} clips; {shape}{turned}; {caption}"
+    return f"{shape}{turned}; {caption}"
 
 
 def _build_folder(options: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ _EPILOG = """\
 example:
   vidgen decode clip.safetensors --out clip_decoded.mp4
 
-The VAE is the one that `vidgen encode` used, unless another is given.
+The VAE is the one that `vidgen encode` used, unless another is given. Frames have the size and number of the
+video that was encoded; an MP4 whose sides are odd gets one row or column more, as H.264's 4:2:0 wants.
 """
 
 
@@ -54,13 +55,21 @@ def main(argv: Sequence[str]) -> int:
         )
 
     def frames() -> Iterator[np.ndarray]:
+        count = 0
         starts = range(1, len(latents), arguments.group)
         blocks = map(jnp.asarray, np.split(latents[None], starts, axis=1))
         with tqdm(total=info.num_frames, unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
             for block in decode_stream(vae, blocks, num_frames=info.num_frames):
+                finite = np.asarray(jnp.isfinite(block).all((0, 2, 3, 4)))
+                if not finite.all():
+                    raise ValueError(
+                        f"{arguments.latents} decoded by {folder}: frame {count + np.argmin(finite)} is not "
+                        "finite. The VAE's weights may be damaged"
+                    )
                 for frame in np.asarray(pixels.to_uint8(block))[0]:
                     bar.update()
                     yield frame[: info.height, : info.width]
+                count += len(finite)
 
     made_by = {"latents": str(arguments.latents), "vae": str(folder)}
     save_frames(arguments.out, frames(), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})

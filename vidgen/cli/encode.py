@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     # What needs jax is imported late: --help and wrong options answer at once.
     from tqdm import tqdm
 
-    from vidgen.data.latents_file import LatentsInfo, save_latents
+    from vidgen.data.latents_file import LatentsInfo, require_finite, save_latents
     from vidgen.data.source import BrokenClip
     from vidgen.data.video_io import probe, read_frames
     from vidgen.models.video_vae.streaming import encode_stream, fill_sides
@@ -56,6 +56,11 @@ def main(argv: Sequence[str]) -> int:
         nonlocal num_frames, height, width
         total = max(1, round(info.duration * fps))
         for frame in tqdm(frames, total=total, unit="frame", dynamic_ncols=True, file=sys.stderr):
+            if num_frames and frame.shape[:2] != (height, width):
+                raise ValueError(
+                    f"{arguments.video}: frame {num_frames} is {frame.shape[0]} x {frame.shape[1]}, those "
+                    f"before it {height} x {width}: give --height and --width, and all are resized to that"
+                )
             num_frames += 1
             height, width = frame.shape[:2]
             yield fill_sides(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
@@ -65,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenClip as error:
         raise ValueError(str(error)) from error
     latents = np.concatenate(blocks)
+    require_finite(latents, vae.config.temporal_factor, f"{arguments.video} encoded by {arguments.vae}")
     about = LatentsInfo(
         num_frames=num_frames,
         height=height,

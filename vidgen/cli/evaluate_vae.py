@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidgen.cli.evaluators import heldout_source
-from vidgen.data.folder import clip_files
+from vidgen.data.folder_files import clip_files
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.video_io import probe, read_frames, save_frames
 from vidgen.evals.reconstruction import RFVD, FeatureNetworks, VideoScorer, reconstruct_frames

@@ -1,11 +1,13 @@
 """What a training run looks at while it goes, chosen by what it trains."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from vidgen.data.folder import FolderData
+from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.sprites.source import SpritesData
 from vidgen.evals.previews import ReconstructionPreview, SamplePreview
@@ -19,8 +21,15 @@ __all__ = ["evaluators", "heldout_source"]
 NUM_CLIPS = 9
 
 
-def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
-    """Previews on held-out clips every `run.eval_every` steps; a VAE leaves its folder to later runs."""
+def evaluators(
+    experiment: Experiment, *, open_clips: Callable[[], Loader], mesh: Mesh
+) -> Sequence[Evaluator]:
+    """Previews on held-out clips every `run.eval_every` steps; a VAE leaves its folder to later runs.
+
+    Args:
+      open_clips: opens a loader of the training clips from the beginning.
+      mesh: the run's.
+    """
     data, every = experiment.data, experiment.run.eval_every
     clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
     if isinstance(experiment.task, TextToVideoTask):
@@ -30,7 +39,13 @@ def evaluators(experiment: Experiment) -> Sequence[Evaluator]:
         return [SamplePreview(prompts=prompts, size=size, every=every, fps=data.fps)] if prompts else []
     videos = np.stack([clip["video"] for clip in clips])
     preview = ReconstructionPreview(clips=videos, every=every, fps=data.fps)
-    return [preview, KeepVAE(every=experiment.run.checkpoint_every)]
+    keep = KeepVAE(
+        every=experiment.run.checkpoint_every,
+        open_clips=open_clips,
+        num_clips=experiment.task.statistics_clips if experiment.task.train == "all" else 0,
+        mesh=mesh,
+    )
+    return [preview, keep]
 
 
 def heldout_source(experiment: Experiment) -> ClipSource:

@@ -1,6 +1,8 @@
 """`vidgen train`: trains what an experiment config describes, or goes on where it stopped."""
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 import shlex
 import sys
@@ -50,28 +52,35 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     from vidgen.cli.evaluators import evaluators
+    from vidgen.data.buckets import training_clips
     from vidgen.data.loader import Loader
     from vidgen.parallel import processes
-    from vidgen.train.experiment import claim_workdir
+    from vidgen.train.experiment import check_sizes, claim_workdir
     from vidgen.train.loop import fit
     from vidgen.train.recent import NonFiniteLoss
     from vidgen.train.text_to_video_task import TextToVideoTask
+    from vidgen.train.vae_folder import has_vae
 
     mesh = experiment.mesh.build()
     index, count = processes.row_shard(mesh)
+    task = experiment.task
+    if isinstance(task, TextToVideoTask) and has_vae(workdir):
+        task = dataclasses.replace(task, vae=str(workdir))
+    check_sizes(experiment, task, mesh)
     claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
-    task = experiment.task
     if isinstance(task, TextToVideoTask):
         task = task.with_own_vae(workdir)
-    loader = Loader(
-        experiment.data.source(),
+    open_clips = functools.partial(
+        Loader,
+        training_clips(experiment.data),
         batch_size=experiment.run.batch_size,
         seed=experiment.run.seed,
         process_index=index,
         process_count=count,
         num_threads=experiment.run.num_threads,
     )
+    loader = open_clips()
     try:
         with loader:
             fit(
@@ -81,7 +90,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
                 optimizer=experiment.optimizer,
                 workdir=workdir,
                 mesh=mesh,
-                evaluators=evaluators(experiment),
+                evaluators=evaluators(experiment, open_clips=open_clips, mesh=mesh),
                 resume_with=command,
             )
     except NonFiniteLoss as error:

@@ -1,23 +1,22 @@
 """Clips from a folder of videos and images."""
 
-import concurrent.futures
 import dataclasses
 import math
-import os
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from vidgen.core.logging import get_logger
-from vidgen.data.captions import CAPTION_SUFFIXES, FolderCaptions
-from vidgen.data.source import BrokenClip
-from vidgen.data.video_io import VideoInfo, probe, read_clip
+from vidgen.data.buckets import Bucket, fitting_sizes, with_size
+from vidgen.data.captions import FolderCaptions
+from vidgen.data.folder_files import FolderFiles, FoundFile
+from vidgen.data.video_io import VideoInfo, read_clip
 
-__all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile", "clip_files"]
+__all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile"]
 
-_PROBE_THREADS = 8
 _LISTED = 5
 """How many files that are not used a log line names."""
 
@@ -77,10 +76,16 @@ class FolderData:
     That holds out about (clip length + 1 s) / `heldout_every` of the clips. Images, and videos shorter than
     `heldout_every` seconds, are held out whole: one of every `heldout_every`, chosen by a hash of the name.
 
+    With `buckets`, training takes clips of several sizes. Images go to buckets of one frame, videos to those
+    that they are long enough for, and among the buckets with the same number of frames a file goes to those
+    nearest to its aspect ratio (by what cropping leaves of it, give or take 5 %) for which it need not be
+    enlarged; where there is none, to the one that enlarges it least.
+
     Attributes:
       kind: picks this kind of data in a config.
       path: the folder.
-      num_frames: frames of a clip.
+      num_frames: frames of a clip; with `buckets` this is the size of held-out clips and previews, as are
+        `height` and `width`.
       height: pixels.
       width: pixels.
       fps: frames per second of the clips.
@@ -91,6 +96,8 @@ class FolderData:
       require_captions: whether files without a caption are left out; otherwise their caption is empty.
       split: `train`, `heldout`, or `all` for both.
       heldout_every: seconds of which the last is held out; must leave room for a clip.
+      buckets: sizes of training clips; empty for `num_frames`, `height` and `width` alone.
+      images_from_videos: whether videos give clips of one frame too.
       crop: `center`, or `random`: the place drawn once for each clip.
       flip: whether half of the clips, always the same, are mirrored. Mind captions that say "left".
       seed: of random crops and flips.
@@ -110,6 +117,8 @@ class FolderData:
     require_captions: bool = False
     split: Literal["train", "heldout", "all"] = "all"
     heldout_every: int = 20
+    buckets: tuple[Bucket, ...] = ()
+    images_from_videos: bool = True
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     seed: int = 0
@@ -135,22 +144,23 @@ class FolderData:
           NotADirectoryError: there is no such folder.
           ValueError: a list of captions cannot be read.
         """
-        root = pathlib.Path(self.path)
-        if not root.is_dir():
-            raise NotADirectoryError(f"{root}: no such folder of videos.")
-        clips = clip_files(root)
-        texts = [file for file in _files_below(root) if file.suffix.lower() in CAPTION_SUFFIXES]
-        captions = FolderCaptions.load(root, self.captions)
-        used: list[UsedFile] = []
-        rejected = [(_name(root, path), why) for path, why in captions.without_clip(clips, texts)]
-        with concurrent.futures.ThreadPoolExecutor(_PROBE_THREADS) as pool:
-            for path, found in zip(clips, pool.map(_probe, clips), strict=True):
-                file = self._judge(path, _name(root, path), found, captions)
-                if isinstance(file, str):
-                    rejected.append((_name(root, path), file))
-                else:
-                    used.append(file)
-        return FolderReport(used=tuple(used), rejected=tuple(sorted(rejected)))
+        files = FolderFiles.look(pathlib.Path(self.path), self.captions)
+        return self._report(files)
+
+    def scan_buckets(self) -> tuple[FolderReport, ...]:
+        """As `scan`, for each bucket; a file that suits another bucket better is among the rejected ones.
+
+        Raises:
+          NotADirectoryError: there is no such folder.
+          ValueError: a list of captions cannot be read.
+        """
+        files = FolderFiles.look(pathlib.Path(self.path), self.captions)
+        datas = self._of_buckets()
+        suited = {file.name: _suited(file, datas) for file in files.found}
+        return tuple(
+            data._report(files, {name for name, numbers in suited.items() if number not in numbers})
+            for number, data in enumerate(datas)
+        )
 
     def source(self) -> "FolderSource":
         """The clips; what is not used is logged.
@@ -159,47 +169,90 @@ class FolderData:
           ValueError: nothing is left to use; the message gives the reasons.
         """
         report = self.scan()
-        log = get_logger(__name__)
-        reasons = "; ".join(f"{name}: {why}" for name, why in report.rejected[:_LISTED])
-        if len(report.rejected) > _LISTED:
-            reasons += "; ..."
-        if not report.used:
-            raise ValueError(
-                f"{self.path}: no clip of {self.num_frames} frames at {self.fps:g} fps can be used for "
-                f'"{self.split}" (heldout_every={self.heldout_every}): {reasons or "the folder is empty"}. '
-                "`vidgen data check` lists every file."
-            )
-        log.info("%s: %d clips of %d files", self.path, report.num_clips, len(report.used))
-        if report.rejected:
-            log.warning("%s: %d files are not used: %s", self.path, len(report.rejected), reasons)
-        if report.without_caption:
-            log.warning("%s: %d files have no caption", self.path, len(report.without_caption))
+        self._require(report)
+        self._log([report])
         return FolderSource(self, report.used)
 
-    def _judge(
-        self, path: pathlib.Path, name: str, found: VideoInfo | str, captions: FolderCaptions
-    ) -> UsedFile | str:
+    def bucket_sources(self) -> tuple["FolderSource", ...]:
+        """The clips of each bucket; files that none of them uses are logged.
+
+        Raises:
+          ValueError: nothing is left to use for a bucket; the message names it and gives the reasons.
+        """
+        reports, datas = self.scan_buckets(), self._of_buckets()
+        for number, (data, report) in enumerate(zip(datas, reports, strict=True)):
+            data._require(report, f"bucket {number} ({self.buckets[number]}): ")
+        self._log(reports)
+        return tuple(FolderSource(data, report.used) for data, report in zip(datas, reports, strict=True))
+
+    def _of_buckets(self) -> tuple["FolderData", ...]:
+        """The options with the size of each bucket."""
+        return tuple(with_size(self, bucket) for bucket in self.buckets)
+
+    def _report(self, files: FolderFiles, elsewhere: set[str] | frozenset[str] = frozenset()) -> FolderReport:
+        """What of the files is used; those named in `elsewhere` suit another size better."""
+        used: list[UsedFile] = []
+        rejected = list(files.stray)
+        for found in files.found:
+            file = self._judge(found, files.captions)
+            if isinstance(file, UsedFile) and found.name in elsewhere:
+                file = "suits another bucket better"
+            if isinstance(file, str):
+                rejected.append((found.name, file))
+            else:
+                used.append(file)
+        return FolderReport(used=tuple(used), rejected=tuple(sorted(rejected)))
+
+    def _require(self, report: FolderReport, where: str = "") -> None:
+        if not report.used:
+            raise ValueError(
+                f"{self.path}: {where}no clip of {self.num_frames} frames at {self.fps:g} fps can be used "
+                f'for "{self.split}" (heldout_every={self.heldout_every}): '
+                f"{_some(report.rejected) or 'the folder is empty'}. `vidgen data check` lists every file."
+            )
+
+    def _log(self, reports: Sequence[FolderReport]) -> None:
+        """Says what is used of the folder, and what in none of the reports."""
+        log = get_logger(__name__)
+        used = {file.name: file for report in reports for file in report.used}
+        rejected = {name: why for report in reports for name, why in report.rejected if name not in used}
+        clips = sum(report.num_clips for report in reports)
+        log.info("%s: %d clips of %d files", self.path, clips, len(used))
+        if len(reports) > 1:
+            for bucket, report in zip(self.buckets, reports, strict=True):
+                log.info("bucket %s: %d clips of %d files", bucket, report.num_clips, len(report.used))
+        if rejected:
+            log.warning(
+                "%s: %d files are not used: %s", self.path, len(rejected), _some(tuple(rejected.items()))
+            )
+        if without := [name for name, file in used.items() if not file.caption]:
+            log.warning("%s: %d files have no caption", self.path, len(without))
+
+    def _judge(self, file: FoundFile, captions: FolderCaptions) -> UsedFile | str:
         """The file as it is used, or the reason why it is not."""
-        if isinstance(found, str):
-            return found
-        if found.is_image and self.num_frames > 1:
+        info = file.info
+        if isinstance(info, str):
+            return info
+        if info.is_image and self.num_frames > 1:
             return f"an image is one frame, {self.num_frames} are wanted"
-        fitting = self._starts(found)
+        if not info.is_image and self.num_frames == 1 and not self.images_from_videos:
+            return "a video, and images_from_videos is off"
+        fitting = self._starts(info)
         if not fitting:
             return (
-                f"too short: {found.duration:.2f} s, a clip of {self.num_frames} frames at {self.fps:g} fps "
+                f"too short: {info.duration:.2f} s, a clip of {self.num_frames} frames at {self.fps:g} fps "
                 f"takes {self.clip_seconds:.2f} s"
             )
-        starts = tuple(start for start in fitting if self._in_split(name, found, start))
+        starts = tuple(start for start in fitting if self._in_split(file.name, info, start))
         if not starts:
             return f'none of its {len(fitting)} clips belongs to "{self.split}"'
         try:
-            caption = captions.of(path)
+            caption = captions.of(file.path)
         except ValueError as error:
             return f"its caption cannot be read: {error}"
         if self.require_captions and not caption:
             return "no caption"
-        return UsedFile(path=path, name=name, info=found, caption=caption, starts=starts)
+        return UsedFile(path=file.path, name=file.name, info=info, caption=caption, starts=starts)
 
     def _starts(self, info: VideoInfo) -> list[float]:
         if info.is_image:
@@ -207,7 +260,9 @@ class FolderData:
         stride = self.clip_seconds if self.stride is None else self.stride
         # Half a frame of slack: the last frame of the clip is then still on screen at its time.
         room = info.duration + 0.5 / self.fps - self.clip_seconds
-        return [] if room < 0 else [index * stride for index in range(int(room / stride + 1e-6) + 1)]
+        if room < 0:
+            return [0.0] if self.num_frames == 1 else []  # every video shows its first frame
+        return [index * stride for index in range(int(room / stride + 1e-6) + 1)]
 
     def _in_split(self, name: str, info: VideoInfo, start: float) -> bool:
         if self.split == "all":
@@ -263,34 +318,24 @@ class FolderSource:
         return {"video": video, "caption": file.caption, "name": name}
 
 
-def clip_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Every file of a folder and the folders below it but for captions and hidden ones, sorted."""
-    return [file for file in _files_below(root) if file.suffix.lower() not in CAPTION_SUFFIXES]
+def _suited(file: FoundFile, datas: Sequence[FolderData]) -> set[int]:
+    """Which of several sizes a file is for."""
+    info = file.info
+    if isinstance(info, str):
+        return set(range(len(datas)))
+    shown = (info.height, info.width * info.pixel_aspect)
+    chosen: set[int] = set()
+    for frames in {data.num_frames for data in datas}:
+        same = [number for number, data in enumerate(datas) if data.num_frames == frames]
+        sizes = [(datas[number].height, datas[number].width) for number in same]
+        chosen |= {same[index] for index in fitting_sizes(shown, sizes)}
+    return chosen
 
 
-def _files_below(root: pathlib.Path) -> list[pathlib.Path]:
-    """Every file of a folder and the folders below it, but for hidden ones, sorted."""
-    found: list[pathlib.Path] = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
-        found += [pathlib.Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _probe(path: pathlib.Path) -> VideoInfo | str:
-    """What a file holds, or why it cannot be read."""
-    try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-        return probe(path)
-    except BrokenClip as error:
-        return error.reason
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def _name(root: pathlib.Path, path: pathlib.Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+def _some(rejected: Sequence[tuple[str, str]]) -> str:
+    """The first few of the files that are not used, with the reasons."""
+    reasons = [f"{name}: {why}" for name, why in rejected[:_LISTED]]
+    return "; ".join([*reasons, "..."] if len(rejected) > _LISTED else reasons)
 
 
 def _stable_hash(text: str) -> int:

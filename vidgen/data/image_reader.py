@@ -45,7 +45,8 @@ def read_image(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A picture, turned as its EXIF data says, laid on white where transparent, resized and cropped.
 
-    Of a file with several pictures, the first. Depths above 8 bits are cut to 8.
+    Of a file with several pictures, the first. Depths above 8 bits are cut to 8; floating point numbers are
+    0 to 1 or, where one is above 1, 0 to 255.
 
     Args:
       path: the file.
@@ -53,7 +54,7 @@ def read_image(
       crop_at: where the crop lies between top and bottom and between left and right, each in [0, 1].
 
     Raises:
-      BrokenClip: it cannot be read.
+      BrokenClip: it cannot be read, or has pixels that are not finite.
     """
     try:
         with Image.open(path) as file:
@@ -67,6 +68,13 @@ def read_image(
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (finite := np.isfinite(values)).all():
+            row, column = np.argwhere(~finite)[0]
+            raise ValueError(f"pixels are not finite, the first in row {row}, column {column}")
+        scaled = values * (255 if values.max() <= 1 else 1)
+        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):
         shift = 8 if image.mode.startswith("I;16") or np.max(np.asarray(image)) > 255 else 0
         grey = np.right_shift(np.asarray(image).astype(np.int64), shift)

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Float
 
-__all__ = ["LatentsInfo", "load_latents", "save_latents"]
+__all__ = ["LatentsInfo", "load_latents", "require_finite", "save_latents"]
+
+_REMEDY = "write it again with `vidgen encode`"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,18 +66,47 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
 
     Raises:
       FileNotFoundError: one of the two files is missing.
-      ValueError: they are damaged, or do not hold latents.
+      ValueError: they are damaged, do not hold latents, or hold some that are not finite.
     """
     path = pathlib.Path(path)
     for file in (path, _json(path)):
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: `vidgen encode` writes it together with the other")
     try:
-        latents = load_file(path)["latents"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} holds no latents ({error}): write it again with `vidgen encode`") from error
-    values: dict[str, Any] = json.loads(_json(path).read_text())
-    return latents, resolve(LatentsInfo, values, where=str(_json(path)))
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file ({error}): {_REMEDY}") from error
+    try:
+        values: dict[str, Any] = json.loads(_json(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{_json(path)} is not JSON ({error}): {_REMEDY}") from error
+    info = resolve(LatentsInfo, values, where=str(_json(path)))
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    # A group's last frame may be repeated, and so may be rows and columns: at most to a whole latent.
+    frames = 1 + -(-(info.num_frames - 1) // info.temporal_factor)
+    sides = (-(-side // info.spatial_factor) for side in (info.height, info.width))
+    wanted = (frames, *sides)
+    if list(found) != ["latents"] or len(found["latents"]) != 4 or found["latents"][:3] != wanted:
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in found.items()) or "nothing"
+        raise ValueError(
+            f"{path} holds {shown}; expected latents {[*wanted, 'channels']} alone, as {_json(path)} says: "
+            f"{_REMEDY}"
+        )
+    require_finite(tensors["latents"], info.temporal_factor, str(path))
+    return tensors["latents"], info
+
+
+def require_finite(latents: Float[np.ndarray, "t h w c"], temporal_factor: int, where: str) -> None:
+    """Raises ValueError, naming the first latent frame that is not finite and the frames it stands for."""
+    finite = np.isfinite(latents).all((1, 2, 3))
+    if not finite.all():
+        index = int(np.argmin(finite))
+        first = max(0, 1 + (index - 1) * temporal_factor)
+        frames = f"frames {first} to {index * temporal_factor}" if index else "frame 0"
+        raise ValueError(
+            f"{where}: latent frame {index} ({frames}) is not finite. The VAE's weights may be damaged; what "
+            "else it makes of these frames is not to be trusted either"
+        )
 
 
 def _json(path: pathlib.Path) -> pathlib.Path:

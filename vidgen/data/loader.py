@@ -1,5 +1,7 @@
 """Batches of clips: shuffled, endless, the same whatever the number of processes, and resumable exactly."""
 
+import dataclasses
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,21 +10,28 @@ import grain
 import numpy as np
 
 from vidgen.core.logging import get_logger
+from vidgen.data.buckets import Mixture
 from vidgen.data.source import BrokenClip, ClipSource
 
 __all__ = ["Loader"]
+
+_ENDLESS = 2**62
+"""More steps than a run will have."""
 
 _REPLACEMENTS = 64
 """How many other clips are tried in the place of a broken one before the source is given up."""
 
 
 class Loader(Iterator[dict[str, Any]]):
-    """Endless batches of a clip source, for one process of several.
+    """Endless batches of a clip source, or of several by turns, for one process of several.
 
     Position `q` of the endless sequence of clips depends on the source's length, the seed and `shuffle` only;
     step `k` is the positions `[k * B, (k + 1) * B)`, of which process `p` of `P` decodes `[k * B + p * B / P,
     ...)` alone. Every epoch has a shuffle of its own. Decoding runs ahead in threads, clip by clip; the state
     describes the batches that were handed out, never what was read ahead.
+
+    Of a `Mixture` each bucket has an endless sequence of its own, and each step takes the next batch of one
+    bucket. Which one depends on the weights and the step alone: turns are spread as evenly as they can be.
 
     A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the
     source's other entries, arrays stacked over the batch and anything else as lists.
@@ -35,7 +44,7 @@ class Loader(Iterator[dict[str, Any]]):
 
     def __init__(
         self,
-        source: ClipSource,
+        source: ClipSource | Mixture,
         *,
         batch_size: int,
         seed: int,
@@ -49,10 +58,10 @@ class Loader(Iterator[dict[str, Any]]):
 
         Args:
           source: the clips.
-          batch_size: clips per step over all processes.
+          batch_size: clips per step over all processes; of a mixture, for the buckets that have none.
           seed: of the shuffle, and of what replaces a broken clip.
           process_index: which process this is.
-          process_count: how many processes share a batch; must divide `batch_size`.
+          process_count: how many processes share a batch; must divide the size of each.
           num_threads: that decode; 0 decodes in the caller's thread.
           prefetch: how many batches are decoded ahead; 0 decodes on demand.
           shuffle: whether the order is shuffled, anew in every epoch.
@@ -60,48 +69,47 @@ class Loader(Iterator[dict[str, Any]]):
         Raises:
           ValueError: the source is empty, or the numbers do not fit each other.
         """
-        if len(source) == 0:
-            raise ValueError(f"the source of clips is empty: {source!r}. Give it at least one readable clip.")
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
-                f"batch_size is {batch_size}, which {process_count} processes cannot share equally: "
-                f"make it a positive multiple of {process_count}."
-            )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
         self.broken: dict[str, str] = {}
         self.num_replaced = 0
-        self._source = source
-        self._batch_size = batch_size
+        self._parts = _parts(source, batch_size, seed, process_count, shuffle=shuffle)
+        self._turns = grain.MapDataset.mix(
+            [grain.MapDataset.range(_ENDLESS).map(part.turn) for part in self._parts],
+            [part.weight for part in self._parts],
+        )
         self._seed = seed
-        self._rows_per_step = batch_size // process_count
+        self._positions_per_step = max(part.batch_size for part in self._parts)
+        self._rows_per_step = self._positions_per_step // process_count
         self._step = 0
         self._lock = threading.Lock()
-        order = grain.MapDataset.range(len(source)).seed(seed)
-        rows = _ProcessRows(
-            (order.shuffle() if shuffle else order).repeat(),
-            batch_size=batch_size,
-            start=process_index * self._rows_per_step,
-            count=self._rows_per_step,
-        ).map(self._read)
+        rows = _ProcessRows(self._turns, self._rows_per_step, process_index).map(self._read)
         options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch * self._rows_per_step
         )
+        # Empty rows, of steps with small batches, are left out.
         self._rows = iter(rows.to_iter_dataset(options))
 
     def __next__(self) -> dict[str, Any]:
-        batch = _collate([next(self._rows) for _ in range(self._rows_per_step)])
+        part, _ = self._turns[self._step]
+        batch = _collate([next(self._rows) for _ in range(part.rows)])
         self._step += 1
         return batch
+
+    @property
+    def num_clips(self) -> int:
+        """Clips of the source; of a mixture, of all buckets."""
+        return sum(len(part.source) for part in self._parts)
 
     def get_state(self) -> dict[str, int]:
         """Where the sequence stands: JSON-able, and equal on all processes.
 
-        `next_index` counts clips over all processes, whose number may be another when the run goes on.
+        `next_index` counts clips over all processes, whose number may be another when the run goes on; of a
+        mixture it counts every step as one with the largest batch.
         """
         return {
-            "next_index": self._step * self._batch_size,
-            "num_clips": len(self._source),
+            "next_index": self._step * self._positions_per_step,
+            "num_clips": self.num_clips,
             "seed": self._seed,
         }
 
@@ -115,17 +123,17 @@ class Loader(Iterator[dict[str, Any]]):
             raise ValueError(
                 f"the loader's state is of seed {state['seed']}, this loader has seed {self._seed}."
             )
-        step, rest = divmod(state["next_index"], self._batch_size)
+        step, rest = divmod(state["next_index"], self._positions_per_step)
         if rest:
             raise ValueError(
                 f"the loader's state stands after {state['next_index']} clips, not a whole number of "
-                f"batches of {self._batch_size}: use the batch size of the run that saved it."
+                f"batches of {self._positions_per_step}: use the batch size of the run that saved it."
             )
-        if state["num_clips"] != len(self._source):
+        if state["num_clips"] != self.num_clips:
             get_logger(__name__).warning(
                 "the data had %d clips when this state was saved and has %d now: the order of clips differs",
                 state["num_clips"],
-                len(self._source),
+                self.num_clips,
             )
         self._step = step
         self._rows.set_state({"next_index": step * self._rows_per_step})
@@ -140,20 +148,20 @@ class Loader(Iterator[dict[str, Any]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, row: tuple[int, int]) -> dict[str, Any]:
+    def _read(self, row: "_Row") -> dict[str, Any]:
         """The clip at a position of the sequence, or what stands in for it."""
-        position, index = row
+        part, position, index = row
         rng = None
         for _ in range(1 + _REPLACEMENTS):
             try:
-                return self._source[index]
+                return part.source[index]
             except BrokenClip as error:
                 self._note_broken(error)
-                rng = rng or np.random.default_rng((self._seed, position))
-                index = int(rng.integers(len(self._source)))
+                rng = rng or np.random.default_rng((part.seed, position))
+                index = int(rng.integers(len(part.source)))
         raise RuntimeError(
             f"{1 + _REPLACEMENTS} clips in a row could not be decoded; {len(self.broken)} broken so far, for "
-            f"instance {dict(list(self.broken.items())[:3])}. Check the data: {self._source!r}."
+            f"instance {dict(list(self.broken.items())[:3])}. Check the data: {part.source!r}."
         )
 
     def _note_broken(self, error: BrokenClip) -> None:
@@ -165,23 +173,87 @@ class Loader(Iterator[dict[str, Any]]):
             get_logger(__name__).warning("broken clip replaced by another: %s: %s", error.name, error.reason)
 
 
-class _ProcessRows(grain.MapDataset[tuple[int, int]]):
-    """The part of an endless order of clips that one process decodes, as (position, index of the clip)."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """Clips that make batches of their own.
 
-    def __init__(self, order: grain.MapDataset[int], *, batch_size: int, start: int, count: int):
-        super().__init__(order)
-        self._order = order
-        self._batch_size = batch_size
-        self._start = start
-        self._count = count
+    Attributes:
+      batch_size: over all processes; `rows` of them on each.
+      seed: of its order; the first part has the loader's.
+      order: the endless sequence of clips, by their indices.
+    """
+
+    source: ClipSource
+    batch_size: int
+    rows: int
+    weight: float
+    seed: int
+    order: grain.MapDataset[int]
+
+    def turn(self, number: int) -> "tuple[_Part, int]":
+        """A step that this part gives the batch of, its `number`th."""
+        return self, number
+
+
+_Row = tuple[_Part, int, int]
+"""What gives a clip, its position in the endless sequence of this part, and its index."""
+
+
+def _parts(
+    source: ClipSource | Mixture, batch_size: int, seed: int, processes: int, *, shuffle: bool
+) -> list[_Part]:
+    """What the batches are made of.
+
+    Raises:
+      ValueError: a source is empty, or a batch cannot be shared by the processes.
+    """
+    mixed = source.parts if isinstance(source, Mixture) else ((None, source),)
+    parts = []
+    for number, (bucket, clips) in enumerate(mixed):
+        where = f"bucket {number} ({bucket}): " if bucket else ""
+        size = bucket.batch_size or batch_size if bucket else batch_size
+        if len(clips) == 0:
+            raise ValueError(
+                f"{where}the source of clips is empty: {clips!r}. Give it at least one readable clip."
+            )
+        if size < 1 or size % processes:
+            raise ValueError(
+                f"{where}batch_size is {size}, which {processes} processes cannot share equally: "
+                f"make it a positive multiple of {processes}."
+            )
+        indices = grain.MapDataset.range(len(clips)).seed(seed + number)
+        parts.append(
+            _Part(
+                source=clips,
+                batch_size=size,
+                rows=size // processes,
+                weight=bucket.weight if bucket else 1.0,
+                seed=seed + number,
+                order=(indices.shuffle() if shuffle else indices).repeat(),
+            )
+        )
+    return parts
+
+
+class _ProcessRows(grain.MapDataset[_Row]):
+    """The clips that one process decodes: as many rows for each step as the largest batch, some empty."""
+
+    def __init__(self, turns: grain.MapDataset[tuple[_Part, int]], rows_per_step: int, process_index: int):
+        super().__init__(turns)
+        self._turns = turns
+        self._rows_per_step = rows_per_step
+        self._process_index = process_index
 
     def __len__(self) -> int:
-        return len(self._order) // self._batch_size * self._count
+        return sys.maxsize // self._rows_per_step * self._rows_per_step
 
     def __getitem__(self, index):
-        step, row = divmod(index, self._count)
-        position = step * self._batch_size + self._start + row
-        return position, self._order[position]
+        step, row = divmod(index, self._rows_per_step)
+        part, turn = self._turns[step]
+        if row >= part.rows:
+            return None
+        position = turn * part.batch_size + self._process_index * part.rows + row
+        return part, position, part.order[position]
 
 
 def _collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

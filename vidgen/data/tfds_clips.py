@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidgen.core.typing import RGBClip
+from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.source import BrokenClip
 from vidgen.data.video_reader import read_clip
 from vidgen.data.video_writer import write_mp4
@@ -42,6 +43,8 @@ class ArrayRecordData:
       num_frames: frames of a clip, from its beginning.
       height: pixels; what is stored in another size is resized and cropped.
       width: pixels.
+      buckets: sizes of training clips, each for all of the clips, which are of one size as they are stored;
+        empty for `num_frames`, `height` and `width` alone, which otherwise are the size of previews.
       fps: frames per second; what is stored at another rate is resampled.
 
     Raises:
@@ -54,6 +57,7 @@ class ArrayRecordData:
     num_frames: int = 17
     height: int = 64
     width: int = 64
+    buckets: tuple[Bucket, ...] = ()
     fps: float = 8.0
 
     def __post_init__(self):
@@ -88,6 +92,21 @@ class ArrayRecordData:
         except BrokenClip as error:
             raise ValueError(f"{self.path}: the first clip cannot be read as asked: {error}") from error
         return source
+
+    def bucket_sources(self) -> tuple["ArrayRecordSource", ...]:
+        """The clips, as each bucket takes them.
+
+        Raises:
+          FileNotFoundError: there are no records at `path`.
+          ValueError: the clips are too short for a bucket, which the message names.
+        """
+        sources = []
+        for number, bucket in enumerate(self.buckets):
+            try:
+                sources.append(with_size(self, bucket).source())
+            except ValueError as error:
+                raise ValueError(f"bucket {number} ({bucket}): {error}") from error
+        return tuple(sources)
 
 
 class ArrayRecordSource:

@@ -24,6 +24,9 @@ TIME_ROUNDING = 1e-4
 _SEEK_BACK = (0.0, 1.0, 5.0)
 """Seconds before the wanted start that are sought, in turn, until a frame at or before it comes out."""
 
+_FLOATS = "f32"
+"""In the names of FFmpeg's pixel formats of floating point numbers."""
+
 _ERRORS = (FFmpegError, OSError, ValueError)
 """What PyAV raises on damaged files."""
 
@@ -179,6 +182,8 @@ class VideoFile:
             for frame in self._container.decode(self._stream):
                 if frame.is_corrupt:
                     raise BrokenClip(self.name, f"damaged at {frame.time or 0.0:.3f} s")
+                if _FLOATS in frame.format.name and not np.isfinite(frame.to_ndarray()).all():
+                    raise BrokenClip(self.name, f"pixels are not finite at {frame.time or 0.0:.3f} s")
                 yield frame
         except _ERRORS as error:
             raise BrokenClip(self.name, f"cannot be decoded: {_reason(error)}") from error

@@ -105,15 +105,24 @@ def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Arra
       ValueError: the rows do not divide over the devices that share the batch.
     """
     sharding = batch_sharding(mesh)
-    ways = int(np.prod([mesh.shape[name] for name in RULES["batch"]]))
     _, count = row_shard(mesh)
     batch = {}
     for name, array in arrays.items():
         rows = len(array) * count
-        if rows % ways:
-            raise ValueError(
-                f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
-                f"make run.batch_size a multiple of {ways}, or give the mesh fewer"
-            )
+        check_rows(rows, mesh, name)
         batch[name] = jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
     return batch
+
+
+def check_rows(rows: int, mesh: Mesh, name: str = "clips") -> None:
+    """Sees to it that a global batch of `rows` can be cut over the mesh.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    if rows % ways:
+        raise ValueError(
+            f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
+            f"make batch_size a multiple of {ways}, or give the mesh fewer"
+        )

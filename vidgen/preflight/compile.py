@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core.typing import PyTree
+from vidgen.data.buckets import Bucket, training_sizes
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
@@ -123,19 +124,27 @@ def _abstract_frozen(
 
 
 def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `vidgen.parallel.processes.global_batch` lays it out, from the arrays of one empty clip."""
-    data, rows = experiment.data, experiment.run.batch_size
+    """A batch as `vidgen.parallel.processes.global_batch` lays it out, from the arrays of one empty clip.
+
+    Of several buckets, that with the most pixels in a batch.
+    """
+    size = max(training_sizes(experiment.data, experiment.run.batch_size), key=_pixels)
+    rows = size.batch_size or experiment.run.batch_size
     ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
     micro = rows // experiment.run.grad_accumulation
     if micro % ways:
         raise PreflightError(
-            f"run.batch_size={rows} in {experiment.run.grad_accumulation} micro-batches does not divide over "
+            f"a batch_size of {rows} in {experiment.run.grad_accumulation} micro-batches does not fit "
             f"data * fsdp = {ways} devices: make it a multiple of {ways * experiment.run.grad_accumulation}"
         )
-    video = np.zeros((1, data.num_frames, data.height, data.width, 3), np.uint8)
+    video = np.zeros((1, size.num_frames, size.height, size.width, 3), np.uint8)
     arrays = task.arrays({"video": video, "caption": [""], "name": [""]})
     one = {name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
     return placed(one, dict.fromkeys(one, batch_sharding(mesh)))
+
+
+def _pixels(size: Bucket) -> int:
+    return (size.batch_size or 1) * size.num_frames * size.height * size.width
 
 
 def placed(tree: PyTree, places: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ import numpy as np
 from vidgen.core import pixels
 from vidgen.core.typing import Array, Bool, Float, Int, UInt8, UInt32
 from vidgen.models.text.tokenizer import tokenize
-from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
 from vidgen.sampling.guidance import classifier_free_guidance
@@ -75,7 +75,7 @@ def generate(
     for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
-    shape = _latent_shape(model, vae, size)
+    shape = latent_shape(vae.config, model.dit.config, size)
     max_bytes = model.text.config.max_bytes
     positive = _Prompts(*map(jnp.asarray, tokenize(prompts, max_bytes)))
     negative = _Prompts(*map(jnp.asarray, tokenize([negative_prompt] * len(prompts), max_bytes)))
@@ -92,21 +92,6 @@ def generate(
         stepper=options.stepper,
     )
     return np.asarray(video)
-
-
-def _latent_shape(model: TextToVideo, vae: VideoVAE, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Shape of a clip's latents; errors name the nearest size that suits both the VAE and the transformer."""
-    for name, length, patch in zip(
-        ("height", "width"), size[1:], model.dit.config.patch_size[1:], strict=True
-    ):
-        multiple = vae.config.spatial_factor * patch
-        if length < 1 or length % multiple:
-            lower = max(length // multiple, 0) * multiple
-            options = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
-            raise ValueError(f"{name}={length} is not a multiple of {multiple}; use {options}")
-    shape = vae.config.latent_shape(*size)
-    model.dit.config.token_grid(*shape[:3])
-    return shape
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "guided", "grid", "stepper"))

@@ -6,17 +6,21 @@ import os
 import pathlib
 from typing import Any
 
+from jax.sharding import Mesh
+
 from vidgen.core.config import ConfigError, resolve, to_dict
+from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.parallel.processes import check_rows
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_task import VAETask
 
-__all__ = ["Experiment", "claim_workdir", "load_experiment"]
+__all__ = ["Experiment", "check_sizes", "claim_workdir", "load_experiment"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,36 @@ _MAY_CHANGE = (
     "run.num_threads",
 )
 """Beginnings of the keys that may differ when a run is resumed: they do not change what a step computes."""
+
+
+def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: Mesh) -> None:
+    """Sees to it that the model and the mesh take batches of every size of the data, before one is read.
+
+    Args:
+      task: the experiment's, which may read its VAE from elsewhere.
+
+    Raises:
+      ConfigError: a size does not fit; the message names it, and the nearest that do.
+    """
+    data, run = experiment.data, experiment.run
+    sizes = training_sizes(data, run.batch_size)
+    places = [f"config.data.buckets[{number}]" for number in range(len(data.buckets))] or ["config.data"]
+    for where, size in zip(places, sizes, strict=True):
+        try:
+            task.check_size(size.num_frames, size.height, size.width)
+            check_rows(size.batch_size or run.batch_size, mesh)
+        except ValueError as error:
+            raise ConfigError(f"{where} ({size}): {error}") from error
+        if size.batch_size and size.batch_size % run.grad_accumulation:
+            raise ConfigError(
+                f"{where} ({size}): batch_size is {size.batch_size}, which run.grad_accumulation "
+                f"{run.grad_accumulation} does not divide"
+            )
+    if data.buckets:
+        try:
+            task.check_size(data.num_frames, data.height, data.width)
+        except ValueError as error:
+            raise ConfigError(f"config.data, whose own size is that of previews: {error}") from error
 
 
 def load_experiment(workdir: pathlib.Path | str) -> Experiment:
@@ -70,7 +104,8 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
     path = pathlib.Path(workdir) / "config.json"
     new = to_dict(experiment)
     if path.exists():
-        old = _completed(_read(path))
+        # Options that are newer than the run have their defaults there.
+        old = to_dict(load_experiment(workdir))
         differing = [key for key in _differences(old, new) if not key.startswith(_MAY_CHANGE)]
         if differing:
             raise ConfigError(
@@ -90,14 +125,6 @@ def _read(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON ({error}): restore it, or use another workdir") from error
-
-
-def _completed(values: Any) -> Any:
-    """The values with defaults where they have none; as they are where they are of no experiment any more."""
-    try:
-        return to_dict(resolve(Experiment, values))
-    except ConfigError:
-        return values
 
 
 def _differences(old: Any, new: Any) -> list[str]:

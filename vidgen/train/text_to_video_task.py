@@ -17,10 +17,10 @@ from vidgen.diffusion.timesteps import LogitNormal, Uniform
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
-from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.optimizer import Optimizer
-from vidgen.train.vae_folder import has_vae, load_vae, save_vae
+from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,10 @@ class TextToVideoTask:
 
     def frozen(self) -> VideoVAE:
         return load_vae(self.vae)
+
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        """Raises ValueError for clips of a size that the VAE or the transformer does not take."""
+        latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
 
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
         """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Metrics
+from vidgen.data.loader import Loader
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.diffusers_folder import is_diffusers, load_diffusers, read_config
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
+from vidgen.train.latent_statistics import measure_latents, with_statistics
 
 __all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae", "vae_config"]
 
@@ -78,14 +82,31 @@ def _folder(workdir: pathlib.Path | str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepVAE:
-    """An evaluator that leaves the VAE's averaged weights where runs that build on it look for them."""
+    """An evaluator that leaves the VAE's averaged weights where runs that build on it look for them.
+
+    Their latents are normalised by statistics of these weights over training clips, the same ones each time.
+
+    Attributes:
+      every: steps between two calls.
+      open_clips: opens a `Loader` of training clips from the beginning.
+      num_clips: over which the statistics are measured, or all where there are fewer; 0 leaves those that the
+        VAE has.
+      mesh: over which batches are cut.
+    """
 
     every: int
     name: str = "vae"
+    open_clips: Callable[[], Loader] | None = None
+    num_clips: int = 0
+    mesh: Mesh | None = None
 
     def __call__(
         self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
     ) -> Metrics:
         assert isinstance(model, VideoVAE)
+        if self.open_clips is not None and self.num_clips:
+            with self.open_clips() as clips:
+                count = min(self.num_clips, clips.num_clips)
+                model = with_statistics(model, measure_latents(model, clips, num_clips=count, mesh=self.mesh))
         save_vae(model, workdir)
         return {}

@@ -38,6 +38,9 @@ class VAETask:
       perceptual_weights: safetensors file of VGG16 and LPIPS's heads, see `vidgen.models.lpips.params`.
       kl_weight: of the divergence in nats per latent element.
       adversary: a discriminator to train against, or None.
+      statistics_clips: training clips over which the latents' mean and deviation are measured each time the
+        VAE is kept for later runs, unless it is its decoder that is trained; 0 keeps the running ones of
+        training.
     """
 
     kind: Literal["vae"] = "vae"
@@ -51,11 +54,14 @@ class VAETask:
     perceptual_weights: str | None = None
     kl_weight: float = 1e-4
     adversary: Adversary | None = None
+    statistics_clips: int = 256
 
     def __post_init__(self):
         for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        if self.statistics_clips < 0:
+            raise ValueError(f"statistics_clips is {self.statistics_clips}; expected 0 or more")
         if self.wavelet_levels < 1:
             raise ValueError(f"wavelet_levels is {self.wavelet_levels}: it must be at least 1")
         if self.perceptual_weight and self.perceptual_weights is None:
@@ -85,6 +91,10 @@ class VAETask:
 
     def frozen(self) -> LPIPS | None:
         return load_lpips(self.perceptual_weights) if self.perceptual_weight else None
+
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        """Raises ValueError for clips of a size that the VAE does not take; names the nearest sizes."""
+        self.model.latent_shape(num_frames, height, width)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}

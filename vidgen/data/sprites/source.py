@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.sprites.attributes import Backdrop, Camera, Motion, Size
 from vidgen.data.sprites.captions import caption
 from vidgen.data.sprites.render import render
@@ -30,6 +31,8 @@ class SpritesData:
         num_frames: frames of a clip; one makes images, captioned without motion.
         height: pixels.
         width: pixels.
+        buckets: sizes of training clips; empty for `num_frames`, `height` and `width` alone, which otherwise
+            are the size of held-out clips and previews.
         fps: frames per second.
         min_objects: fewest objects in a clip.
         max_objects: most objects in a clip, up to 3.
@@ -49,6 +52,7 @@ class SpritesData:
     num_frames: int = 17
     height: int = 64
     width: int = 64
+    buckets: tuple[Bucket, ...] = ()
     fps: float = 8.0
     min_objects: int = 1
     max_objects: int = 3
@@ -90,6 +94,10 @@ class SpritesData:
     def source(self) -> "SpritesSource":
         """The clips."""
         return SpritesSource(self)
+
+    def bucket_sources(self) -> tuple["SpritesSource", ...]:
+        """The clips of each bucket."""
+        return tuple(with_size(self, bucket).source() for bucket in self.buckets)
 
 
 class SpritesSource:

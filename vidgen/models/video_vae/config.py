@@ -123,6 +123,29 @@ VARIANTS: dict[str, VAEConfig] = {
         latents_mean=_WAN22_MEAN,
         latents_std=_WAN22_STD,
     ),
+    # Higher compression, for longer and larger clips: 1 latent frame for 8, as LTX-Video (arXiv 2501.00103).
+    "base-8x16x16": VAEConfig(
+        decoder_base_dim=128,
+        latent_channels=64,
+        temporal_downsample=(True, True, True),
+        patch_size=2,
+        level_shortcuts=True,
+    ),
+    "base-8x32x32": VAEConfig(
+        decoder_base_dim=128,
+        latent_channels=128,
+        temporal_downsample=(True, True, True),
+        patch_size=4,
+        level_shortcuts=True,
+    ),
+    "small-8x16x16": VAEConfig(
+        base_dim=32,
+        latent_channels=32,
+        num_res_blocks=1,
+        temporal_downsample=(True, True, True),
+        patch_size=2,
+        level_shortcuts=True,
+    ),
     "small": VAEConfig(
         base_dim=32,
         dim_mult=(1, 2, 4),
@@ -149,4 +172,5 @@ VARIANTS: dict[str, VAEConfig] = {
         level_shortcuts=True,
     ),
 }
-"""Shapes by name; Wan's are for its weights, the rest, 4 x 8 x 8, for training from scratch."""
+"""Shapes by name; Wan's are for its weights, the rest for training from scratch: 4 x 8 x 8 pixels per latent,
+or as the name says. `variants.py` prints their sizes."""

@@ -82,6 +82,9 @@ def encode_stream(
 
     Yields:
       Normalised latents `b t h w c`: one latent frame for frame 0, then `group` at a time.
+
+    Raises:
+      ValueError: a frame has another size than the first, or pixels that are not finite; names it.
     """
     step = _step(_jit_encode_group, vae, tiles, *_factors(vae, encoding=True))
     kept = None
@@ -208,7 +211,13 @@ def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np
     """`b t h w 3`: frame 0, then `size` frames at a time; the end is filled to a multiple of `factor`."""
     waiting: list[np.ndarray] = []
     wanted = 1
-    for frame in frames:
+    shape: tuple[int, ...] | None = None
+    for index, frame in enumerate(frames):
+        shape = frame.shape if shape is None else shape
+        if frame.shape != shape:
+            raise ValueError(f"frame {index} is {list(frame.shape)}, those before it {list(shape)}")
+        if not np.isfinite(frame).all():
+            raise ValueError(f"frame {index} has pixels that are not finite")
         waiting.append(frame)
         if len(waiting) == wanted:
             yield np.stack(waiting, axis=1)

@@ -1,0 +1,152 @@
+"""Training on clips of several sizes at once: images and videos, short and long, high and wide.
+
+A bucket is a size, with a share of the training steps. Every step takes its whole batch from one bucket, so
+that each size is compiled once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from vidgen.data.source import ClipSource
+
+__all__ = [
+    "Bucket",
+    "BucketedData",
+    "Mixture",
+    "fitting_sizes",
+    "training_clips",
+    "training_sizes",
+    "with_size",
+]
+
+D = TypeVar("D")
+
+_CROPPED_ALIKE = 0.05
+"""Sizes that keep as much of a picture as the best one, but for this share, are as good in shape."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Clips of one size.
+
+    Attributes:
+      num_frames: frames; 1 is for images.
+      height: pixels.
+      width: pixels.
+      batch_size: clips per step over all devices and processes; None is `run.batch_size`.
+      weight: share of the steps, relative to that of the other buckets.
+
+    Raises:
+      ValueError: a number is not possible.
+    """
+
+    num_frames: int = 1
+    height: int
+    width: int
+    batch_size: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("num_frames", "height", "width", "batch_size", "weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"bucket {self}: {name} is {value}; expected a positive number")
+
+    def __str__(self) -> str:
+        return f"{self.num_frames} x {self.height} x {self.width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What a `Loader` draws from, bucket by bucket.
+
+    Attributes:
+      parts: each bucket, with its clips.
+    """
+
+    parts: tuple[tuple[Bucket, ClipSource], ...]
+
+    def __len__(self) -> int:
+        """Clips of all buckets."""
+        return sum(len(source) for _, source in self.parts)
+
+
+@runtime_checkable
+class BucketedData(Protocol):
+    """Options of data that may have buckets."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]: ...
+
+    def source(self) -> ClipSource:
+        """Clips of `num_frames`, `height` and `width`."""
+        ...
+
+    def bucket_sources(self) -> tuple[ClipSource, ...]:
+        """Clips of each bucket.
+
+        Raises:
+          ValueError: there is none for a bucket, which the message names.
+        """
+        ...
+
+
+def training_clips(data: BucketedData) -> ClipSource | Mixture:
+    """What training draws from: the clips of the buckets, or those of the one size where there are none."""
+    if not data.buckets:
+        return data.source()
+    return Mixture(tuple(zip(data.buckets, data.bucket_sources(), strict=True)))
+
+
+def training_sizes(data: BucketedData, batch_size: int) -> tuple[Bucket, ...]:
+    """The sizes of training's batches: the buckets, or the one size of the data.
+
+    Args:
+      batch_size: of those that have none of their own.
+    """
+    alone = Bucket(num_frames=data.num_frames, height=data.height, width=data.width)
+    return tuple(
+        dataclasses.replace(bucket, batch_size=bucket.batch_size or batch_size)
+        for bucket in data.buckets or (alone,)
+    )
+
+
+def with_size(data: D, bucket: Bucket) -> D:
+    """Options of data, a dataclass, for clips of the size of one bucket alone."""
+    options: Any = data
+    size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
+    return dataclasses.replace(options, buckets=(), **size)
+
+
+def fitting_sizes(
+    shown: tuple[float | int, float | int], sizes: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    """Which sizes a picture is good for: those nearest in shape for which it need not be enlarged.
+
+    Nearest in shape are the sizes that keep most of it when it is cropped, give or take 5 %. Where each of
+    these would enlarge it, the one that enlarges it least is taken.
+
+    Args:
+      shown: height and width of the picture, in square pixels.
+      sizes: heights and widths, at least one.
+
+    Returns:
+      Their indices, in order; at least one.
+    """
+    aspect = shown[1] / shown[0]
+    ratios = [width / height / aspect for height, width in sizes]
+    kept = [min(ratio, 1 / ratio) for ratio in ratios]
+    near = [index for index, share in enumerate(kept) if share >= max(kept) - _CROPPED_ALIKE]
+    scales = {index: max(sizes[index][0] / shown[0], sizes[index][1] / shown[1]) for index in near}
+    limit = max(1.0, min(scales.values()))
+    return tuple(index for index in near if scales[index] <= limit)
