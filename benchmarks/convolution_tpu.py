@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 from vidgen.preflight.topology import prepare_environment, topology_devices
 
@@ -79,7 +80,7 @@ FORMULATIONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def cycles(device: jax.Device, shape: tuple[int, ...], convolve: Callable[[Array, Array], Array]) -> int:
+def cycles(device: Any, shape: tuple[int, ...], convolve: Callable[[Array, Array], Array]) -> int:
     """Of one convolution of the two, with what lies between them."""
     channels, place = shape[-1], SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16, sharding=place)
@@ -92,7 +93,7 @@ def cycles(device: jax.Device, shape: tuple[int, ...], convolve: Callable[[Array
             x = convolve(jax.nn.silu(y).astype(x.dtype), kernels[index])
         return x
 
-    program = jax.jit(block).lower(x, kernel).compile().as_text()
+    program = jax.jit(block).lower(x, kernel).compile().as_text() or ""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))) // 2
 
 

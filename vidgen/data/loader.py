@@ -91,7 +91,9 @@ class Loader(Iterator[dict[str, Any]]):
         self._rows = iter(rows.to_iter_dataset(options))
 
     def __next__(self) -> dict[str, Any]:
-        part, _ = self._turns[self._step]
+        turn = self._turns[self._step]
+        assert turn is not None  # as it would be of a filtered data set
+        part, _ = turn
         batch = _collate([next(self._rows) for _ in range(part.rows)])
         self._step += 1
         return batch

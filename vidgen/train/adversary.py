@@ -60,7 +60,9 @@ class Adversary:
         rule = self.optimizer.transformation(max(num_steps - self.start_step, 1))
         if not self.start_step:
             return rule
-        return optax.transforms.conditionally_mask(rule, lambda step: step >= self.start_step)
+        return optax.transforms.conditionally_mask(
+            rule, lambda step, **_: jnp.asarray(step) >= self.start_step
+        )
 
     def loss(
         self,

@@ -96,5 +96,5 @@ def _of_each_clip(
     vae: VideoVAE, video: UInt8[Array | np.ndarray, "b t h w 3"]
 ) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
     """Mean and variance of each clip's raw latents, per channel, whole on every device."""
-    raw = vae.posterior(pixels.to_float(video)).mean
+    raw = vae.posterior(pixels.to_float(jnp.asarray(video))).mean
     return constrain(raw.mean((1, 2, 3)), None, None), constrain(raw.var((1, 2, 3)), None, None)

@@ -90,7 +90,10 @@ class VAETask:
         return vae
 
     def frozen(self) -> LPIPS | None:
-        return load_lpips(self.perceptual_weights) if self.perceptual_weight else None
+        if not self.perceptual_weight:
+            return None
+        assert self.perceptual_weights is not None
+        return load_lpips(self.perceptual_weights)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises ValueError for clips of a size that the VAE does not take; names the nearest sizes."""
