@@ -20,7 +20,7 @@ demo: .venv/.base
 
 test: lint unit notebooks
 
-lint: .venv/.dev
+lint: .venv/.parity
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/lint-imports

@@ -100,3 +100,23 @@ def test_errors_name_what_is_wrong(workdir, encoded, tmp_path, capsys):
     assert main(["encode", str(broken), "--vae", str(workdir), *latents]) == 2
     assert "broken.mp4" in capsys.readouterr().err
     assert not list(tmp_path.glob("b.*"))
+
+
+def test_tiles_are_for_one_small_device(workdir, encoded, tmp_path, capsys):
+    whole, tiled = tmp_path / "whole.png", tmp_path / "tiled.png"
+    arguments = ["decode", str(encoded), "--out"]
+    assert main([*arguments, str(whole)]) == 0
+    assert main([*arguments, str(tiled), "--tile", "8", "--overlap", "4"]) == 0
+    frames = [read_clip(path).astype(np.float32) for path in (whole, tiled)]
+    assert frames[0].shape == frames[1].shape
+    assert 0 < np.abs(frames[0] - frames[1]).mean() < 64  # Seen through other surroundings.
+    assert main([*arguments, str(tiled), "--tile", "16"]) == 0
+    np.testing.assert_array_equal(read_clip(tiled), read_clip(whole))  # One tile holds the frame.
+    capsys.readouterr()
+    for wrong, message in (
+        (["--tile", "6"], "--tile 6: give a multiple of 4"),
+        (["--overlap", "4"], "--overlap is of tiles: give --tile too"),
+        (["--tile", "4", "--overlap", "4"], "overlap=1 of tiles of 1 x 1"),
+    ):
+        assert main([*arguments, str(tiled), *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
 
 __all__ = ["main"]
@@ -28,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.group < 1:
-        raise ValueError(f"--group is {arguments.group}: give at least 1")
+    check_frame_options(arguments)
     if arguments.out.suffix.lower() not in (suffixes := (".mp4", ".gif", ".png")):
         raise ValueError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from vidgen.core import pixels
     from vidgen.data.latents_file import load_latents
     from vidgen.data.video_io import save_frames
+    from vidgen.models.video_vae.model import VideoVAE
     from vidgen.models.video_vae.streaming import decode_stream
     from vidgen.train.vae_folder import load_vae
 
@@ -54,12 +55,14 @@ def main(argv: Sequence[str]) -> int:
             f"{folder} {expected}: give the one that made them with --vae"
         )
 
-    def frames() -> Iterator[np.ndarray]:
+    cut = tiles(arguments, vae.config.spatial_factor)
+
+    def frames(spread: VideoVAE) -> Iterator[np.ndarray]:
         count = 0
         starts = range(1, len(latents), arguments.group)
         blocks = map(jnp.asarray, np.split(latents[None], starts, axis=1))
         with tqdm(total=info.num_frames, unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
-            for block in decode_stream(vae, blocks, num_frames=info.num_frames):
+            for block in decode_stream(spread, blocks, num_frames=info.num_frames, tiles=cut):
                 finite = np.asarray(jnp.isfinite(block).all((0, 2, 3, 4)))
                 if not finite.all():
                     raise ValueError(
@@ -72,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
                 count += len(finite)
 
     made_by = {"latents": str(arguments.latents), "vae": str(folder)}
-    save_frames(arguments.out, frames(), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})
+    with on_all_devices(vae, *latents.shape[1:3]) as spread:
+        save_frames(arguments.out, frames(spread), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})
     print(arguments.out)
     return 0
 
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("latents", type=pathlib.Path, help="what `vidgen encode` wrote (.safetensors)")
     parser.add_argument("--vae", type=pathlib.Path, help="a run, or a diffusers checkpoint")
     parser.add_argument("--out", required=True, type=pathlib.Path, help=".mp4, .gif or .png")
-    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    add_frame_options(parser)
     return parser
 
 

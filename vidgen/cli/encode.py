@@ -1,12 +1,14 @@
 """`vidgen encode`: a video to the latents of a VAE, group by group, whatever its duration."""
 
 import argparse
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
 
 __all__ = ["main"]
@@ -29,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.group < 1:
-        raise ValueError(f"--group is {arguments.group}: give at least 1")
+    check_frame_options(arguments)
     if arguments.out.suffix != ".safetensors":
         raise ValueError(f"--out {arguments.out}: latents are written to .safetensors files")
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(str(error)) from error
     frames = read_frames(arguments.video, fps=arguments.fps, height=arguments.height, width=arguments.width)
     vae = load_vae(arguments.vae)
+    factor, cut = vae.config.spatial_factor, tiles(arguments, vae.config.spatial_factor)
     fps = arguments.fps or info.fps or 1.0
     num_frames, height, width = 0, 0, 0
 
@@ -63,10 +65,16 @@ def main(argv: Sequence[str]) -> int:
                 )
             num_frames += 1
             height, width = frame.shape[:2]
-            yield fill_sides(frame, vae.config.spatial_factor)[None].astype(np.float32) / 127.5 - 1.0
+            yield fill_sides(frame, factor)[None].astype(np.float32) / 127.5 - 1.0
 
     try:
-        blocks = [np.asarray(block[0]) for block in encode_stream(vae, prepared(), group=arguments.group)]
+        filled = prepared()
+        first = next(filled)
+        latent_size = (first.shape[1] // factor, first.shape[2] // factor)
+        with on_all_devices(vae, *latent_size) as spread:
+            frames_of_all = itertools.chain([first], filled)
+            stream = encode_stream(spread, frames_of_all, group=arguments.group, tiles=cut)
+            blocks = [np.asarray(block[0]) for block in stream]
     except BrokenClip as error:
         raise ValueError(str(error)) from error
     latents = np.concatenate(blocks)
@@ -100,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, help="frames per second to take; the file's own where not given")
     parser.add_argument("--height", type=int, help="pixels; the file's own where not given")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    add_frame_options(parser)
     return parser
 
 
