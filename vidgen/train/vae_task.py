@@ -84,7 +84,9 @@ class VAETask:
         return vae
 
     def frozen(self) -> LPIPS | None:
-        return load_lpips(self.perceptual_weights) if self.perceptual_weight else None
+        if not self.perceptual_weight or self.perceptual_weights is None:
+            return None
+        return load_lpips(self.perceptual_weights)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}

@@ -24,8 +24,9 @@ class _Conv(nnx.Module):
         self.bias = param(rngs, zeros, channels[1:], ("conv_out",))
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
-        time, height, width = (((size - 1) // 2,) * 2 for size in self.kernel.shape[:3])
-        y = conv3d(x, self.kernel[...], strides=self.strides, padding=(time, height, width))
+        time, height, width = ((size - 1) // 2 for size in self.kernel.shape[:3])
+        padding = ((time, time), (height, height), (width, width))
+        y = conv3d(x, self.kernel[...], strides=self.strides, padding=padding)
         return y + over_last_axis(self.bias[...], y)
 
 
