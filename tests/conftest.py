@@ -25,6 +25,13 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def let_go_of_programs():
+    """Compiled programs of one file are of no use to the next, and together they fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
     """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers."""

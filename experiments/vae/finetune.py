@@ -28,9 +28,9 @@ def get_config(arg: str = "") -> ConfigDict:
     source = folder if "folder" in arguments else sprites
     config = source.get_config(",".join(sorted(arguments - {"folder", "decoder"})))
     size = "tiny" if "tiny" in arguments else "small"
-    config.task.train = "decoder" if "decoder" in arguments else "all"
-    config.task.wavelet_weight = 0.5
-    config.task.adversary = {
+    config.task["train"] = "decoder" if "decoder" in arguments else "all"
+    config.task["wavelet_weight"] = 0.5
+    config.task["adversary"] = {
         "discriminator": dataclasses.asdict(VARIANTS[size]),
         "optimizer": {"kind": "adamw", "learning_rate": 2e-4, "b1": 0.5, "b2": 0.9, "weight_decay": 0.0},
         # The discriminator sees the reconstructions of a VAE that has settled in the new losses.
@@ -41,5 +41,5 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.optimizer = {"kind": "adamw", "learning_rate": 2e-4, "warmup_steps": 50}
     if "tiny" in arguments:
-        config.task.adversary.start_step = 1
+        config.task["adversary"]["start_step"] = 1
     return config

@@ -17,7 +17,8 @@ MODEL = VAEConfig(
 )
 ADVERSARY = Adversary(
     discriminator=DiscriminatorConfig(base_dim=4, dim_mult=(1,), temporal_downsample=(True,)),
-    optimizer=AdamW(learning_rate=1e-2, warmup_steps=2, b1=0.5),
+    # With a smaller eps the first update is the sign of gradients that are round-off.
+    optimizer=AdamW(learning_rate=1e-2, warmup_steps=2, b1=0.5, eps=1e-3),
     weight=0.5,
     r1_weight=0.1,
     lecam_weight=0.2,

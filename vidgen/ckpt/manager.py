@@ -133,6 +133,10 @@ class CheckpointManager:
     ) -> tuple[int, dict[str, jax.Array]]:
         """The step, and those arrays of its checkpoint that are wanted, by the names that `shapes` gives.
 
+        Args:
+          wanted: modules' arrays; what an optimizer keeps, which is in tuples, cannot be had by name.
+          step: which; None is the newest.
+
         Raises:
           CheckpointError: no such checkpoint, or arrays that are missing or of another shape.
         """

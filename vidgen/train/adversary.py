@@ -60,9 +60,8 @@ class Adversary:
         rule = self.optimizer.transformation(max(num_steps - self.start_step, 1))
         if not self.start_step:
             return rule
-        return optax.transforms.conditionally_mask(
-            rule, lambda step, **_: jnp.asarray(step) >= self.start_step
-        )
+        started = lambda step, **_: jnp.greater_equal(step, self.start_step)  # noqa: E731
+        return optax.transforms.conditionally_mask(rule, started)
 
     def loss(
         self,

@@ -90,9 +90,8 @@ class VAETask:
         return vae
 
     def frozen(self) -> LPIPS | None:
-        if not self.perceptual_weight:
+        if not self.perceptual_weight or self.perceptual_weights is None:
             return None
-        assert self.perceptual_weights is not None
         return load_lpips(self.perceptual_weights)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:

@@ -24,7 +24,8 @@ class _Conv(nnx.Module):
         self.bias = param(rngs, zeros, channels[1:], ("conv_out",))
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t2 h2 w2 o"]:
-        padding = [((size - 1) // 2, (size - 1) // 2) for size in self.kernel.shape[:3]]
+        time, height, width = ((size - 1) // 2 for size in self.kernel.shape[:3])
+        padding = ((time, time), (height, height), (width, width))
         y = conv3d(x, self.kernel[...], strides=self.strides, padding=padding)
         return y + over_last_axis(self.bias[...], y)
 
