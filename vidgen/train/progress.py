@@ -21,6 +21,8 @@ class Progress:
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
+            # What is no terminal keeps every line.
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,
             bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining} {rate_fmt}{postfix}",
         )
         self._since, self._steps, self._frames = time.monotonic(), 0, 0
