@@ -26,7 +26,8 @@ def conv3d(
     """Cross-correlation over time, height and width with zero padding.
 
     The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it is
-    several times slower than the 2D one; there the taps over time become channels of one 2D convolution.
+    several times slower than the 2D one; there the taps over time become channels of one 2D convolution, or,
+    where there are many pixels, a few rows at a time become a matrix product.
 
     On a mesh, each device filters its part of the height and width, and neighbours exchange the rows and
     columns that the filter reaches over: the result is that of one device.
