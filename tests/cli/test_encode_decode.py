@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from tests.models.small_vae import CONFIG
 from vidgen.cli.main import main
 from vidgen.core import pixels
 from vidgen.data.latents_file import load_latents
@@ -14,15 +15,6 @@ from vidgen.data.video_io import read_clip, read_metadata, save_video
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.vae_folder import load_vae, save_vae
-
-CONFIG = VAEConfig(
-    base_dim=4,
-    latent_channels=3,
-    dim_mult=(1, 2),
-    num_res_blocks=1,
-    temporal_downsample=(True,),
-    patch_size=2,
-)  # 2 x 4 x 4
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from tests.models.small_vae import CONFIG
 from vidgen.ckpt.weights import save_weights
 from vidgen.cli.main import main
 from vidgen.core import pixels
@@ -19,19 +20,9 @@ from vidgen.models.i3d.model import I3D
 from vidgen.models.i3d.params import i3d_names
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.lpips.params import lpips_names
-from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.diffusers_folder import save_diffusers
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.vae_folder import save_vae
-
-CONFIG = VAEConfig(
-    base_dim=4,
-    latent_channels=3,
-    dim_mult=(1, 2),
-    num_res_blocks=1,
-    temporal_downsample=(True,),
-    patch_size=2,
-)  # 2 x 4 x 4
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from tests.models.small_vae import CONFIG
 from vidgen.core import pixels
 from vidgen.data.source import BrokenClip
 from vidgen.evals import reconstruction
@@ -17,17 +18,7 @@ from vidgen.evals.quality import flicker, psnr, ssim
 from vidgen.evals.reconstruction import RFVD, FeatureNetworks, VideoScorer, reconstruct_frames
 from vidgen.evals.video_scores import VideoScores, format_scores, overall
 from vidgen.models.lpips.model import LPIPS
-from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
-
-CONFIG = VAEConfig(
-    base_dim=4,
-    latent_channels=3,
-    dim_mult=(1, 2),
-    num_res_blocks=1,
-    temporal_downsample=(True,),
-    patch_size=2,
-)  # 2 x 4 x 4
 
 
 @pytest.fixture(scope="module")
