@@ -1,6 +1,6 @@
 """Blocks of the video VAE: causal residual blocks, per-frame attention, resampling in time and space."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from vidgen.nn.layers import CausalConv3d, History, Linear
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.attention import attention
-from vidgen.ops.convolution import conv3d
+from vidgen.ops.convolution import conv3d, upsampled_conv3d
 from vidgen.parallel.rules import constrain
 
 _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -67,18 +67,21 @@ class FrameAttention(nnx.Module):
 
 
 class SpatialConv(nnx.Module):
-    """A 3x3 convolution of each frame."""
+    """A 3x3 convolution of each frame, by which height and width halve, or double."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, rngs: nnx.Rngs):
-        self.stride = stride
+    def __init__(
+        self, in_channels: int, out_channels: int, *, resize: Literal["half", "double"], rngs: nnx.Rngs
+    ):
+        self.resize = resize
         shape = (1, 3, 3, in_channels, out_channels)
         self.kernel = param(rngs, _conv_init, shape, (None, None, None, "conv_in", "conv_out"))
         self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h2 w2 o"]:
-        side = (1, 1) if self.stride == 1 else (0, 1)
-        strides = (1, self.stride, self.stride)
-        y = conv3d(x, self.kernel[...], strides=strides, padding=((0, 0), side, side))
+        if self.resize == "double":
+            y = upsampled_conv3d(x, self.kernel[...])
+        else:
+            y = conv3d(x, self.kernel[...], strides=(1, 2, 2), padding=((0, 0), (0, 1), (0, 1)))
         return y + over_last_axis(self.bias[...], y)
 
 
@@ -94,7 +97,7 @@ class Downsample(nnx.Module):
     """
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.space = SpatialConv(channels, channels, stride=2, rngs=rngs)
+        self.space = SpatialConv(channels, channels, resize="half", rngs=rngs)
         self.time = _time_conv(channels, channels, rngs) if temporal else None
 
     def __call__(
@@ -116,7 +119,7 @@ class Upsample(nnx.Module):
     """Doubles height and width; if `temporal`, doubles time but for the first frame."""
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool, rngs: nnx.Rngs):
-        self.space = SpatialConv(channels, out_channels, rngs=rngs)
+        self.space = SpatialConv(channels, out_channels, resize="double", rngs=rngs)
         self.time = _time_conv(channels, 2 * channels, rngs) if temporal else None
 
     def __call__(
@@ -125,7 +128,7 @@ class Upsample(nnx.Module):
         if self.time is not None:
             single = 1 if history is None or history.begins else 0
             x = jnp.concatenate([x[:, :single], self._double(x[:, single:], history)], axis=1)
-        return self.space(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        return self.space(x)
 
     def _double(self, x: Array, history: History | None) -> Array:
         """Two frames for each; the convolution over time never sees frame 0."""

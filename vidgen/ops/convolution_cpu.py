@@ -1,0 +1,120 @@
+"""3D convolution on CPUs: XLA's 2D one, the faster of its two, and Winograd's algorithm for large ones."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidgen.core.typing import Array, Float
+
+Padding = Sequence[tuple[int, int]]
+"""Zeros before and after, along time, height and width."""
+
+_MIN_CHANNELS = 32
+_MIN_PIXELS = 8192
+"""With less the sums around the products cost more than the products saved."""
+_MANY_CHANNELS = 192
+"""From here on the same holds along height."""
+
+
+def convolve(
+    x: Float[Array, "b t h w c"],
+    kernel: Float[Array, "kt kh kw c o"],
+    strides: tuple[int, int, int],
+    padding: Padding,
+) -> Float[Array, "b t2 h2 w2 o"]:
+    """As `vidgen.ops.convolution.conv3d` on one device (measured by `benchmarks/convolution.py`).
+
+    Large ones in float32 go by Winograd's algorithm over time, four frames at a time with half of the
+    multiply-adds, and with many channels over height too. Its rounding errors are some three times those of
+    the products that it saves.
+    """
+    pixels, channels = x.size // x.shape[-1], min(kernel.shape[-2:])
+    if strides != (1, 1, 1) or pixels < _MIN_PIXELS or channels < _MIN_CHANNELS or x.dtype != jnp.float32:
+        return _time_taps_as_channels(_padded(x, padding[:1]), kernel, strides, padding[1:])
+    if channels < _MANY_CHANNELS:
+        return _winograd(_padded(x, padding[:1]), kernel, (1,), padding[1:])
+    return _winograd(_padded(x, padding[:2]), kernel, (1, 2), ((0, 0), padding[2]))
+
+
+def _padded(x: Array, padding: Padding) -> Array:
+    """With zeros around the first dimensions after the batch."""
+    return jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * (x.ndim - 1 - len(padding))))
+
+
+def _time_taps_as_channels(x: Array, kernel: Array, strides: tuple[int, int, int], space: Padding) -> Array:
+    """One 2D convolution of all frames, those that the filter spans side by side in channels."""
+    taps, height, width, channels, features = kernel.shape
+    batch, frames, *_ = x.shape
+    out_frames = (frames - taps) // strides[0] + 1
+    last = (out_frames - 1) * strides[0] + 1
+    stacked = jnp.concatenate([x[:, i : i + last : strides[0]] for i in range(taps)], axis=-1)
+    out = jax.lax.conv_general_dilated(
+        stacked.reshape(batch * out_frames, *x.shape[2:4], taps * channels),
+        kernel.transpose(1, 2, 0, 3, 4).reshape(height, width, taps * channels, features),
+        strides[1:],
+        space,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return out.reshape(batch, out_frames, *out.shape[1:])
+
+
+def _winograd(x: Array, kernel: Array, dims: tuple[int, ...], space: Padding) -> Array:
+    """Over each of `dims` in which the filter has three taps, 4 and then 2 of its outputs at a time."""
+    if not dims:
+        return _time_taps_as_channels(x, kernel, (1, 1, 1), space)
+    dim, *others = dims
+    rest = tuple(others)
+    if kernel.shape[dim - 1] != 3:
+        return _winograd(x, kernel, rest, space)
+    outputs = x.shape[dim] - 2
+    parts, start = [], 0
+    for size in (4, 2) if dim == 1 else (2,):
+        count = (outputs - start) // size
+        if count:
+            part = jax.lax.slice_in_dim(x, start, start + count * size + 2, axis=dim)
+            parts.append(_by_groups(part, kernel, dim, size, rest, space))
+            start += count * size
+    if start < outputs:
+        parts.append(_winograd(jax.lax.slice_in_dim(x, start, None, axis=dim), kernel, rest, space))
+    return jnp.concatenate(parts, axis=dim)
+
+
+def _by_groups(x: Array, kernel: Array, dim: int, size: int, rest: tuple[int, ...], space: Padding) -> Array:
+    """`size` outputs of three taps from `size + 2` products, not `3 * size` (arXiv 1509.09308)."""
+    of_inputs, of_filters, of_products = _transforms(size)
+    last = x.shape[dim] - size - 1
+    inputs = [jax.lax.slice_in_dim(x, i, i + last, size, axis=dim) for i in range(size + 2)]
+    taps = [jax.lax.slice_in_dim(kernel, i, i + 1, axis=dim - 1) for i in range(3)]
+    pairs = zip(_mixed(of_inputs, inputs), _mixed(of_filters, taps), strict=True)
+    outputs = _mixed(of_products, [_winograd(a, b, rest, space) for a, b in pairs])
+    y = jnp.stack(outputs, axis=dim + 1)
+    return y.reshape(*y.shape[:dim], -1, *y.shape[dim + 2 :])
+
+
+@functools.cache
+def _transforms(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices of Toom and Cook over inputs, filters and products, for `size` outputs of three taps.
+
+    The points are ones with small rounding errors (Barabasz et al., arXiv 1803.10986).
+    """
+    points = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.5, -2.0)}[size]
+    powers = np.vander(points, size + 2, increasing=True)
+    scale = [np.prod([p - q for q in points if q != p]) for p in points]
+    inputs = np.zeros((size + 2, size + 2))
+    for row, point in enumerate(points):
+        inputs[row, :-1] = np.polynomial.polynomial.polyfromroots([q for q in points if q != point])
+    inputs[-1] = np.polynomial.polynomial.polyfromroots(points)
+    filters = np.vstack([powers[:, :3] / np.array(scale)[:, None], np.eye(3)[2]])
+    products = np.vstack([powers[:, :size], np.eye(size)[-1]]).T
+    return inputs, filters, products
+
+
+def _mixed(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
+    """Sums of `parts`, with the factors of each row of `matrix`."""
+    return [
+        functools.reduce(jnp.add, [part * factor for part, factor in zip(parts, row, strict=True) if factor])
+        for row in matrix.tolist()
+    ]
