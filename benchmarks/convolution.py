@@ -20,7 +20,7 @@ from vidgen.core.typing import Array
 from vidgen.ops.convolution import conv3d
 
 PADDING = ((2, 0), (1, 1), (1, 1))
-SHAPES = ((16, 32), (32, 32), (64, 16), (64, 8))
+SHAPES = ((16, 32), (32, 16), (32, 32), (64, 8), (64, 16), (96, 64), (192, 32))
 TAPS = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
 
 

@@ -13,8 +13,8 @@ Padding = Sequence[tuple[int, int]]
 """Zeros before and after, along time, height and width."""
 
 _MIN_CHANNELS = 32
-_MIN_PIXELS = 8192
-"""With less the sums around the products cost more than the products saved."""
+_MIN_SIZE = 2**17
+"""With a smaller input the sums around the products cost more than the products saved."""
 _MANY_CHANNELS = 192
 """From here on the same holds along height."""
 
@@ -31,8 +31,9 @@ def convolve(
     multiply-adds, and with many channels over height too. Its rounding errors are some three times those of
     the products that it saves.
     """
-    pixels, channels = x.size // x.shape[-1], min(kernel.shape[-2:])
-    if strides != (1, 1, 1) or pixels < _MIN_PIXELS or channels < _MIN_CHANNELS or x.dtype != jnp.float32:
+    channels = min(kernel.shape[-2:])
+    large = x.size >= _MIN_SIZE and channels >= _MIN_CHANNELS
+    if strides != (1, 1, 1) or not large or x.dtype != jnp.float32:
         return _time_taps_as_channels(_padded(x, padding[:1]), kernel, strides, padding[1:])
     if channels < _MANY_CHANNELS:
         return _winograd(_padded(x, padding[:1]), kernel, (1,), padding[1:])

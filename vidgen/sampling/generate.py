@@ -13,6 +13,7 @@ from vidgen.core import pixels
 from vidgen.core.typing import Array, Bool, Float, Int, UInt8, UInt32
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
+from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
 from vidgen.sampling.guidance import classifier_free_guidance
@@ -116,5 +117,6 @@ def _generate(
     else:
         network = functools.partial(model.velocity, condition=condition)
     latents = sample(network, noise, grid=grid, stepper=stepper)
+    video = streaming.decode(vae, latents, emit=pixels.to_uint8)
     # Whole on every device, so that each process can read it.
-    return constrain(pixels.to_uint8(vae.decode(latents)), None, None, None, None, None)
+    return constrain(video, None, None, None, None, None)

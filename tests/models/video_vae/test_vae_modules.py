@@ -47,7 +47,7 @@ def test_attention_against_numpy():
 
 def test_downsampling_pads_after_the_last_row_and_column():
     """As Wan: window i covers rows 2 i, 2 i + 1, 2 i + 2."""
-    module = random_module(lambda: SpatialConv(1, 1, stride=2, rngs=nnx.Rngs(0)))
+    module = random_module(lambda: SpatialConv(1, 1, resize="half", rngs=nnx.Rngs(0)))
     x = normal(1, 1, 4, 6, 1)
     padded = np.pad(np.asarray(x)[0, 0, :, :, 0], ((0, 1), (0, 1)))
     kernel = np.asarray(module.kernel[...])[0, :, :, 0, 0]
