@@ -6,6 +6,7 @@ Each program is two 3x3x3 convolutions in bfloat16 with the VAE's norm and SiLU 
 block, for one device; shapes are those of decoding 4 frames of 1080p on 8 chips with Wan 2.1's VAE. Its
 figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of its
 own schedule, not a measured time. `ideal` is the multiply-adds over those that the matrix units do per cycle.
+The step up, a 3x3 convolution of pixels repeated 2 x 2, follows: `repeated` as written, `added` as in vidgen.
 The last line is one JSON object. Needs the `tpu` extra (libtpu).
 """
 
@@ -25,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from vidgen.core.typing import Array  # noqa: E402
+from vidgen.ops.convolution import upsampled_conv3d  # noqa: E402
 
 PADDING = ((2, 0), (1, 1), (1, 1))
 SHAPES = ((1, 135, 30, 384), (4, 540, 120, 192), (4, 1080, 240, 96))
@@ -80,21 +82,37 @@ FORMULATIONS: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def cycles(device: Any, shape: tuple[int, ...], convolve: Callable[[Array, Array], Array]) -> int:
-    """Of one convolution of the two, with what lies between them."""
-    channels, place = shape[-1], SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16, sharding=place)
-    kernel = jax.ShapeDtypeStruct((2, 3, 3, 3, channels, channels), jnp.bfloat16, sharding=place)
+def repeated(x: Array, kernel: Array) -> Array:
+    """Of pixels that are repeated first."""
+    b, t, h, w, c = x.shape
+    x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3).reshape(b * t, 2 * h, 2 * w, c)
+    return _in_2d(x, kernel[0]).reshape(b, t, 2 * h, 2 * w, -1)
 
-    def block(x: Array, kernels: Array) -> Array:
+
+STEPS_UP = ((2, 270, 60, 384), (4, 540, 120, 192))
+"""Frames, height, width, channels of one device's part; half as many channels come out."""
+UPSAMPLED: dict[str, Callable[[Array, Array], Array]] = {"repeated": repeated, "added": upsampled_conv3d}
+
+
+def cycles(device: Any, program: Callable[..., Array], *shapes: tuple[int, ...]) -> int:
+    """Of a program with bfloat16 arguments of the given shapes."""
+    place = SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+    text = jax.jit(program).lower(*arguments).compile().as_text() or ""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+
+
+def block(convolve: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """Two convolutions with what lies between them."""
+
+    def run(x: Array, kernels: Array) -> Array:
         for index in range(2):
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-12)
             x = convolve(jax.nn.silu(y).astype(x.dtype), kernels[index])
         return x
 
-    program = jax.jit(block).lower(x, kernel).compile().as_text() or ""
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))) // 2
+    return run
 
 
 def main() -> None:
@@ -107,13 +125,19 @@ def main() -> None:
     for topology in parser.parse_args().topologies:
         generation = topology.split(":")[0]
         device = topology_devices(topology)[0]
-        for shape in SHAPES:
-            t, h, w, c = shape
-            found = {"ideal": t * h * w * 27 * c * c // MACS_PER_CYCLE[generation]}
+        rate = MACS_PER_CYCLE[generation]
+        rows = result.setdefault(generation, {})
+        for t, h, w, c in SHAPES:
+            found = {"ideal": t * h * w * 27 * c * c // rate}
             for name, convolve in FORMULATIONS.items():
-                found[name] = cycles(device, shape, convolve)
-            label = "x".join(map(str, shape))
-            result.setdefault(generation, {})[label] = found
+                found[name] = cycles(device, block(convolve), (1, t, h, w, c), (2, 3, 3, 3, c, c)) // 2
+            rows[f"{t}x{h}x{w}x{c}"] = found
+        for t, h, w, c in STEPS_UP:
+            found = {"ideal": t * h * w * 36 * c * (c // 2) // rate}
+            for name, convolve in UPSAMPLED.items():
+                found[name] = cycles(device, convolve, (1, t, h, w, c), (1, 3, 3, c, c // 2))
+            rows[f"{t}x{h}x{w}x{c} up"] = found
+        for label, found in rows.items():
             print(f"{generation} {label}: " + ", ".join(f"{n} {v:,}" for n, v in found.items()), flush=True)
     print(json.dumps(result))
 

@@ -31,6 +31,25 @@ SHAPES = {
         "scale_factor_spatial": 16,
     },
 }
+WAN_2_2 = {
+    "encoder.conv_in.weight": "encoder.conv1.weight",
+    "encoder.down_blocks.0.resnets.1.norm2.gamma": "encoder.downsamples.0.downsamples.1.residual.3.gamma",
+    "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": "encoder.downsamples.1.downsamples.0.shortcut.bias",
+    "encoder.down_blocks.3.resnets.1.conv1.weight": "encoder.downsamples.3.downsamples.1.residual.2.weight",
+    "encoder.down_blocks.2.downsampler.time_conv.bias": "encoder.downsamples.2.downsamples.2.time_conv.bias",
+    "encoder.mid_block.attentions.0.to_qkv.weight": "encoder.middle.1.to_qkv.weight",
+    "encoder.conv_out.weight": "encoder.head.2.weight",
+    "quant_conv.weight": "conv1.weight",
+    "post_quant_conv.weight": "conv2.weight",
+    "decoder.mid_block.resnets.1.conv2.bias": "decoder.middle.2.residual.6.bias",
+    "decoder.mid_block.attentions.0.proj.weight": "decoder.middle.1.proj.weight",
+    "decoder.up_blocks.1.resnets.2.norm2.gamma": "decoder.upsamples.1.upsamples.2.residual.3.gamma",
+    "decoder.up_blocks.2.resnets.0.conv_shortcut.weight": "decoder.upsamples.2.upsamples.0.shortcut.weight",
+    "decoder.up_blocks.0.upsampler.resample.1.weight": "decoder.upsamples.0.upsamples.3.resample.1.weight",
+    "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.3.time_conv.bias",
+    "decoder.norm_out.gamma": "decoder.head.0.gamma",
+}
+"""Names in diffusers and in Wan's own checkpoint, one or more of each kind."""
 # Compiling takes longer than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 encode = jit(lambda vae, video: vae.posterior(video))
@@ -128,6 +147,22 @@ def test_original_names_are_what_diffusers_converts(tmp_path):
     converted = convert_wan_vae_to_diffusers({f.name: name for name, f in original.items()})
     assert {theirs: name for name, theirs in ours.items()} == converted
     assert len(converted) == len(reference.state_dict())
+
+
+def test_original_names_of_wan_2_2(tmp_path):
+    reference = written(SHAPES["2.2"], tmp_path)
+    vae = load_diffusers(tmp_path)
+    leaves = named_leaves(nnx.state(vae, nnx.Param, graph=False))
+    original = wan_names(vae.config, leaves)
+    table = {f.name: original[name].name for name, f in diffusers_names(vae.config, leaves).items()}
+    assert table.keys() == reference.state_dict().keys()
+    # As wan/modules/vae2_2.py of https://github.com/Wan-Video/Wan2.2 nests its modules.
+    assert {theirs: table[theirs] for theirs in WAN_2_2} == WAN_2_2
+    levels = {name.split(".residual")[0] for name in table.values() if ".residual." in name}
+    encoder = [f"encoder.downsamples.{i}.downsamples.{j}" for i in range(4) for j in range(2)]
+    decoder = [f"decoder.upsamples.{i}.upsamples.{j}" for i in range(4) for j in range(3)]
+    middle = [f"{coder}.middle.{i}" for coder in ("encoder", "decoder") for i in (0, 2)]
+    assert levels == {*encoder, *decoder, *middle}
 
 
 def test_tensors_that_do_not_fit_are_all_named(pair, tmp_path):
