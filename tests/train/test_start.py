@@ -11,11 +11,13 @@ from tests.models.random_weights import random_module
 from tests.train.small_vae import ADVERSARIAL, ADVERSARY, MODEL, PLAIN
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.tree import named_leaves
+from vidgen.models.video_vae.diffusers_folder import save_diffusers
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.train.start import start_from
 from vidgen.train.state import TrainState
+from vidgen.train.vae_folder import load_vae, save_vae
 
 DECODER = dataclasses.replace(PLAIN, train="decoder")
 MESH = MeshOptions(data=2, fsdp=2, tensor=2)
@@ -97,6 +99,21 @@ def test_a_vae_starts_from_one_with_a_discriminator(tmp_path):
     there = saved(tmp_path, ADVERSARIAL)
     vae = {name.removeprefix("vae."): value for name, value in there.items() if name.startswith("vae.")}
     check(start_from(tmp_path, state(DECODER, 1), {}), vae)
+
+
+@pytest.mark.parametrize("save", [save_vae, save_diffusers], ids=["own", "diffusers"])
+def test_a_vae_alone_is_enough(save, tmp_path):
+    vae = random_module(lambda: PLAIN.build(nnx.Rngs(0)), 2)
+    save(vae, tmp_path)
+    there = named_leaves(nnx.state(load_vae(tmp_path), graph=False))
+    check(start_from(tmp_path, state(DECODER, 1), {}), there)
+    check(
+        start_from(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ADVERSARIAL.apart),
+        inside(there) | own(ADVERSARIAL, 1, "discriminator"),
+    )
+    other = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, latent_channels=4))
+    with pytest.raises(CheckpointError, match=r"post_quant_conv\.bias: \(3,\), expected \(4,\)"):
+        start_from(tmp_path, state(other, 1), {})
 
 
 def test_another_model_is_refused_by_name(tmp_path):

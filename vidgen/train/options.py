@@ -14,7 +14,8 @@ class RunOptions:
       batch_size: clips per step, over all devices and processes.
       seed: of the weights, the noise and the order of the clips.
       init_from: workdir of a run of the same model, whose averaged weights a new run starts from; a VAE's may
-        have been trained with or without an adversary, in whole or in part.
+        have been trained with or without an adversary, in whole or in part, or be a VAE alone, such as Wan's
+        in diffusers' layout.
       log_every: between lines of metrics.jsonl; each is the mean over the steps since the last.
       checkpoint_every: between checkpoints.
       keep: how many of the newest checkpoints stay.

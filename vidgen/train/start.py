@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 from vidgen.train.state import TrainState
+from vidgen.train.vae_folder import has_vae, load_vae
 
 __all__ = ["start_from"]
 
@@ -27,16 +29,38 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
     around, with the encoder trained or not.
 
     Args:
-      workdir: of the other run; its newest checkpoint is read.
+      workdir: of the other run, of which the newest checkpoint is read; or where a VAE without a run lies, as
+        `vidgen.train.vae_folder.load_vae` finds it, Wan's in diffusers' layout too.
       apart: names of submodules that stay as they are where the other run has none of this shape.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is of another model; the arrays that differ are named.
+      WeightsError: a VAE's weights are not whole.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is missing: expected the workdir of a training run")
     wanted = named_leaves(state.params) | named_leaves(state.buffers)
+    if directory.is_dir():
+        source, arrays, what = _of_a_run(directory, wanted, apart)
+    elif has_vae(workdir):
+        source, arrays, what = _of_a_vae(workdir, wanted, apart)
+    else:
+        raise CheckpointError(
+            f"{directory} is missing: expected the workdir of a training run, or a folder with a VAE"
+        )
+    fresh = sorted({name.partition(".")[0] for name in wanted.keys() - source.keys()})
+    _log.info("weights are those of %s%s%s", workdir, what, f"; new: {fresh}" if fresh else "")
+    found = {name: arrays[there] for name, there in source.items()}
+    params = _replaced(state.params, found)
+    return dataclasses.replace(
+        state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=_replaced(state.buffers, found)
+    )
+
+
+_Found = tuple[dict[str, str], dict[str, jax.Array], str]
+"""Where each array is found, arrays by place, and what to say of them."""
+
+
+def _of_a_run(directory: pathlib.Path, wanted: Mapping[str, Any], apart: Mapping[str, Any]) -> _Found:
     with CheckpointManager(directory) as checkpoints:
         saved = checkpoints.shapes()
         source = _source(wanted, {name: saved[name] for name in saved if _is_weight(name)}, apart)
@@ -46,13 +70,26 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
             if name in source
         }
         step, arrays = checkpoints.restore_named(abstract)
-    fresh = sorted({name.partition(".")[0] for name in wanted.keys() - source.keys()})
-    _log.info("weights are those of %s after step %d%s", workdir, step, f"; new: {fresh}" if fresh else "")
-    found = {name: arrays[there] for name, there in source.items()}
-    params = _replaced(state.params, found)
-    return dataclasses.replace(
-        state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=_replaced(state.buffers, found)
-    )
+    return source, arrays, f" after step {step}"
+
+
+def _of_a_vae(workdir: pathlib.Path | str, wanted: Mapping[str, Any], apart: Mapping[str, Any]) -> _Found:
+    vae = nnx.state(load_vae(workdir), graph=False)
+    saved = {f"ema.{name}": array for name, array in named_leaves(vae).items()}
+    source = _source(wanted, {name: array.shape for name, array in saved.items()}, apart)
+    found = {name: saved[place].shape if place in saved else "missing" for name, place in source.items()}
+    differ = [
+        f"  {name}: {shape}, expected {wanted[name].shape}"
+        for name, shape in found.items()
+        if shape != wanted[name].shape
+    ]
+    if differ:
+        raise CheckpointError("\n".join([f"{workdir}: {len(differ)} arrays of the VAE differ", *differ]))
+    arrays = {
+        place: jax.device_put(jnp.asarray(saved[place], wanted[name].dtype), wanted[name].sharding)
+        for name, place in source.items()
+    }
+    return source, arrays, ""
 
 
 _PLACES = ("ema.", "buffers.")
