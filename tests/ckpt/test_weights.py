@@ -1,10 +1,15 @@
+import json
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import safe_open
 
+from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.weights import WeightsError, load_weights, save_weights
 from vidgen.parallel.mesh import MeshOptions
 
@@ -73,3 +78,39 @@ def test_absent_and_truncated_files_are_errors_that_name_them(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(WeightsError, match=r"w\.safetensors is no complete safetensors file"):
         load_weights(path, abstract(tree()))
+
+
+def test_several_files_with_an_index_are_one(tmp_path):
+    arrays = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(4, ml_dtypes.bfloat16)}
+    for number, (name, array) in enumerate(arrays.items(), 1):
+        save_weights(tmp_path / f"w-0000{number}-of-00002.safetensors", {name: array})
+    index = {"weight_map": {name: f"w-0000{i}-of-00002.safetensors" for i, name in enumerate(arrays, 1)}}
+    (tmp_path / "w.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_weights(tmp_path / "w.safetensors", arrays)
+    jax.tree.map(np.testing.assert_array_equal, loaded, arrays)
+    assert loaded["b"].dtype == jnp.bfloat16
+    (tmp_path / "w-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"w-00002-of-00002\.safetensors is missing"):
+        load_weights(tmp_path / "w.safetensors", arrays)
+    save_weights(tmp_path / "w-00002-of-00002.safetensors", {"c": np.zeros(1)})
+    with pytest.raises(WeightsError, match=r"00002\.safetensors lacks \['b'\], which w\.safetensors\.index\.json says"):
+        load_weights(tmp_path / "w.safetensors", arrays)
+
+
+@pytest.mark.parametrize("spec", [None, PartitionSpec("fsdp", "tensor"), PartitionSpec(None, None, "fsdp")])
+def test_layers_of_one_array_are_tensors_of_their_own_elsewhere(spec, tmp_path):
+    names = {"kernel": Foreign("layers.{}.weight", (2, 0, 1), view=(2, 3, 4), stacked=True)}
+    kernel = np.arange(96, dtype=np.float32).reshape(4, 6, 4)
+    save_weights(tmp_path / "w.safetensors", {"kernel": kernel}, names=names)
+    with safe_open(tmp_path / "w.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {f"layers.{layer}.weight" for layer in range(4)}
+        expected = kernel[1].reshape(2, 3, 4).transpose(2, 0, 1)
+        np.testing.assert_array_equal(file.get_tensor("layers.1.weight"), expected)
+    mesh = MeshOptions(fsdp=4, tensor=2).build()
+    sharding = None if spec is None else NamedSharding(mesh, spec)
+    wanted = {"kernel": jax.ShapeDtypeStruct(kernel.shape, jnp.float32, sharding=sharding)}
+    loaded = load_weights(tmp_path / "w.safetensors", wanted, names=names)["kernel"]
+    assert sharding is None or loaded.sharding == sharding
+    np.testing.assert_array_equal(loaded, kernel)
+    with pytest.raises(WeightsError, match=r"layers\.4\.weight: missing in the file, expected \(4, 2, 3\)"):
+        load_weights(tmp_path / "w.safetensors", {"kernel": jnp.zeros((5, 6, 4))}, names=names)

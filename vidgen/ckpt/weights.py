@@ -1,28 +1,24 @@
 """Weights as safetensors: a tree of arrays by dotted names, without optimizer and without pickle."""
 
-import contextlib
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 
 __all__ = ["WeightsError", "load_weights", "save_weights", "tensor_shapes"]
-
-
-class WeightsError(ValueError):
-    """A file of weights that does not fit the model; the message names every tensor concerned."""
 
 
 def save_weights(
@@ -43,8 +39,10 @@ def save_weights(
     path = pathlib.Path(path)
     arrays = {}
     for name, leaf in named_leaves(tree).items():
-        foreign = _foreign(names, name, leaf)
-        arrays[foreign.name] = np.asarray(foreign.to_theirs(_on_host(leaf)), order="C")
+        foreign, array = _foreign(names, name, leaf), _on_host(leaf)
+        layers = list(array) if foreign.stacked else [array]
+        for theirs, layer in zip(foreign.shapes(array.shape), layers, strict=True):
+            arrays[theirs] = np.asarray(foreign.to_theirs(layer), order="C")
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +72,22 @@ def load_weights(
       FileNotFoundError: no such file.
       WeightsError: tensors are missing, left over, or of another shape; all of them are named.
     """
-    wanted = [(_foreign(names, name, leaf), leaf) for name, leaf in named_leaves(abstract_tree).items()]
-    found = {
-        name: shape for name, shape in tensor_shapes(path).items() if not re.fullmatch(ignore or "", name)
-    }
-    problems = list(_problems({f.name: f.shape(tuple(leaf.shape)) for f, leaf in wanted}, found))
+    files = TensorFiles(path)
+    leaves = named_leaves(abstract_tree)
+    foreign = {name: _foreign(names, name, leaf) for name, leaf in leaves.items()}
+    wanted = {}
+    for name, leaf in leaves.items():
+        wanted |= foreign[name].shapes(tuple(leaf.shape))
+    found = {name: shape for name, shape in files.shapes.items() if not re.fullmatch(ignore or "", name)}
+    problems = list(_problems(wanted, found))
     if problems:
         listed = "\n  ".join(problems)
-        raise WeightsError(f"{path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}")
-    with _opened(path) as file:
-        arrays = [
-            _placed(foreign.to_ours(file.get_tensor(foreign.name), tuple(leaf.shape)), leaf)
-            for foreign, leaf in wanted
-        ]
+        raise WeightsError(
+            f"{files.path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}"
+        )
+    arrays = [
+        _placed(functools.partial(_read, files, foreign[name], leaf), leaf) for name, leaf in leaves.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
 
 
@@ -97,20 +98,7 @@ def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
       FileNotFoundError: no such file.
       WeightsError: it is no safetensors file.
     """
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path | str) -> Iterator[Any]:
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is no complete safetensors file ({error}): write it again") from error
+    return TensorFiles(path).shapes
 
 
 def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Foreign:
@@ -127,13 +115,31 @@ def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
             yield f"{name}: {found[name]} in the file, expected {wanted[name]}"
 
 
-def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
-    array = array.astype(leaf.dtype)
+def _read(files: TensorFiles, foreign: Foreign, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of one of our arrays, layer by layer."""
+    shape = tuple(leaf.shape)
+    if not foreign.stacked:
+        return np.array(foreign.to_ours(files.read(foreign.name), shape)[index], dtype=leaf.dtype)
+    layers = [
+        foreign.to_ours(files.read(foreign.name.format(layer)), shape[1:])[index[1:]]
+        for layer in range(*index[0].indices(shape[0]))
+    ]
+    return np.stack(layers, dtype=leaf.dtype, casting="unsafe")
+
+
+def _placed(read: Callable[[tuple[slice, ...]], np.ndarray], leaf: Any) -> jax.Array:
+    """An array laid out as `leaf` asks; no more of it is on the host at a time than one device's part."""
     sharding = getattr(leaf, "sharding", None)
     # Under `jax.set_mesh`, `eval_shape` gives shardings over an abstract mesh, which has no devices.
     if sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        return jax.numpy.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.numpy.asarray(read((slice(None),) * len(leaf.shape)))
+    parts: list[jax.Array] = []
+    last, array = None, None
+    for device, index in sharding.addressable_devices_indices_map(tuple(leaf.shape)).items():
+        if array is None or index != last:
+            last, array = index, read(index)
+        parts.append(jax.device_put(array, device))
+    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, parts)
 
 
 def _on_host(leaf: Any) -> np.ndarray:
