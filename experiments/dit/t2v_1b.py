@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = {
         "kind": "text_to_video",
         "vae": "runs/vae_wan",
-        "dit": dataclasses.asdict(VARIANTS["wan2.1-1.3b"]),
+        "dit": dataclasses.asdict(VARIANTS["wan2.1-t2v-1.3b"]),
         "text": {"dim": 1024, "num_layers": 8, "num_heads": 16, "ffn_dim": 2816, "max_bytes": 511},
         "caption_dropout": 0.1,
         "density": {"kind": "logit_normal", "shift": 3.0},

@@ -12,7 +12,15 @@ from vidgen.ops.attention import attention
 class MultiHeadAttention(nnx.Module):
     """Self-attention, or cross-attention given a context; q and k are normalised across all heads (Wan)."""
 
-    def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+    def __init__(
+        self, dim: int, num_heads: int, *, second_context: bool = False, eps: float = 1e-6, rngs: nnx.Rngs
+    ):
+        """Makes the projections.
+
+        Args:
+          second_context: has keys and values for another context, attended to with the same queries; what
+            both give is added.
+        """
         self.num_heads = num_heads
         self.query = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.key = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
@@ -20,6 +28,10 @@ class MultiHeadAttention(nnx.Module):
         self.out = Linear(dim, dim, axes=("heads", "embed"), rngs=rngs)
         self.query_norm = RMSNorm(dim, eps=eps, rngs=rngs)
         self.key_norm = RMSNorm(dim, eps=eps, rngs=rngs)
+        project = lambda: Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)  # noqa: E731
+        self.second_key = project() if second_context else None
+        self.second_value = project() if second_context else None
+        self.second_key_norm = RMSNorm(dim, eps=eps, rngs=rngs) if second_context else None
 
     def __call__(
         self,
@@ -29,6 +41,7 @@ class MultiHeadAttention(nnx.Module):
         angles: Float[Array, "#b s k2"] | None = None,
         key_mask: Bool[Array, "b r"] | None = None,
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+        second: Float[Array, "b m d"] | None = None,
     ) -> Float[Array, "b s d"]:
         """Attends from `x` to `context` (default: to itself).
 
@@ -36,6 +49,7 @@ class MultiHeadAttention(nnx.Module):
           angles: rotary angles, for self-attention; of each clip, or the same for all.
           key_mask: which context tokens may be seen.
           segment_ids: of queries and keys, for packed sequences.
+          second: the other context, all of which may be seen.
         """
         source = x if context is None else context
         query = self._heads(self.query_norm(self.query(x)))
@@ -44,6 +58,10 @@ class MultiHeadAttention(nnx.Module):
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
         y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        if second is not None:
+            assert self.second_key and self.second_value and self.second_key_norm
+            key = self._heads(self.second_key_norm(self.second_key(second)))
+            y = y + attention(query, key, self._heads(self.second_value(second)))
         return self.out(y.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:

@@ -151,8 +151,8 @@ def test_patches_and_back(patch):
 
 def test_wan_has_as_many_parameters():
     make = lambda name: nnx.eval_shape(lambda: DiT(VARIANTS[name], rngs=nnx.Rngs(0)))  # noqa: E731
-    assert count(nnx.state(make("wan2.1-1.3b"), nnx.Param)) == 1_418_996_800
-    assert count(nnx.state(make("wan2.1-14b"), nnx.Param)) == 14_288_491_584
+    assert count(nnx.state(make("wan2.1-t2v-1.3b"), nnx.Param)) == 1_418_996_800
+    assert count(nnx.state(make("wan2.1-t2v-14b"), nnx.Param)) == 14_288_491_584
 
 
 def test_sizes_that_do_not_fit_are_errors(model, inputs):

@@ -12,9 +12,15 @@ class DiTConfig:
     """Shape of the denoising transformer; the structure is that of Wan 2.1's (arXiv 2503.20314).
 
     Attributes:
-      in_channels: channels of the latents.
+      in_channels: channels of the latents, with those of what is given beside them (Wan's image to video: a
+        mask of 4 and the given latents).
+      out_channels: channels of the velocity; None is as many as `in_channels`.
       patch_size: latent frames, rows and columns per token.
       text_dim: width of the text encoder's output.
+      image_dim: width of an image encoder's output, to which keys and values of their own in cross-attention
+        attend (Wan 2.1's image to video); None is without.
+      image_positions: tokens of learned positions that are added to those of the images, for models that
+        take two images (Wan 2.1's first and last frame to video); 0 is none.
       freq_dim: width of the sinusoidal timestep embedding.
       ffn: plain or gated feed-forward.
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
@@ -22,12 +28,15 @@ class DiTConfig:
     """
 
     in_channels: int = 16
+    out_channels: int | None = None
     patch_size: tuple[int, int, int] = (1, 2, 2)
     model_dim: int = 1536
     num_layers: int = 30
     num_heads: int = 12
     ffn_dim: int = 8960
     text_dim: int = 4096
+    image_dim: int | None = None
+    image_positions: int = 0
     freq_dim: int = 256
     ffn: FeedForwardKind = "gelu"
     eps: float = 1e-6
@@ -41,6 +50,13 @@ class DiTConfig:
                 f"model_dim={self.model_dim} must be an even multiple of num_heads={self.num_heads}, "
                 "for rotary embedding turns pairs of each head"
             )
+
+        if self.image_positions and self.image_dim is None:
+            raise ValueError(f"image_positions={self.image_positions} needs image_dim, the images' width")
+
+    @property
+    def velocity_channels(self) -> int:
+        return self.in_channels if self.out_channels is None else self.out_channels
 
     @property
     def head_dim(self) -> int:
@@ -62,9 +78,18 @@ class DiTConfig:
         return frames, height, width
 
 
+_14B = DiTConfig(model_dim=5120, num_layers=40, num_heads=40, ffn_dim=13824)
+_GIVEN = {"in_channels": 36, "out_channels": 16}
+
 VARIANTS: dict[str, DiTConfig] = {
-    "wan2.1-1.3b": DiTConfig(),
-    "wan2.1-14b": DiTConfig(model_dim=5120, num_layers=40, num_heads=40, ffn_dim=13824),
+    "wan2.1-t2v-1.3b": DiTConfig(),
+    "wan2.1-t2v-14b": _14B,
+    "wan2.1-i2v-14b": dataclasses.replace(_14B, **_GIVEN, image_dim=1280),
+    "wan2.1-flf2v-14b": dataclasses.replace(_14B, **_GIVEN, image_dim=1280, image_positions=514),
+    "wan2.2-ti2v-5b": DiTConfig(in_channels=48, model_dim=3072, num_heads=24, ffn_dim=14336),
+    # Each of the two experts.
+    "wan2.2-t2v-a14b": _14B,
+    "wan2.2-i2v-a14b": dataclasses.replace(_14B, **_GIVEN),
     "small": DiTConfig(model_dim=384, num_layers=12, num_heads=6, ffn_dim=1536, text_dim=256),
     "nano": DiTConfig(model_dim=192, num_layers=6, num_heads=3, ffn_dim=768, text_dim=128),
     "tiny": DiTConfig(

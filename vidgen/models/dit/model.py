@@ -1,5 +1,7 @@
 """The patch transformer: noisy latents, timesteps and text features to velocity."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -17,35 +19,47 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         pt, ph, pw = config.patch_size
-        features = pt * ph * pw * config.in_channels
+        patch = pt * ph * pw
         self.config = config
-        self.patch_embedding = Linear(features, config.model_dim, axes=("patch", "embed"), rngs=rngs)
+        self.patch_embedding = Linear(
+            patch * config.in_channels, config.model_dim, axes=("patch", "embed"), rngs=rngs
+        )
         self.condition_embedder = ConditionEmbedder(config, rngs=rngs)
         self.blocks = make_stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
-        self.head = Head(config, features, rngs=rngs)
+        self.head = Head(config, patch * config.velocity_channels, rngs=rngs)
 
     def __call__(
         self,
         latents: Latents,
         timestep: Float[Array, "b"] | Float[Array, "b s"],
         text: Float[Array, "b l e"],
-        text_mask: Bool[Array, "b l"],
-    ) -> Latents:
-        """Velocity (noise - clean latents) in float32, shaped as the latents.
+        text_mask: Bool[Array, "b l"] | None = None,
+        image: Float[Array, "i m g"] | None = None,
+    ) -> Float[Array, "b tz hz wz v"]:
+        """Velocity (noise - clean latents) in float32, as many frames, rows and columns as the latents.
 
         Args:
-          latents: noisy, normalised latents.
+          latents: noisy, normalised latents, and in further channels what is given beside them.
           timestep: in [0, 1], 1 is noise: one per clip, or one per token in order time, row, column
             (a latent that is given has timestep 0).
-          text: features of the text encoder; `text_mask` says which are of the prompt, at least one per clip.
+          text: features of the text encoder; `text_mask` says which are of the prompt, at least one per clip;
+            without it all are seen, as by Wan, whose features beyond the prompt are zeros.
+          image: features of the image encoder, for a model with `image_dim`: of one image per clip, or of
+            first and last frames by turns for one with `image_positions`.
 
         Raises:
-          ValueError: the latents do not divide into patches, or their channels are not `in_channels`.
+          ValueError: the latents do not divide into patches, or their channels are not `in_channels`; an
+            image is missing, or given to a model that takes none.
         """
         config = self.config
         if latents.shape[-1] != config.in_channels:
             raise ValueError(
                 f"latents have {latents.shape[-1]} channels, the model takes {config.in_channels}"
+            )
+        if (image is None) != (config.image_dim is None):
+            expected = "takes none" if config.image_dim is None else "needs them (image_dim)"
+            raise ValueError(
+                f"features of an image are {'missing' if image is None else 'given'}; the model {expected}"
             )
         grid = config.token_grid(*latents.shape[1:4])
         angles = rope_angles(grid_positions(*grid)[None], config.head_dim, theta=config.rope_theta)
@@ -62,11 +76,18 @@ class DiT(nnx.Module):
             angles=angles,
             text=self.condition_embedder.text(text.astype(config.dtype)),
             text_mask=text_mask,
+            image=self._image(image),
         )
         return unpatchify(self.head(x, embedded).astype(jnp.float32), grid, config.patch_size)
 
+    def _image(self, features: Array | None) -> Array | None:
+        if features is None:
+            return None
+        assert self.condition_embedder.image is not None
+        return self.condition_embedder.image(features.astype(self.config.dtype))
 
-def _apply_block(block: Block, x: Array, **conditions: Array) -> Array:
+
+def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:
     return constrain(block(x, **conditions), "batch", "tokens", None)
 
 

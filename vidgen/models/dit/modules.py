@@ -31,6 +31,7 @@ class ConditionEmbedder(nnx.Module):
         self.time_proj = Linear(d, 6 * d, axes=("embed", "mlp"), init=zeros, rngs=rngs)
         self.text_1 = Linear(config.text_dim, d, axes=(None, "embed"), rngs=rngs)
         self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
+        self.image = None if config.image_dim is None else ImageEmbedder(config, rngs=rngs)
 
     def time(self, timestep: Float[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s 6 d"]]:
         """Embedding of the timestep and the six modulation vectors of a block, in float32."""
@@ -44,6 +45,28 @@ class ConditionEmbedder(nnx.Module):
         return constrain(self.text_2(hidden), "batch", None, None)
 
 
+class ImageEmbedder(nnx.Module):
+    """Features of an image encoder to model width."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        assert config.image_dim is not None
+        width = config.image_dim
+        self.norm_in = LayerNorm(width, eps=1e-5, rngs=rngs)
+        self.up = Linear(width, width, axes=(None, "mlp"), rngs=rngs)
+        self.down = Linear(width, config.model_dim, axes=("mlp", "embed"), rngs=rngs)
+        self.norm_out = LayerNorm(config.model_dim, eps=1e-5, rngs=rngs)
+        shape = (config.image_positions, width)
+        self.positions = param(rngs, zeros, shape, (None, None)) if config.image_positions else None
+
+    def __call__(self, features: Float[Array, "i m g"]) -> Float[Array, "b m2 d"]:
+        """With learned positions, the tokens of two images in a row of the batch follow one another."""
+        if self.positions is not None:
+            count, width = self.positions.shape
+            features = features.reshape(-1, count, width) + self.positions[...][None].astype(features.dtype)
+        hidden = jax.nn.gelu(self.up(self.norm_in(features)), approximate=False)
+        return self.norm_out(self.down(hidden))
+
+
 class Block(nnx.Module):
     """Self-attention, text cross-attention and feed-forward; the timestep modulates first and last."""
 
@@ -53,7 +76,9 @@ class Block(nnx.Module):
         self.scale_shift_table = param(rngs, zeros, (6, d), (None, "embed"))
         self.self_attention = MultiHeadAttention(d, config.num_heads, eps=config.eps, rngs=rngs)
         self.cross_norm = LayerNorm(d, eps=config.eps, rngs=rngs)
-        self.cross_attention = MultiHeadAttention(d, config.num_heads, eps=config.eps, rngs=rngs)
+        self.cross_attention = MultiHeadAttention(
+            d, config.num_heads, second_context=config.image_dim is not None, eps=config.eps, rngs=rngs
+        )
         self.ffn = FeedForward(d, config.ffn_dim, kind=config.ffn, rngs=rngs)
 
     def __call__(
@@ -63,14 +88,15 @@ class Block(nnx.Module):
         modulation: Float[Array, "b s2 6 d"],
         angles: Float[Array, "#b s k2"],
         text: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        image: Float[Array, "b m d"] | None = None,
     ) -> Float[Array, "b s d"]:
         """One layer; `modulation` has one row per token, or one row (s2 = 1) for all."""
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, :, 0] for part in parts)
         y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles)
         x = x + (y * gate1).astype(x.dtype)
-        x = x + self.cross_attention(self.cross_norm(x), text, key_mask=text_mask)
+        x = x + self.cross_attention(self.cross_norm(x), text, key_mask=text_mask, second=image)
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
         return x + (y * gate2).astype(x.dtype)
 

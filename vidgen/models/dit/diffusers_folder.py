@@ -1,0 +1,140 @@
+"""The transformer as diffusers keeps it: a folder of config.json and safetensors."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.tree import named_leaves
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
+from vidgen.models.dit.params import diffusers_names
+from vidgen.parallel import processes
+from vidgen.parallel.rules import shardings
+
+__all__ = ["load_diffusers", "read_config", "save_diffusers"]
+
+_CLASS, _CONFIG, _WEIGHTS = "WanTransformer3DModel", "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def read_config(folder: pathlib.Path | str) -> DiTConfig:
+    """The shape of the transformer in `folder`.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is of another model, or asks for what this one does not have.
+    """
+    path = pathlib.Path(folder) / _CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: give the folder `transformer` of a diffusers checkpoint of Wan"
+        )
+    return _config(json.loads(path.read_text()), str(path))
+
+
+def load_diffusers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> DiT:
+    """The transformer that `WanTransformer3DModel.save_pretrained` wrote, in one file or several.
+
+    Args:
+      mesh: over which the weights are laid; None is one device.
+
+    Raises:
+      FileNotFoundError: config.json or the weights are missing.
+      ValueError: config.json is of another model, or asks for what this one does not have.
+      WeightsError: names every tensor that is missing, left over or of another shape.
+    """
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)
+    names = diffusers_names(config, named_leaves(params))
+    if mesh is not None:
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            params,
+            shardings(params, mesh),
+        )
+    # Queries of added projections are in some checkpoints of image to video; nothing reads them.
+    weights = load_weights(folder / _WEIGHTS, params, names=names, ignore=r".*\.norm_added_q\.weight")
+    return nnx.merge(graphdef, weights)
+
+
+def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
+    """Writes what `WanTransformer3DModel.from_pretrained` reads; each file appears whole.
+
+    Only process 0 writes; all of them must call this.
+
+    Raises:
+      ValueError: the transformer has what diffusers' has not.
+    """
+    folder = pathlib.Path(folder)
+    values = _values(dit.config)
+    params = nnx.state(dit, nnx.Param, graph=False)
+    names = diffusers_names(dit.config, named_leaves(params))
+    save_weights(folder / _WEIGHTS, params, names=names, metadata={"format": "pt"})
+    if not processes.is_main_process():
+        return
+    temporary = folder / (_CONFIG + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, folder / _CONFIG)
+
+
+def _config(values: Mapping[str, Any], where: str) -> DiTConfig:
+    if values.get("_class_name") != _CLASS:
+        raise ValueError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
+    fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+    for name, expected in fixed.items():
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{where}: {name}={values[name]!r} is not supported; expected {expected!r}")
+    model_dim = values["num_attention_heads"] * values["attention_head_dim"]
+    image_dim, added = values.get("image_dim"), values.get("added_kv_proj_dim")
+    if (image_dim is None) != (added is None) or added not in (None, model_dim):
+        raise ValueError(
+            f"{where}: image_dim={image_dim} with added_kv_proj_dim={added} is not supported; "
+            f"expected neither of them, or added_kv_proj_dim={model_dim}"
+        )
+    return DiTConfig(
+        in_channels=values["in_channels"],
+        out_channels=values["out_channels"] if values["out_channels"] != values["in_channels"] else None,
+        patch_size=tuple(values["patch_size"]),
+        model_dim=model_dim,
+        num_layers=values["num_layers"],
+        num_heads=values["num_attention_heads"],
+        ffn_dim=values["ffn_dim"],
+        text_dim=values["text_dim"],
+        image_dim=image_dim,
+        image_positions=values.get("pos_embed_seq_len") or 0,
+        freq_dim=values["freq_dim"],
+        eps=values["eps"],
+    )
+
+
+def _values(config: DiTConfig) -> dict[str, Any]:
+    if config.ffn != "gelu" or config.rope_theta != 10_000.0:
+        raise ValueError(
+            f"ffn={config.ffn!r}, rope_theta={config.rope_theta}: diffusers' {_CLASS} has only 'gelu', 10000"
+        )
+    return {
+        "_class_name": _CLASS,
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.velocity_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": config.eps,
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": None if config.image_dim is None else config.model_dim,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": config.image_positions or None,
+    }
