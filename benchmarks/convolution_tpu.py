@@ -6,7 +6,7 @@ Each program is two 3x3x3 convolutions in bfloat16 with the VAE's norm and SiLU 
 block, for one device; shapes are those of decoding 4 frames of 1080p on 8 chips with Wan 2.1's VAE. Its
 figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of its
 own schedule, not a measured time. `ideal` is the multiply-adds over those that the matrix units do per cycle.
-The step up, a 3x3 convolution of pixels repeated 2 x 2, follows: `repeated` as written, `added` as in vidgen.
+The step up, a 3x3 convolution of pixels repeated 2 x 2, follows: `repeated` as written, `dilated` is vidgen.
 The last line is one JSON object. Needs the `tpu` extra (libtpu).
 """
 
@@ -27,6 +27,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from vidgen.core.typing import Array  # noqa: E402
 from vidgen.ops.convolution import upsampled_conv3d  # noqa: E402
+from vidgen.ops.convolution_cpu import convolve_upsampled  # noqa: E402
 
 PADDING = ((2, 0), (1, 1), (1, 1))
 SHAPES = ((1, 135, 30, 384), (4, 540, 120, 192), (4, 1080, 240, 96))
@@ -89,9 +90,18 @@ def repeated(x: Array, kernel: Array) -> Array:
     return _in_2d(x, kernel[0]).reshape(b, t, 2 * h, 2 * w, -1)
 
 
+def added(x: Array, kernel: Array) -> Array:
+    """As on CPU: the four copies of each pixel as channels, weights that fall on copies added."""
+    return convolve_upsampled(x, kernel, ((0, 0), (1, 1), (1, 1)))
+
+
 STEPS_UP = ((2, 270, 60, 384), (4, 540, 120, 192))
 """Frames, height, width, channels of one device's part; half as many channels come out."""
-UPSAMPLED: dict[str, Callable[[Array, Array], Array]] = {"repeated": repeated, "added": upsampled_conv3d}
+UPSAMPLED: dict[str, Callable[[Array, Array], Array]] = {
+    "repeated": repeated,
+    "added": added,
+    "dilated": upsampled_conv3d,
+}
 
 
 def cycles(device: Any, program: Callable[..., Array], *shapes: tuple[int, ...]) -> int:

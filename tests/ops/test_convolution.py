@@ -116,8 +116,12 @@ def test_cut_over_devices_it_is_that_of_one(case, mesh):
     np.testing.assert_allclose(dk_cut, dk, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("mesh", [None, MeshOptions(tensor=2, context=4)])
-def test_an_upsampled_convolution_is_that_of_repeated_pixels(mesh):
+def test_an_upsampled_convolution_is_that_of_repeated_pixels(mesh, platform, monkeypatch):
+    if platform == "tpu":
+        choose = lambda *arguments, cpu, default: default(*arguments)  # noqa: E731
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 2, 6, 8, 3)).astype(np.float32)
     kernel = (rng.normal(size=(1, 3, 3, 3, 4)) / 27**0.5).astype(np.float32)

@@ -40,8 +40,8 @@ def upsampled_conv3d(
 ) -> Float[Array, "b t2 h2 w2 o"]:
     """`conv3d` of `x` with each pixel repeated 2 x 2, and zeros around in height and width.
 
-    It is computed from the pixels as they are: weights that fall on copies of one pixel are added first,
-    which leaves 4/9 of the multiply-adds and nothing of the larger size but the result.
+    It is computed from the pixels as they are, with weights that fall on copies of one pixel added first:
+    fewer multiply-adds, and nothing of the larger size but the result.
     """
     return _over_mesh(_upsampled_on_one_device, x, kernel, (1, 1, 1), ((0, 0), (1, 1), (1, 1)))
 
@@ -121,23 +121,30 @@ def _on_one_device(x: Array, kernel: Array, *, strides: tuple[int, int, int], pa
     )
 
 
-_ADDED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-"""Which of three weights fall on the same of two pixels, for the first and second copy of a pixel."""
+_SPREAD = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]], np.float32)
+"""A filter of three weights over copies of pixels, as one of four over pixels with zeros in between."""
 
 
 def _upsampled_on_one_device(x: Array, kernel: Array, *, padding: Padding) -> Array:
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    kernel = jnp.einsum("iph,jqw,thwco->tpqcijo", _ADDED, _ADDED, kernel).astype(x.dtype)
-    features = kernel.shape[-1]
-    # For every place between pixels, what the four copies around it are: one of each of its neighbours.
-    y = _on_one_device(x, kernel.reshape(*kernel.shape[:4], -1), strides=(1, 1, 1), padding=((0, 0),) * 3)
-    batch, frames, height, width = y.shape[:4]
-    y = y.reshape(batch, frames, height, width, 2, 2, features)
-    rows = [
-        jnp.stack([y[:, :, i : height - 1 + i, j : width - 1 + j, i, j] for j in range(2)], axis=4)
-        for i in range(2)
-    ]
-    return jnp.stack(rows, axis=3).reshape(batch, frames, 2 * height - 2, 2 * width - 2, features)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, k: convolution_cpu.convolve_upsampled(x, k, padding),
+        default=lambda x, k: _dilated(x, k, padding),
+    )
+
+
+def _dilated(x: Array, kernel: Array, padding: Padding) -> Array:
+    time, *space = padding
+    kernel = jnp.einsum("ph,qw,thwco->tpqco", _SPREAD, _SPREAD, kernel).astype(x.dtype)
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1, 1),
+        (time, *((2 * before, 2 * after) for before, after in space)),
+        lhs_dilation=(1, 2, 2),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
 
 
 def _native(x: Array, kernel: Array, strides: tuple[int, int, int], padding: Padding) -> Array:
