@@ -1,0 +1,36 @@
+"""Shape of the T5 encoder, and its named variants."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The encoder of T5 v1.1 (arXiv 1910.10683, 2002.05202) or UMT5 (arXiv 2304.09151).
+
+    Attributes:
+      vocab_size: rows of the table of embeddings.
+      head_dim: width of a head; with `num_heads` of them it need not give `dim`.
+      num_buckets, max_distance: of the relative positions that have a bias of their own.
+      shared_bias: all layers have the biases of the first (T5), not each its own (UMT5).
+      dtype: compute dtype of matrix products; norms, biases and softmax are float32.
+    """
+
+    vocab_size: int = 256_384
+    dim: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    head_dim: int = 64
+    ffn_dim: int = 10_240
+    num_buckets: int = 32
+    max_distance: int = 128
+    shared_bias: bool = False
+    eps: float = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+VARIANTS: dict[str, T5Config] = {
+    "umt5-xxl": T5Config(),
+    "t5-v1.1-xxl": T5Config(vocab_size=32_128, shared_bias=True),
+}
+"""Shapes by name: Wan's text encoder, and that of LTX-Video and others."""
