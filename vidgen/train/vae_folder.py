@@ -2,21 +2,20 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.ckpt.pretrained import load_module, write_json
+from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Metrics
 from vidgen.data.loader import Loader
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.diffusers_folder import is_diffusers, load_diffusers, read_config
 from vidgen.models.video_vae.model import VideoVAE
-from vidgen.parallel import processes
 from vidgen.train.latent_statistics import measure_latents, with_statistics
 
 __all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae", "vae_config"]
@@ -32,11 +31,7 @@ def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
     folder = pathlib.Path(workdir) / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / _WEIGHTS, nnx.state(vae, graph=False))
-    if not processes.is_main_process():
-        return
-    temporary = folder / (_CONFIG + ".tmp")
-    temporary.write_text(json.dumps(to_dict(vae.config), indent=2) + "\n")
-    os.replace(temporary, folder / _CONFIG)
+    write_json(folder / _CONFIG, to_dict(vae.config))
 
 
 def has_vae(workdir: pathlib.Path | str) -> bool:
@@ -53,9 +48,11 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
     if is_diffusers(_folder(workdir)):
         return load_diffusers(_folder(workdir))
     config = vae_config(workdir)
-    abstract = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract, graph=False)
-    return nnx.merge(graphdef, load_weights(_folder(workdir) / _WEIGHTS, state))
+    return load_module(
+        _folder(workdir) / _WEIGHTS,
+        lambda: VideoVAE(config, rngs=nnx.Rngs(0)),
+        remedy="use the config of its run",
+    )
 
 
 def vae_config(workdir: pathlib.Path | str) -> VAEConfig:

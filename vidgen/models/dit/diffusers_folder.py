@@ -1,22 +1,19 @@
 """The transformer as diffusers keeps it: a folder of config.json and safetensors."""
 
-import json
-import os
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.ckpt.pretrained import load_module, read_json, write_json
+from vidgen.ckpt.weights import save_weights
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.params import diffusers_names
-from vidgen.parallel import processes
-from vidgen.parallel.rules import shardings
 
 __all__ = ["load_diffusers", "read_config", "save_diffusers"]
 
@@ -31,11 +28,8 @@ def read_config(folder: pathlib.Path | str) -> DiTConfig:
       ValueError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: give the folder `transformer` of a diffusers checkpoint of Wan"
-        )
-    return _config(json.loads(path.read_text()), str(path))
+    values = read_json(path, remedy="give the folder `transformer` of a diffusers checkpoint of Wan")
+    return _config(values, str(path))
 
 
 def load_diffusers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> DiT:
@@ -49,19 +43,15 @@ def load_diffusers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> DiT:
       ValueError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    folder = pathlib.Path(folder)
     config = read_config(folder)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)
-    names = diffusers_names(config, named_leaves(params))
-    if mesh is not None:
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            params,
-            shardings(params, mesh),
-        )
-    # Queries of added projections are in some checkpoints of image to video; nothing reads them.
-    weights = load_weights(folder / _WEIGHTS, params, names=names, ignore=r".*\.norm_added_q\.weight")
-    return nnx.merge(graphdef, weights)
+    return load_module(
+        pathlib.Path(folder) / _WEIGHTS,
+        lambda: DiT(config, rngs=nnx.Rngs(0)),
+        mesh=mesh,
+        names=functools.partial(diffusers_names, config),
+        # Queries of added projections are in some checkpoints of image to video; nothing reads them.
+        ignore=r".*\.norm_added_q\.weight",
+    )
 
 
 def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
@@ -77,11 +67,7 @@ def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
     params = nnx.state(dit, nnx.Param, graph=False)
     names = diffusers_names(dit.config, named_leaves(params))
     save_weights(folder / _WEIGHTS, params, names=names, metadata={"format": "pt"})
-    if not processes.is_main_process():
-        return
-    temporary = folder / (_CONFIG + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, folder / _CONFIG)
+    write_json(folder / _CONFIG, values)
 
 
 def _config(values: Mapping[str, Any], where: str) -> DiTConfig:

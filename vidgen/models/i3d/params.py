@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from flax import nnx
 
 from vidgen.ckpt.foreign import Foreign
-from vidgen.ckpt.weights import load_weights
-from vidgen.core.tree import named_leaves
+from vidgen.ckpt.pretrained import load_module
 from vidgen.models.i3d.model import I3D
 
 __all__ = ["i3d_names", "load_i3d"]
@@ -38,9 +37,7 @@ def load_i3d(path: pathlib.Path | str) -> I3D:
       FileNotFoundError: no such file.
       WeightsError: names every tensor that is missing, left over or of another shape, and what was expected.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: I3D(rngs=nnx.Rngs(0))), graph=False)
-    names = i3d_names(named_leaves(state))
-    return nnx.merge(graphdef, load_weights(path, state, names=names, ignore=_IGNORE, remedy=_REMEDY))
+    return load_module(path, lambda: I3D(rngs=nnx.Rngs(0)), names=i3d_names, ignore=_IGNORE, remedy=_REMEDY)
 
 
 def i3d_names(names: Iterable[str]) -> dict[str, Foreign]:

@@ -1,5 +1,6 @@
 """LPIPS out of a user's safetensors file, under the names of torchvision and of the package `lpips`."""
 
+import functools
 import pathlib
 import re
 from collections.abc import Iterable
@@ -7,8 +8,8 @@ from collections.abc import Iterable
 from flax import nnx
 
 from vidgen.ckpt.foreign import Foreign
-from vidgen.ckpt.weights import load_weights, tensor_shapes
-from vidgen.core.tree import named_leaves
+from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.weights import tensor_shapes
 from vidgen.models.lpips.model import LPIPS
 
 __all__ = ["load_lpips", "lpips_names"]
@@ -36,11 +37,14 @@ def load_lpips(path: pathlib.Path | str) -> LPIPS:
       FileNotFoundError: no such file.
       WeightsError: names every tensor that is missing, left over or of another shape, and what was expected.
     """
-    model = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model, graph=False)
     whole = any(name.startswith("net.") for name in tensor_shapes(path))
-    names = lpips_names(named_leaves(state), whole=whole)
-    return nnx.merge(graphdef, load_weights(path, state, names=names, ignore=_IGNORE, remedy=_REMEDY))
+    return load_module(
+        path,
+        lambda: LPIPS(rngs=nnx.Rngs(0)),
+        names=functools.partial(lpips_names, whole=whole),
+        ignore=_IGNORE,
+        remedy=_REMEDY,
+    )
 
 
 def lpips_names(names: Iterable[str], *, whole: bool) -> dict[str, Foreign]:

@@ -1,20 +1,16 @@
 """The T5 encoder as transformers keeps it: a folder of config.json and safetensors."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.weights import load_weights
-from vidgen.core.tree import named_leaves
+from vidgen.ckpt.pretrained import load_module, read_json
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
-from vidgen.parallel.rules import shardings
 
 __all__ = ["load_transformers", "read_config"]
 
@@ -30,9 +26,9 @@ def read_config(folder: pathlib.Path | str) -> T5Config:
       ValueError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: give the folder of a T5 or UMT5 encoder of transformers")
-    return _config(json.loads(path.read_text()), str(path))
+    return _config(
+        read_json(path, remedy="give the folder of a T5 or UMT5 encoder of transformers"), str(path)
+    )
 
 
 def load_transformers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> T5Encoder:
@@ -46,24 +42,15 @@ def load_transformers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> T
       ValueError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    folder = pathlib.Path(folder)
     config = read_config(folder)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))), graph=False)
-    if mesh is not None:
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            params,
-            shardings(params, mesh),
-        )
-    weights = load_weights(
-        folder / "model.safetensors",
-        params,
-        names=transformers_names(named_leaves(params)),
+    return load_module(
+        pathlib.Path(folder) / "model.safetensors",
+        lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
+        mesh=mesh,
+        names=transformers_names,
         # The same table under its other name, and the decoder of whole models.
         ignore=r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*",
-        remedy="use the weights that belong to this config.json",
     )
-    return nnx.merge(graphdef, weights)
 
 
 def _config(values: Mapping[str, Any], where: str) -> T5Config:

@@ -1,7 +1,6 @@
 """The autoencoder as diffusers keeps it: a folder of config.json and safetensors."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from vidgen.ckpt.pretrained import read_json, write_json
 from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.tree import named_leaves
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE, first_statistics
 from vidgen.models.video_vae.params import diffusers_names
 from vidgen.nn.variables import Buffer
-from vidgen.parallel import processes
 
 __all__ = ["is_diffusers", "load_diffusers", "read_config", "save_diffusers"]
 
@@ -36,9 +35,9 @@ def read_config(folder: pathlib.Path | str) -> VAEConfig:
       ValueError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: give the folder `vae` of a diffusers checkpoint of Wan")
-    return _config(json.loads(path.read_text()), str(path))
+    return _config(
+        read_json(path, remedy="give the folder `vae` of a diffusers checkpoint of Wan"), str(path)
+    )
 
 
 def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
@@ -68,11 +67,7 @@ def save_diffusers(vae: VideoVAE, folder: pathlib.Path | str) -> None:
     params = nnx.state(vae, nnx.Param, graph=False)
     names = diffusers_names(vae.config, named_leaves(params))
     save_weights(folder / _WEIGHTS, params, names=names, metadata={"format": "pt"})
-    if not processes.is_main_process():
-        return
-    temporary = folder / (_CONFIG + ".tmp")
-    temporary.write_text(json.dumps(_values(vae), indent=2) + "\n")
-    os.replace(temporary, folder / _CONFIG)
+    write_json(folder / _CONFIG, _values(vae))
 
 
 def _config(values: Mapping[str, Any], where: str) -> VAEConfig:

@@ -1,0 +1,35 @@
+"""Shape of CLIP's image encoder, and its named variants."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig:
+    """The vision transformer of CLIP (arXiv 2103.00020).
+
+    Attributes:
+      image_size: height and width of the images, in pixels.
+      patch_size: of the squares that become tokens.
+      activation: of the feed-forward networks; `quick_gelu` is x * sigmoid(1.702 x).
+      dtype: compute dtype of matrix products; norms and softmax are float32.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    num_layers: int = 32
+    num_heads: int = 16
+    ffn_dim: int = 5120
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    eps: float = 1e-5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def num_tokens(self) -> int:
+        """One for the whole image, then one per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+VARIANTS: dict[str, CLIPVisionConfig] = {"vit-h-14": CLIPVisionConfig()}
+"""Shapes by name: the encoder of Wan 2.1's image to video."""

@@ -1,0 +1,53 @@
+"""Tensor names of CLIP's image encoder in transformers."""
+
+from collections.abc import Iterable
+
+from vidgen.ckpt.foreign import Foreign
+from vidgen.models.clip.config import CLIPVisionConfig
+
+__all__ = ["transformers_names"]
+
+_LAYER = {
+    "attention_norm": "layer_norm1",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.out_proj",
+    "ffn_norm": "layer_norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_OUTSIDE = {
+    "whole": "embeddings.class_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    # Spelled so there.
+    "norm_in": "pre_layrnorm",
+    "norm_out": "post_layernorm",
+}
+
+
+def transformers_names(
+    config: CLIPVisionConfig, names: Iterable[str], *, prefix: str = ""
+) -> dict[str, Foreign]:
+    """Name and layout of each parameter in transformers' `CLIPVisionModel`.
+
+    Args:
+      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      prefix: of all names there: `vision_model.` as versions before 5 write them.
+    """
+    return {name: _foreign(config, name, prefix) for name in names}
+
+
+def _foreign(config: CLIPVisionConfig, name: str, prefix: str) -> Foreign:
+    if name == "patch_embedding.kernel":
+        view = (config.patch_size, config.patch_size, 3, config.dim)
+        return Foreign(prefix + "embeddings.patch_embedding.weight", (3, 2, 0, 1), view=view)
+    if name in _OUTSIDE:
+        return Foreign(prefix + _OUTSIDE[name], (0,) if name == "whole" else (0, 1))
+    path, _, kind = name.rpartition(".")
+    axes = (1, 0) if kind == "kernel" else (0,)
+    suffix = ".bias" if kind == "bias" else ".weight"
+    if path in _OUTSIDE:
+        return Foreign(prefix + _OUTSIDE[path] + suffix, axes)
+    layer = _LAYER[path.removeprefix("layers.")]
+    return Foreign(f"{prefix}encoder.layers.{{}}.{layer}{suffix}", axes, stacked=True)
