@@ -81,7 +81,12 @@ class CheckpointManager:
         """
         if step in self.steps():
             return
-        self._orbax.save_checkpointables_async(step, {_STATE: state, **(parts or {})}, force=True)
+        context = ocp.Context()
+        # What lies on several devices is cut, for each of them to write a part, by a program per shape; for
+        # less than this it takes longer to compile than to write.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**22
+        with context:
+            self._orbax.save_checkpointables_async(step, {_STATE: state, **(parts or {})}, force=True)
 
     def restore(
         self,
