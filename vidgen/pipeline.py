@@ -13,7 +13,7 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.sampling.generate import SamplingOptions, generate
-from vidgen.sampling.steppers import DPMSolver, Euler, Heun
+from vidgen.sampling.steppers import AnyStepper, DPMSolver, UniPC
 from vidgen.sampling.time_grid import TimeGrid
 from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
@@ -52,7 +52,7 @@ class Pipeline:
         steps: int = 30,
         guidance_scale: float = 4.0,
         shift: float = 1.0,
-        stepper: Euler | Heun | DPMSolver | None = None,
+        stepper: AnyStepper | None = None,
         seed: int = 0,
     ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
         """A video for a prompt, or one for each of several prompts (seeded by seed, seed + 1, ...).
@@ -63,7 +63,7 @@ class Pipeline:
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
           steps: of the sampler.
           guidance_scale: 1 is none.
-          stepper: integrator, `DPMSolver` by default.
+          stepper: integrator, `DPMSolver` by default; `UniPC` on the timesteps that Wan's sampler visits.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
           seed: the same seed gives the same video on any number of devices.
 
@@ -77,9 +77,11 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
+        stepper = stepper or DPMSolver()
+        convention = "unipc" if isinstance(stepper, UniPC) else "even"
         options = SamplingOptions(
-            grid=TimeGrid(num_steps=steps, shift=shift),
-            stepper=stepper or DPMSolver(),
+            grid=TimeGrid(num_steps=steps, shift=shift, convention=convention),
+            stepper=stepper,
             guidance_scale=guidance_scale,
         )
         with jax.set_mesh(self.mesh):

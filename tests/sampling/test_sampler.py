@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from vidgen.sampling.sampler import initial_noise, sample
-from vidgen.sampling.steppers import DPMSolver, Euler, Heun, Stepper
+from vidgen.sampling.steppers import DPMSolver, Euler, Heun, Stepper, UniPC
 from vidgen.sampling.time_grid import TimeGrid
 
 MEAN, DEVIATION = 0.7, 0.4
-STEPPERS = (Euler(), Heun(), DPMSolver())
+STEPPERS = (Euler(), Heun(), DPMSolver(), UniPC())
 
 
 def gaussian_velocity(x, t, mean=MEAN, deviation=DEVIATION):
@@ -57,6 +57,13 @@ def test_order_of_convergence(stepper, order):
     np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), order, atol=0.2)
 
 
+def test_correcting_a_second_order_step_gives_almost_third_order():
+    """Its first and last steps are of second order, corrected."""
+    errors = np.array([error(UniPC(), MiddleGrid(num_steps=n), 0.9, 0.1) for n in (20, 40, 80)])
+    orders = np.log2(errors[:-1] / errors[1:])
+    assert orders.min() > 2.5 and orders.max() < 3.1, orders
+
+
 @pytest.mark.parametrize(
     ("stepper", "steps", "lowest", "highest"),
     [(Euler(), 10, 0.9, 1.1), (Heun(), 20, 1.85, 2.1), (DPMSolver(), 80, 1.4, 2.0)],
@@ -70,8 +77,9 @@ def test_order_of_convergence_from_noise_to_data(stepper, steps, lowest, highest
 
 
 def test_second_order_is_more_accurate_than_first():
-    euler, heun, dpm = (error(stepper, TimeGrid(num_steps=20)) for stepper in STEPPERS)
-    assert heun < euler / 5 and dpm < euler / 5
+    euler, heun, dpm, _ = (error(stepper, TimeGrid(num_steps=20)) for stepper in STEPPERS)
+    unipc = error(UniPC(), TimeGrid(num_steps=20, convention="unipc"))
+    assert heun < euler / 5 and dpm < euler / 5 and unipc < dpm
 
 
 @pytest.mark.parametrize("stepper", STEPPERS, ids=str)
@@ -94,7 +102,9 @@ def test_a_single_point_is_reached_exactly(stepper, num_steps):
     np.testing.assert_allclose(latents, np.broadcast_to(point, latents.shape), atol=1e-5)
 
 
-@pytest.mark.parametrize(("stepper", "calls"), [(Euler(), 1), (Heun(), 2), (DPMSolver(), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("stepper", "calls"), [(Euler(), 1), (Heun(), 2), (DPMSolver(), 1), (UniPC(), 1)], ids=str
+)
 def test_network_calls_per_step_and_their_timesteps(stepper, calls):
     seen = []
 

@@ -38,9 +38,8 @@ def main(argv: Sequence[str]) -> int:
     # What needs jax is imported late: --help and wrong options answer at once.
     from vidgen.data.video_io import save_video
     from vidgen.pipeline import load
-    from vidgen.sampling.steppers import DPMSolver, Euler, Heun
+    from vidgen.sampling.steppers import STEPPERS
 
-    steppers = {stepper.kind: stepper for stepper in (DPMSolver(), Euler(), Heun())}
     pipeline = load(arguments.checkpoint)
     given = (arguments.num_frames, arguments.height, arguments.width)
     size = [d if g is None else g for g, d in zip(given, pipeline.size, strict=True)]
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     for start in range(0, len(prompts), arguments.batch_size):
         chunk = prompts[start : start + arguments.batch_size]
         seed = arguments.seed + start
-        videos = pipeline(chunk, stepper=steppers[arguments.stepper], seed=seed, **settings)
+        videos = pipeline(chunk, stepper=STEPPERS[arguments.stepper], seed=seed, **settings)
         for index, video in enumerate(videos, start):
             made_by = settings | {
                 "prompt": prompts[index],
@@ -117,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sampler.add_argument("--steps", type=int, default=30)
     sampler.add_argument("--guidance-scale", type=float, default=4.0, help="1 is none; default 4")
     sampler.add_argument("--shift", type=float, default=1.0, help="of timesteps towards noise; default 1")
-    sampler.add_argument("--stepper", choices=("dpm_solver", "euler", "heun"), default="dpm_solver")
+    sampler.add_argument("--stepper", choices=("dpm_solver", "unipc", "heun", "euler"), default="dpm_solver")
     sampler.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1")
     sampler.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     return parser

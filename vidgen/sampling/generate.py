@@ -18,7 +18,7 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
 from vidgen.sampling.guidance import classifier_free_guidance
 from vidgen.sampling.sampler import initial_noise, sample
-from vidgen.sampling.steppers import DPMSolver, Euler, Heun
+from vidgen.sampling.steppers import AnyStepper, DPMSolver
 from vidgen.sampling.time_grid import TimeGrid
 
 __all__ = ["SamplingOptions", "generate"]
@@ -35,7 +35,7 @@ class SamplingOptions:
     """
 
     grid: TimeGrid = TimeGrid()
-    stepper: Euler | Heun | DPMSolver = DPMSolver()
+    stepper: AnyStepper = DPMSolver()
     guidance_scale: float = 4.0
 
 
@@ -107,7 +107,7 @@ def _generate(
     shape: tuple[int, int, int, int],
     guided: bool,
     grid: TimeGrid,
-    stepper: Euler | Heun | DPMSolver,
+    stepper: AnyStepper,
 ) -> UInt8[Array, "b t h w 3"]:
     noise = constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
     condition = model.condition(*positive)

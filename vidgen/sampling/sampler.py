@@ -11,15 +11,19 @@ from vidgen.sampling.time_grid import TimeGrid
 
 def sample(network: VelocityNetwork, noise: Latents, *, grid: TimeGrid, stepper: Stepper) -> Latents:
     """Integrates from noise at t = 1 to clean latents at t = 0."""
-    timesteps = jnp.asarray(grid.timesteps())
+    timesteps, told = jnp.asarray(grid.timesteps()), jnp.asarray(grid.told())
 
-    def body(
-        carry: tuple[Latents, PyTree], times: tuple[Array, Array]
-    ) -> tuple[tuple[Latents, PyTree], None]:
+    def body(carry: tuple[Latents, PyTree], index: Array) -> tuple[tuple[Latents, PyTree], None]:
         latents, memory = carry
-        return stepper.step(network, latents, memory, *times), None
+        t, t_next = timesteps[index], timesteps[index + 1]
 
-    (latents, _), _ = jax.lax.scan(body, (noise, stepper.init(noise)), (timesteps[:-1], timesteps[1:]))
+        def telling(latents: Latents, timestep: Array) -> Latents:
+            return network(latents, jnp.where(timestep == t, told[index], told[index + 1]))
+
+        return stepper.step(telling, latents, memory, t, t_next), None
+
+    steps = jnp.arange(grid.num_steps)
+    (latents, _), _ = jax.lax.scan(body, (noise, stepper.init(noise)), steps)
     return latents
 
 

@@ -94,6 +94,77 @@ class DPMSolver:
         return latents, {"clean": clean, "t": t, "first": jnp.asarray(False)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniPC:
+    """UniPC of second order in its B2(h) form, on clean predictions: one network call per step.
+
+    Each call corrects the step that led to it before it predicts the next one (arXiv 2302.04867); first
+    order at the first step and at the last one, as in diffusers and in Wan's own sampler. It is for grids
+    that begin below t = 1 (`TimeGrid.convention`), where the signal-to-noise ratio has a logarithm.
+    """
+
+    kind: Literal["unipc"] = "unipc"
+
+    def init(self, latents: Latents) -> PyTree:
+        return {
+            # Of the last step: where it began, and the clean predictions there and one step before.
+            "latents": jnp.zeros_like(latents),
+            "clean": (jnp.zeros_like(latents), jnp.zeros_like(latents)),
+            "t": (jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)),
+            "count": jnp.zeros((), jnp.int32),
+        }
+
+    def step(
+        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+    ) -> tuple[Latents, PyTree]:
+        (last, _), (t_last, _), count = memory["clean"], memory["t"], memory["count"]
+        clean = latents - t * _velocity(network, latents, t)
+        corrected = self._corrected(memory, clean, t)
+        latents = jnp.where(count > 0, corrected, latents)
+
+        h = _log_snr(t_next) - _log_snr(t)
+        second = (count > 0) & (t_next > 0.0)
+        ratio = jnp.where(second, (_log_snr(t_last) - _log_snr(t)) / h, 1.0)
+        slope = jnp.where(second, 0.5 * (last - clean) / ratio, 0.0)
+        return _exponential(latents, clean, slope, t, t_next), {
+            "latents": latents,
+            "clean": (clean, last),
+            "t": (t, t_last),
+            "count": count + 1,
+        }
+
+    def _corrected(self, memory: PyTree, clean: Latents, t: Time) -> Latents:
+        """The latents at `t` once more, now that the clean prediction there is known."""
+        (last, before), (t_last, t_before) = memory["clean"], memory["t"]
+        h = _log_snr(t) - _log_snr(t_last)
+        phi_1 = jnp.expm1(-h)
+        phi_2 = phi_1 / -h - 1.0
+        phi_3 = phi_2 / -h - 0.5
+        first, second = phi_2 / phi_1, 2.0 * phi_3 / phi_1
+        # The step to correct was of second order from the second step on.
+        is_second = memory["count"] > 1
+        ratio = jnp.where(is_second, (_log_snr(t_before) - _log_snr(t_last)) / h, -1.0)
+        of_before = jnp.where(is_second, (second - first) / (ratio - 1.0), 0.0)
+        of_here = jnp.where(is_second, first - of_before, 0.5)
+        slope = of_before * (before - last) / ratio + of_here * (clean - last)
+        return _exponential(memory["latents"], last, slope, t_last, t)
+
+
+def _exponential(latents: Latents, clean: Latents, slope: Latents, t: Time, t_next: Time) -> Latents:
+    """From `t` to `t_next`, the linear part exactly, with the clean prediction `clean + slope`."""
+    # e^-h - 1, with the ratios of signal and noise in place of their logarithms: -1 at t_next = 0.
+    phi_1 = (1.0 - t) * t_next / ((1.0 - t_next) * t) - 1.0
+    return (t_next / t) * latents - (1.0 - t_next) * phi_1 * (clean + slope)
+
+
 def _log_snr(t: Time) -> Time:
     t = jnp.clip(t, 1e-6, 1.0 - 1e-6)
     return jnp.log1p(-t) - jnp.log(t)
+
+
+AnyStepper = Euler | Heun | DPMSolver | UniPC
+
+STEPPERS: dict[str, AnyStepper] = {
+    stepper.kind: stepper for stepper in (DPMSolver(), UniPC(), Heun(), Euler())
+}
+"""By name."""
