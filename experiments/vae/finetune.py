@@ -10,8 +10,8 @@ Run:       vidgen train --config=experiments/vae/finetune.py --config.run.init_f
 Arguments: (none) the VAE of sprites.py; `decoder` leaves the encoder as it is, so that a transformer trained
            on its latents goes on fitting; `folder` the VAE of folder.py; `images`, `demo` and `tiny` as
            there.
-Hardware:  any accelerator, minutes. On CPUs a step against the discriminator takes ten times as long as one
-           without (its filters of 4 x 4 with strides, differentiated twice for R1).
+Hardware:  any accelerator, minutes. On CPUs a step against the discriminator takes some ten times as long as
+           one before it starts.
 Expect:    PSNR falls a little, and the wavelet and perceptual distances do too.
 """
 
