@@ -9,7 +9,7 @@ import pytest
 import vidgen
 from vidgen.models.text.tokenizer import PromptTooLong
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.sampling.steppers import Euler
+from vidgen.sampling.steppers import Euler, UniPC
 
 PROMPT = "a red circle moves left"
 
@@ -49,6 +49,8 @@ def test_one_device_makes_the_same_video_as_eight(tiny_runs, pipe, video):
 def test_images_and_other_steppers(pipe):
     image = pipe(PROMPT, num_frames=1, steps=1, stepper=Euler())
     assert image.shape == (1, 16, 16, 3)
+    clip = pipe(PROMPT, steps=3, stepper=UniPC())
+    assert clip.shape == (5, 16, 16, 3) and clip.std() > 0
 
 
 def test_weights_are_those_of_the_checkpoint(tiny_runs, pipe):

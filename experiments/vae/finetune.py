@@ -12,7 +12,7 @@ Arguments: (none) the VAE of sprites.py; `decoder` leaves the encoder as it is, 
            there.
 Hardware:  any accelerator, minutes. On CPUs a step against the discriminator takes some ten times as long as
            one before it starts.
-Expect:    PSNR falls a little, and the wavelet and perceptual distances do too.
+Aim:       lower wavelet and perceptual distances, at the cost of a little PSNR.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from vidgen.ckpt.pretrained import write_json
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Float
 
@@ -53,12 +54,11 @@ def save_latents(path: pathlib.Path | str, latents: Float[np.ndarray, "t h w c"]
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: latents are written to .safetensors files")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(to_dict(info), indent=2) + "\n"
+    text = json.dumps(to_dict(info))
     temporary = path.with_name(path.name + ".tmp")
     save_file({"latents": np.ascontiguousarray(latents)}, temporary, metadata={"vidgen": text})
     os.replace(temporary, path)
-    temporary.write_text(text)
-    os.replace(temporary, _json(path))
+    write_json(_json(path), to_dict(info))
 
 
 def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"], LatentsInfo]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
 from jax.sharding import Mesh
 
+from vidgen.ckpt.pretrained import write_json
 from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData
@@ -112,12 +112,8 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
                 f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
                 f"{_shown(differing, old, new)}. Use another --workdir, or the config of that run."
             )
-    if not write:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
-    os.replace(temporary, path)
+    if write:
+        write_json(path, new)
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from vidgen.core.typing import Array, Bool, Float, Latents
+from vidgen.core.typing import Array, Bool, Float, Int, Latents
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.modules import Block, ConditionEmbedder, Head
 from vidgen.nn.embeddings import grid_positions, rope_angles
@@ -62,23 +63,74 @@ class DiT(nnx.Module):
                 f"features of an image are {'missing' if image is None else 'given'}; the model {expected}"
             )
         grid = config.token_grid(*latents.shape[1:4])
-        angles = rope_angles(grid_positions(*grid)[None], config.head_dim, theta=config.rope_theta)
-        embedded, modulation = self.condition_embedder.time(
-            timestep[:, None] if timestep.ndim == 1 else timestep
-        )
-        x = self.patch_embedding(patchify(latents.astype(config.dtype), config.patch_size))
-        x = apply_stack(
-            self.blocks,
-            constrain(x, "batch", "tokens", None),
-            _apply_block,
-            remat=config.remat,
-            modulation=modulation,
-            angles=angles,
-            text=self.condition_embedder.text(text.astype(config.dtype)),
+        tokens = self.tokens(
+            patchify(latents, config.patch_size),
+            timestep[:, None] if timestep.ndim == 1 else timestep,
+            text,
+            positions=grid_positions(*grid)[None],
             text_mask=text_mask,
-            image=self._image(image),
+            image=image,
         )
-        return unpatchify(self.head(x, embedded).astype(jnp.float32), grid, config.patch_size)
+        return unpatchify(tokens, grid, config.patch_size)
+
+    def tokens(
+        self,
+        patches: Float[Array, "b s p"],
+        timestep: Float[Array, "b s2"],
+        text: Float[Array, "b l e"],
+        *,
+        positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
+        image: Float[Array, "i m g"] | None = None,
+    ) -> Float[Array, "b s q"]:
+        """Velocity of the patch of each token, float32; of one clip per row, or of several.
+
+        Args:
+          patches: of `patchify`.
+          timestep: of each token, or one (s2 = 1) for all of a row.
+          positions: time, row and column of each token on the grid of its clip.
+          segment_ids: for rows of several clips, which of them each token, and each text token, belongs to.
+        """
+        x, embedded, conditions = self.embed(
+            patches,
+            timestep,
+            text,
+            positions=positions,
+            text_mask=text_mask,
+            segment_ids=segment_ids,
+            image=image,
+        )
+        return self.head(self.apply_blocks(x, conditions), embedded).astype(jnp.float32)
+
+    def embed(
+        self,
+        patches: Float[Array, "b s p"],
+        timestep: Float[Array, "b s2"],
+        text: Float[Array, "b l e"],
+        *,
+        positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
+        image: Float[Array, "i m g"] | None = None,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s2 d"], dict[str, Any]]:
+        """What the blocks take: tokens, the embedded timestep, and the conditions; arguments of `tokens`."""
+        config = self.config
+        embedded, modulation = self.condition_embedder.time(timestep)
+        conditions = {
+            "modulation": modulation,
+            "angles": rope_angles(positions, config.head_dim, theta=config.rope_theta),
+            "text": self.condition_embedder.text(text.astype(config.dtype)),
+            "text_mask": text_mask,
+            "segment_ids": segment_ids,
+            "image": self._image(image),
+        }
+        x = self.patch_embedding(patches.astype(config.dtype))
+        return constrain(x, "batch", "tokens", None), embedded, conditions
+
+    def apply_blocks(self, x: Float[Array, "b s d"], conditions: dict[str, Any]) -> Float[Array, "b s d"]:
+        """Runs tokens through all blocks."""
+        return apply_stack(self.blocks, x, _apply_block, remat=self.config.remat, **conditions)
 
     def _image(self, features: Array | None) -> Array | None:
         if features is None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidgen.core.typing import Array, Bool, Float
+from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.models.dit.config import DiTConfig
 from vidgen.nn.attention import MultiHeadAttention
 from vidgen.nn.embeddings import timestep_embedding
@@ -89,14 +89,23 @@ class Block(nnx.Module):
         angles: Float[Array, "#b s k2"],
         text: Float[Array, "b l d"],
         text_mask: Bool[Array, "b l"] | None = None,
+        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
         image: Float[Array, "b m d"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """One layer; `modulation` has one row per token, or one row (s2 = 1) for all."""
+        """One layer.
+
+        Args:
+          modulation: one row per token, or one row (s2 = 1) for all.
+          segment_ids: of tokens and of text tokens, for rows of several clips.
+        """
+        own = None if segment_ids is None else (segment_ids[0], segment_ids[0])
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, :, 0] for part in parts)
-        y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles)
+        y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles, segment_ids=own)
         x = x + (y * gate1).astype(x.dtype)
-        x = x + self.cross_attention(self.cross_norm(x), text, key_mask=text_mask, second=image)
+        x = x + self.cross_attention(
+            self.cross_norm(x), text, key_mask=text_mask, segment_ids=segment_ids, second=image
+        )
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
         return x + (y * gate2).astype(x.dtype)
 

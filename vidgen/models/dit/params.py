@@ -22,7 +22,7 @@ _DIFFUSERS = {
     "head.scale_shift_table": "scale_shift_table",
     "self_attention": "attn1",
     "cross_attention": "attn2",
-    # Third of the block in the order of its parts' names, though second to be applied.
+    # The second norm to be applied; Wan, which numbers it last, and diffusers swap the names of two norms.
     "cross_norm": "norm2",
     "query": "to_q",
     "key": "to_k",
