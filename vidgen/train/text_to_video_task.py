@@ -15,7 +15,9 @@ from vidgen.core.typing import Array, Bool, Float, Int, Metrics
 from vidgen.diffusion.rectified_flow import velocity_loss
 from vidgen.diffusion.timesteps import LogitNormal, Uniform
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
@@ -48,7 +50,8 @@ class TextToVideoTask:
             raise ValueError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
-        return TextToVideo(self.dit, self.text, rngs=rngs)
+        text = ByteEncoder(self.text, rngs=rngs)
+        return TextToVideo(DiT(self.dit, rngs=rngs), text)
 
     @property
     def apart(self) -> dict[str, Optimizer]:
