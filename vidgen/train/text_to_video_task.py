@@ -77,6 +77,11 @@ class TextToVideoTask:
             save_vae(load_vae(self.vae), workdir)
         return dataclasses.replace(self, vae=str(workdir))
 
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "TextToVideoTask":
+        """The task with another type of matrix products."""
+        dit, text = (dataclasses.replace(part, dtype=dtype) for part in (self.dit, self.text))
+        return dataclasses.replace(self, dit=dit, text=text)
+
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)
         return {"video": batch["video"], "tokens": tokens, "mask": mask}
