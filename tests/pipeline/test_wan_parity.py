@@ -69,7 +69,7 @@ class Kind:
     images: int = 0
     clip: bool = False
     experts: bool = False
-    size: tuple[int, int, int] = (5, 8, 12)
+    size: tuple[int, int, int] = (5, 16, 16)
     steps: int = 3
     mesh: MeshOptions = MeshOptions()
 
@@ -94,7 +94,7 @@ KINDS = {
     "2.1 T2V, Euler": Kind(scheduler="FlowMatchEulerDiscreteScheduler"),
     "2.1 I2V": Kind(transformer=CLIP, images=1, clip=True),
     "2.1 FLF2V": Kind(transformer={**CLIP, "pos_embed_seq_len": 10}, images=2, clip=True),
-    "2.2 TI2V": Kind(vae=PATCHES, pipeline={"expand_timesteps": True}, images=1, size=(5, 16, 24)),
+    "2.2 TI2V": Kind(vae=PATCHES, pipeline={"expand_timesteps": True}, images=1, size=(5, 16, 32)),
     "2.2 T2V A14B": Kind(pipeline={"boundary_ratio": 0.875}, experts=True, steps=5),
     "2.2 I2V A14B": Kind(
         transformer=GIVEN, pipeline={"boundary_ratio": 0.9}, images=1, experts=True, steps=4
@@ -120,15 +120,6 @@ def made(request, tmp_path_factory):
     _, kind = request.param
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    text_config = transformers.UMT5Config(
-        vocab_size=SIZE,
-        d_model=24,
-        d_kv=6,
-        d_ff=20,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
     shape = {**TRANSFORMER, **kind.transformer}
     parts = {
         "vae": spread(diffusers.AutoencoderKLWan(**{**VAE, **kind.vae})),

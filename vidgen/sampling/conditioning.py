@@ -57,7 +57,7 @@ def beside_noise(vae: VideoVAE, video: Video, is_given: Bool[Array, "t"]) -> Flo
 
 
 @jax.jit
-def first_frame(vae: VideoVAE, image: Video, noise: Latents) -> tuple[Latents, Bool[Array, "b t h w"]]:
+def first_frame(vae: VideoVAE, image: Video, noise: Latents) -> tuple[Latents, Bool[Array, "b tz hz wz"]]:
     """Latents whose first frame is `image`, and where they are given; elsewhere they are zero.
 
     Args:
