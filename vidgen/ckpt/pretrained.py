@@ -28,6 +28,7 @@ def load_module(
     names: Callable[[Iterable[str]], Mapping[str, Foreign]] | None = None,
     halved: str | None = None,
     ignore: str | None = None,
+    keep_dtypes: bool = False,
     remedy: str = "use the weights that belong to this config.json",
 ) -> Module:
     """The module that `make` would give, with the arrays of a file; nothing is computed for it.
@@ -36,7 +37,7 @@ def load_module(
       mesh: over which the arrays are laid; None is one device.
       names: from our names to those of the program that wrote the file.
       halved: regular expression for whole names of arrays that are kept in bfloat16, in half the memory.
-      ignore, remedy: as in `load_weights`.
+      ignore, keep_dtypes, remedy: as in `load_weights`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -52,7 +53,8 @@ def load_module(
             shardings(state, mesh),
         )
     table = None if names is None else names(named_leaves(state))
-    return nnx.merge(graphdef, load_weights(path, state, names=table, ignore=ignore, remedy=remedy))
+    arrays = load_weights(path, state, names=table, ignore=ignore, keep_dtypes=keep_dtypes, remedy=remedy)
+    return nnx.merge(graphdef, arrays)
 
 
 def _cast(state: nnx.State, halved: str) -> nnx.State:

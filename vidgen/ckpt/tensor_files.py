@@ -48,6 +48,7 @@ class TensorFiles:
     Attributes:
       path: of the file, or of the index.
       shapes: of the tensors, by name.
+      dtypes: as `shapes`.
     """
 
     def __init__(self, path: pathlib.Path | str):
@@ -61,15 +62,15 @@ class TensorFiles:
         index = path.with_name(path.name + ".index.json")
         self.path = path if path.exists() or not index.exists() else index
         files = _listed(index) if self.path == index else {path: None}
-        self._places: dict[str, tuple[np.ndarray, np.dtype]] = {}
+        self._places: dict[str, np.ndarray] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
         for file, expected in files.items():
             self._open(file, expected)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of that name, which must not be written to."""
-        data, dtype = self._places[name]
-        return data.view(dtype).reshape(self.shapes[name])
+        return self._places[name].view(self.dtypes[name]).reshape(self.shapes[name])
 
     def _open(self, path: pathlib.Path, expected: set[str] | None) -> None:
         if not path.exists():
@@ -92,7 +93,7 @@ class TensorFiles:
             start, end = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             assert end - start == math.prod(shape) * dtype.itemsize
-            self._places[name], self.shapes[name] = (data[start:end], dtype), shape
+            self._places[name], self.shapes[name], self.dtypes[name] = data[start:end], shape, dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,6 +75,7 @@ def load_weights(
     *,
     names: Mapping[str, Foreign] | None = None,
     ignore: str | None = None,
+    keep_dtypes: bool = False,
     remedy: str = "use the config of its run",
 ) -> PyTree:
     """The arrays of a file in a tree like `abstract_tree`.
@@ -84,6 +85,7 @@ def load_weights(
         sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
       names: of a file by another program: its name and layout of each array.
       ignore: regular expression for whole names of tensors that the file may hold and nobody needs.
+      keep_dtypes: the arrays have the types of the file, whatever is asked for.
       remedy: what to do about tensors that do not fit, for the error.
 
     Raises:
@@ -103,6 +105,8 @@ def load_weights(
         raise WeightsError(
             f"{files.path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}"
         )
+    if keep_dtypes:
+        leaves = {name: _as_stored(files, foreign[name], leaf) for name, leaf in leaves.items()}
     arrays = [
         _placed(functools.partial(_read, files, foreign[name], leaf), leaf) for name, leaf in leaves.items()
     ]
@@ -131,6 +135,12 @@ def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
     for name in sorted(wanted.keys() & found.keys()):
         if found[name] != wanted[name]:
             yield f"{name}: {found[name]} in the file, expected {wanted[name]}"
+
+
+def _as_stored(files: TensorFiles, foreign: Foreign, leaf: Any) -> jax.ShapeDtypeStruct:
+    stored = {files.dtypes[name] for name in foreign.shapes(tuple(leaf.shape))}
+    dtype = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _read(files: TensorFiles, foreign: Foreign, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
