@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.metadata
+import keyword
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ _COMMANDS = {
     "evaluate": "score a VAE on videos, or a video model on prompts",
     "encode": "turn a video into latents of a VAE",
     "decode": "turn latents back into a video",
+    "import": "turn a checkpoint of Wan into a folder that everything here reads",
+    "export": "turn a run or a checkpoint into files of other programs",
     "data": "check a folder of videos, or write it as records",
     "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",
@@ -67,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run(lambda rest: importlib.import_module(f"vidgen.cli.{name}").main(rest), arguments[1:])
+    return run(lambda rest: importlib.import_module(_module(name)).main(rest), arguments[1:])
+
+
+def _module(command: str) -> str:
+    return f"vidgen.cli.{command}_" if keyword.iskeyword(command) else f"vidgen.cli.{command}"
 
 
 def _usage() -> str:

@@ -6,15 +6,22 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import read_json
+from vidgen.ckpt.pretrained import load_module
+from vidgen.core.config import resolve
+from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.clip import transformers_folder as clip_folder
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.dit.model import DiT
 from vidgen.models.t5 import transformers_folder as t5_folder
 from vidgen.models.t5.prompts import FeatureCache, T5Prompts, digest
 from vidgen.models.t5.tokenizer import PromptTokenizer
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel.rules import shardings
@@ -24,16 +31,37 @@ from vidgen.sampling.generate import SamplingOptions
 from vidgen.sampling.steppers import AnyStepper, Euler, UniPC
 from vidgen.sampling.time_grid import TimeGrid
 
-__all__ = ["is_checkpoint", "load_checkpoint", "read_sampling"]
+__all__ = [
+    "INDEX",
+    "PARTS",
+    "is_checkpoint",
+    "load_checkpoint",
+    "load_transformers",
+    "read_index",
+    "read_sampling",
+]
 
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
+PARTS = (
+    "transformer",
+    "transformer_2",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "byte_encoder",
+    "image_encoder",
+    "image_processor",
+    "scheduler",
+)
+"""Folders of a checkpoint; `byte_encoder` is of models that were trained here."""
+
 _CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _DTYPE = Literal["float32", "bfloat16"]
 
 
 def is_checkpoint(folder: pathlib.Path | str) -> bool:
     """Whether a whole model of diffusers is in `folder`, of whatever kind."""
-    return (pathlib.Path(folder) / _INDEX).exists()
+    return (pathlib.Path(folder) / INDEX).exists()
 
 
 def load_checkpoint(
@@ -56,20 +84,17 @@ def load_checkpoint(
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     folder = pathlib.Path(folder)
-    index = read_json(folder / _INDEX, remedy="give the folder of a whole checkpoint of Wan for diffusers")
-    if index.get("_class_name") not in _CLASSES:
-        raise ValueError(
-            f"{folder / _INDEX} is of {index.get('_class_name')!r}; expected one of {', '.join(_CLASSES)}"
-        )
+    index = read_index(folder)
     options = read_sampling(folder / "scheduler")
-    model = TextToVideo(_transformers(folder, index, mesh, dtype))
+    text = _byte_encoder(folder / "byte_encoder", mesh)
+    model = TextToVideo(load_transformers(folder, mesh, dtype=dtype), text)
     vae = vae_folder.load_diffusers(folder / "vae")
     has_encoder = (index.get("image_encoder") or [None])[0] is not None
     large = vae.config.spatial_factor == 16  # Wan 2.2's TI2V, which is trained at 24 frames per second.
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
-        _prompts(folder, mesh, dtype, cache),
+        _prompts(folder, mesh, dtype, cache) if text is None else BytePrompts(model),
         size=(121, 704, 1280) if large else (81, 480, 832),
         fps=24.0 if large else 16.0,
         mesh=mesh,
@@ -79,6 +104,20 @@ def load_checkpoint(
         if has_encoder
         else None,
     )
+
+
+def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
+    """What model_index.json says.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another kind of model.
+    """
+    path = pathlib.Path(folder) / INDEX
+    index = read_json(path, remedy="give the folder of a whole checkpoint of Wan for diffusers")
+    if index.get("_class_name") not in _CLASSES:
+        raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected one of {', '.join(_CLASSES)}")
+    return index
 
 
 def read_sampling(folder: pathlib.Path | str) -> SamplingOptions:
@@ -127,16 +166,32 @@ def read_sampling(folder: pathlib.Path | str) -> SamplingOptions:
     )
 
 
-def _transformers(
-    folder: pathlib.Path, index: Mapping[str, Any], mesh: Mesh, dtype: _DTYPE
-) -> dit_folder.DiT | TwoExperts:
+def load_transformers(
+    folder: pathlib.Path | str, mesh: Mesh, *, dtype: _DTYPE = "float32"
+) -> DiT | TwoExperts:
+    """The transformer of a checkpoint, or its two.
+
+    Raises:
+      FileNotFoundError, ValueError, WeightsError: as `load_checkpoint`.
+    """
+    folder = pathlib.Path(folder)
+    index = read_index(folder)
     load = functools.partial(dit_folder.load_diffusers, mesh=mesh, dtype=dtype)
     if (index.get("transformer_2") or [None])[0] is None:
         return load(folder / "transformer")
     boundary = index.get("boundary_ratio")
     if boundary is None:
-        raise ValueError(f"{folder / _INDEX} has transformer_2, but no boundary_ratio between the two")
+        raise ValueError(f"{folder / INDEX} has transformer_2, but no boundary_ratio between the two")
     return TwoExperts(load(folder / "transformer"), load(folder / "transformer_2"), float(boundary))
+
+
+def _byte_encoder(folder: pathlib.Path, mesh: Mesh) -> ByteEncoder | None:
+    """The text encoder of a model that was trained here."""
+    if not folder.is_dir():
+        return None
+    config = resolve(ByteEncoderConfig, read_json(folder / "config.json", remedy="export the model again"))
+    path = folder / "model.safetensors"
+    return load_module(path, lambda: ByteEncoder(config, rngs=nnx.Rngs(0)), mesh=mesh)
 
 
 def _prompts(folder: pathlib.Path, mesh: Mesh, dtype: _DTYPE, cache: pathlib.Path | str | None) -> T5Prompts:

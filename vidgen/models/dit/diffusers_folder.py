@@ -39,13 +39,18 @@ def read_config(folder: pathlib.Path | str) -> DiTConfig:
 
 
 def load_diffusers(
-    folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
+    folder: pathlib.Path | str,
+    mesh: Mesh | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    keep_dtypes: bool = False,
 ) -> DiT:
     """The transformer that `WanTransformer3DModel.save_pretrained` wrote, in one file or several.
 
     Args:
       mesh: over which the weights are laid; None is one device.
       dtype: of matrix products; with bfloat16 the matrices are kept in it too, which is not for training.
+      keep_dtypes: the arrays have the types of the files.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
@@ -59,6 +64,7 @@ def load_diffusers(
         mesh=mesh,
         names=functools.partial(diffusers_names, config),
         halved=None if dtype == "float32" else _MATRICES,
+        keep_dtypes=keep_dtypes,
         # Queries of added projections are in some checkpoints of image to video; nothing reads them.
         ignore=r".*\.norm_added_q\.weight",
     )

@@ -40,8 +40,11 @@ def read_config(folder: pathlib.Path | str) -> VAEConfig:
     )
 
 
-def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
+def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> VideoVAE:
     """The autoencoder that `AutoencoderKLWan.save_pretrained` wrote, Wan 2.1's, 2.2's or one of that kind.
+
+    Args:
+      keep_dtypes: the arrays have the types of the file, not float32.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
@@ -53,7 +56,8 @@ def load_diffusers(folder: pathlib.Path | str) -> VideoVAE:
     vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     graphdef, params, buffers = nnx.split(vae, nnx.Param, ..., graph=False)
     names = diffusers_names(config, named_leaves(params))
-    vae = nnx.merge(graphdef, load_weights(folder / _WEIGHTS, params, names=names), buffers)
+    loaded = load_weights(folder / _WEIGHTS, params, names=names, keep_dtypes=keep_dtypes)
+    vae = nnx.merge(graphdef, loaded, buffers)
     vae.latents_mean, vae.latents_variance, vae.latents_count = map(Buffer, first_statistics(config))
     return vae
 

@@ -1,0 +1,139 @@
+"""Trained runs and checkpoints to files of other programs."""
+
+import pathlib
+from typing import Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.weights import save_weights
+from vidgen.core.config import to_dict
+from vidgen.core.tree import named_leaves
+from vidgen.models.dit.diffusers_folder import save_diffusers
+from vidgen.models.dit.lora_file import Spelling, save_lora
+from vidgen.models.dit.model import DiT
+from vidgen.models.dit.wan_file import save_wan
+from vidgen.models.text.model import ByteEncoder
+from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.video_vae import diffusers_folder as vae_folder
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.models.video_vae.params import wan_names
+from vidgen.nn.lora import merge_low_rank
+from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transformers
+from vidgen.pipeline.importing import import_checkpoint, new_folder
+from vidgen.train.trained import load_trained
+from vidgen.train.vae_folder import load_vae
+
+__all__ = ["Format", "export"]
+
+Format = Literal["diffusers", "safetensors", "orbax", "lora"]
+
+
+def export(
+    source: pathlib.Path | str,
+    target: pathlib.Path | str,
+    format: Format = "diffusers",
+    *,
+    mesh: Mesh,
+    step: int | None = None,
+    spelling: Spelling = "peft",
+) -> None:
+    """Writes a model for other programs; `target` appears whole.
+
+    - `diffusers`: a folder with `transformer`, `vae` and `scheduler`, and the text encoder. That of a run
+      with a byte encoder is in `byte_encoder`, which diffusers does not know: there it takes the features,
+      without those beyond the prompt.
+    - `safetensors`: a file for each part, with the names of Wan's own checkpoints, as ComfyUI reads them.
+    - `orbax`: a pytree of arrays by our names.
+    - `lora`: the updates of a run with `task.lora`, alone, in one file.
+
+    Other than in `lora`, updates of low rank are merged into the weights.
+
+    Args:
+      source: workdir of a text-to-video run (its averaged weights), or a checkpoint in diffusers' layout.
+      step: which checkpoint of a run; None is the newest.
+      spelling: of a LoRA file's names.
+
+    Raises:
+      FileNotFoundError: `source` is neither.
+      ValueError: the model has what the format has not; `target` is not empty.
+    """
+    if is_checkpoint(source) and format == "diffusers":
+        import_checkpoint(source, target, mesh=mesh)
+        return
+    model, vae = _parts(source, mesh, step)
+    if format == "lora":
+        save_lora(_single(model), target, spelling)
+        return
+    merge_low_rank(model)
+    with new_folder(target) as folder:
+        if format == "diffusers":
+            _write_diffusers(model, vae, folder)
+        elif format == "safetensors":
+            _write_files(model, vae, folder)
+        else:
+            _write_orbax(model, vae, folder)
+
+
+def _parts(source: pathlib.Path | str, mesh: Mesh, step: int | None) -> tuple[TextToVideo, VideoVAE]:
+    if is_checkpoint(source):
+        vae = vae_folder.load_diffusers(pathlib.Path(source) / "vae")
+        return TextToVideo(load_transformers(source, mesh)), vae
+    experiment, _, model = load_trained(source, mesh, step=step)
+    if not isinstance(model, TextToVideo):
+        raise ValueError(
+            f"{source} is a run of kind {experiment.task.kind!r}; only those of 'text_to_video' are exported "
+            "whole (a VAE's weights are in its folder `vae`)"
+        )
+    return model, load_vae(source)
+
+
+def _single(model: TextToVideo) -> DiT:
+    if not isinstance(model.dit, DiT):
+        raise ValueError("the model has two transformers; this format holds one")
+    return model.dit
+
+
+def _write_diffusers(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> None:
+    save_diffusers(_single(model), folder / "transformer")
+    vae_folder.save_diffusers(vae, folder / "vae")
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "WanPipeline",
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    if model.text is not None:
+        _write_bytes(model.text, folder / "byte_encoder")
+    write_json(folder / INDEX, index)
+
+
+def _write_bytes(text: ByteEncoder, folder: pathlib.Path) -> None:
+    save_weights(folder / "model.safetensors", nnx.state(text, nnx.Param, graph=False))
+    write_json(folder / "config.json", to_dict(text.config))
+
+
+def _write_files(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> None:
+    save_wan(_single(model), folder / "transformer.safetensors")
+    params = nnx.state(vae, nnx.Param, graph=False)
+    names = wan_names(vae.config, named_leaves(params))
+    save_weights(folder / "vae.safetensors", params, names=names, metadata={"format": "pt"})
+    if model.text is not None:
+        _write_bytes(model.text, folder / "byte_encoder")
+
+
+def _write_orbax(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> None:
+    trees = {"model": model, "vae": vae}
+    arrays = {
+        name: {place: jax.numpy.asarray(leaf) for place, leaf in named_leaves(nnx.state(tree)).items()}
+        for name, tree in trees.items()
+    }
+    ocp.save(str((folder / "weights").absolute()), arrays)
+    configs = {"dit": model.dit.config, "vae": vae.config}
+    configs |= {} if model.text is None else {"text": model.text.config}
+    write_json(folder / "config.json", {name: to_dict(config) for name, config in configs.items()})

@@ -1,0 +1,186 @@
+"""Checkpoints of other programs to one folder in diffusers' layout, which everything here reads."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.core.logging import get_logger
+from vidgen.models.dit import diffusers_folder as dit_folder
+from vidgen.models.dit.wan_file import load_wan
+from vidgen.models.video_vae import diffusers_folder as vae_folder
+from vidgen.parallel import processes
+from vidgen.parallel.rules import shardings
+from vidgen.pipeline.diffusers_folder import INDEX, PARTS, is_checkpoint
+
+__all__ = ["import_checkpoint", "new_folder"]
+
+_log = get_logger(__name__)
+
+_PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
+_KEPT = (".json", ".safetensors", ".model", ".txt")
+_TRANSFORMERS = ("transformer", "transformer_2")
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_EXPERTS = ("high_noise_model", "low_noise_model")
+"""Folders of Wan 2.2's A14B, as its authors published it."""
+
+
+def import_checkpoint(
+    source: pathlib.Path | str,
+    target: pathlib.Path | str,
+    *,
+    mesh: Mesh,
+    parts: pathlib.Path | str | None = None,
+    num_heads: int | None = None,
+) -> None:
+    """Writes a checkpoint to `target`, which appears whole; every number stays as it is.
+
+    The transformers and the VAE pass over the mesh, each device's part of one array at a time, and are
+    checked against their configs; what else there is (text and image encoder, tokenizer, scheduler) is
+    copied.
+
+    Args:
+      source: a whole checkpoint for diffusers, or its folder `transformer`; a folder that Wan's authors
+        published; or one file of a transformer, with either's names.
+      parts: a whole checkpoint for diffusers, for what `source` lacks.
+      num_heads: of a transformer that is neither Wan's nor has a config.json.
+
+    Raises:
+      FileNotFoundError: there is nothing that can be imported.
+      ValueError: the weights are pickled, or of another model; `target` is not empty.
+      WeightsError: names every tensor that is missing, left over or of another shape.
+    """
+    source = pathlib.Path(source)
+    _refuse_pickles(source)
+    if parts is not None and not is_checkpoint(parts):
+        raise FileNotFoundError(f"{parts} is no whole checkpoint for diffusers: it has no {INDEX}")
+    rest = pathlib.Path(parts) if parts is not None else source if is_checkpoint(source) else None
+    transformers = _transformers(source, num_heads)
+    with new_folder(target) as folder:
+        for name, (path, load) in transformers.items():
+            _log.info("%s: %s", name, path)
+            dit_folder.save_diffusers(load(mesh=mesh), folder / name)
+        if rest is not None:
+            _copy_rest(rest, folder, mesh, of_parts=parts is not None, experts=len(transformers) == 2)
+
+
+def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tuple[pathlib.Path, Any]]:
+    """Where each transformer is, and what loads it onto a mesh."""
+    if source.is_file():
+        return {"transformer": (source, functools.partial(load_wan, source, num_heads=num_heads))}
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: there is no such folder or file")
+    if is_checkpoint(source):
+        names = [name for name in _TRANSFORMERS if (source / name).is_dir()]
+        return {name: (source / name, _diffusers(source / name)) for name in names}
+    experts = [source / name for name in _EXPERTS if (source / name).is_dir()]
+    if experts:
+        return {name: _one(path, num_heads) for name, path in zip(_TRANSFORMERS, experts, strict=True)}
+    return {"transformer": _one(source, num_heads)}
+
+
+def _one(folder: pathlib.Path, num_heads: int | None) -> tuple[pathlib.Path, Any]:
+    """The transformer of a folder that holds nothing else that can be read."""
+    config = folder / "config.json"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    if values.get("_class_name") == "WanTransformer3DModel":
+        return folder, _diffusers(folder)
+    files = [path for path in (folder / _WEIGHTS, *sorted(folder.glob("*.safetensors"))) if path.exists()]
+    if (folder / f"{_WEIGHTS}.index.json").exists():
+        files = [folder / _WEIGHTS]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no transformer in safetensors files: expected {INDEX}, or {_WEIGHTS}"
+        )
+    return files[0], functools.partial(load_wan, files[0], num_heads=values.get("num_heads", num_heads))
+
+
+def _diffusers(folder: pathlib.Path):
+    return functools.partial(dit_folder.load_diffusers, folder, keep_dtypes=True)
+
+
+def _refuse_pickles(source: pathlib.Path) -> None:
+    pickled = [source] if source.suffix in _PICKLES else []
+    if source.is_dir() and not any(source.rglob("*.safetensors")):
+        pickled = [path for path in sorted(source.rglob("*")) if path.suffix in _PICKLES]
+    if pickled:
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run any code when it is loaded, and is never loaded here. "
+            "Take the safetensors files of the same model; or, if you trust it, convert it where PyTorch is: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
+        )
+
+
+def _copy_rest(
+    source: pathlib.Path, folder: pathlib.Path, mesh: Mesh, *, of_parts: bool, experts: bool
+) -> None:
+    index = read_json(source / INDEX, remedy="")
+    for name in PARTS:
+        if (index.get(name) or [None])[0] is None or name in _TRANSFORMERS:
+            continue
+        if not (source / name).is_dir():
+            raise FileNotFoundError(f"{source / name} is missing, which {source / INDEX} lists: get it too")
+        if name == "vae":
+            vae = vae_folder.load_diffusers(source / name, keep_dtypes=True)
+            vae_folder.save_diffusers(jax.device_put(vae, shardings(vae, mesh)), folder / name)
+        else:
+            _copy(source / name, folder / name)
+    two = ["diffusers", "WanTransformer3DModel"] if experts else [None, None]
+    kept = index | ({"transformer_2": two} if "transformer_2" in index or experts else {})
+    if experts and kept.get("boundary_ratio") is None:
+        raise ValueError(
+            f"{source / INDEX} has no boundary_ratio, which two transformers need: "
+            f"{'--parts must be' if of_parts else 'it must be'} of the same model"
+        )
+    write_json(folder / INDEX, kept)
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    files = [path for path in source.iterdir() if path.suffix in _KEPT]
+    has_weights = any(path.suffix == ".safetensors" for path in files)
+    pickled = [path for path in source.iterdir() if path.suffix in _PICKLES]
+    if pickled and not has_weights:
+        _refuse_pickles(pickled[0])
+    if processes.is_main_process():
+        target.mkdir(parents=True)
+        for path in files:
+            shutil.copyfile(path, target / path.name)
+
+
+class new_folder:
+    """A folder that appears under its name when the block ends well, and not at all otherwise."""
+
+    def __init__(self, target: pathlib.Path | str):
+        """Checks that there is room for it.
+
+        Raises:
+          ValueError: `target` exists and is not an empty folder.
+        """
+        self._target = pathlib.Path(target)
+        self._temporary = self._target.with_name(self._target.name + ".part")
+        if self._target.exists() and not (self._target.is_dir() and not any(self._target.iterdir())):
+            raise ValueError(f"{target} is not empty: name another folder, or remove it")
+
+    def __enter__(self) -> pathlib.Path:
+        if processes.is_main_process():
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+        processes.sync("new folder")
+        return self._temporary
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        processes.sync("folder written")
+        if not processes.is_main_process():
+            return
+        if kind is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        if self._target.exists():
+            self._target.rmdir()
+        os.replace(self._temporary, self._target)
