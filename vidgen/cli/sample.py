@@ -5,11 +5,17 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.main import run
 
+if TYPE_CHECKING:
+    from vidgen.sampling.generate import SamplingOptions
+
 __all__ = ["main"]
+
+_SAMPLER = ("guidance", "guidance_interval", "cache_threshold")
+"""Options that are stored with the video where they were given."""
 
 _EPILOG = """\
 examples:
@@ -36,10 +42,13 @@ def main(argv: Sequence[str]) -> int:
     targets = _targets(arguments.out, len(prompts))
 
     # What needs jax is imported late: --help and wrong options answer at once.
+    import jax
+
     from vidgen.data.video_io import save_video
     from vidgen.pipeline import load
-    from vidgen.sampling.steppers import STEPPERS
+    from vidgen.sampling.generate import generate
 
+    options = _options(arguments)
     pipeline = load(arguments.checkpoint)
     given = (arguments.num_frames, arguments.height, arguments.width)
     size = [d if g is None else g for g, d in zip(given, pipeline.size, strict=True)]
@@ -53,21 +62,57 @@ def main(argv: Sequence[str]) -> int:
         "guidance_scale": arguments.guidance_scale,
         "shift": arguments.shift,
     }
+    made_how = {"stepper": arguments.stepper} | {
+        name: getattr(arguments, name) for name in _SAMPLER if getattr(arguments, name) is not None
+    }
     for start in range(0, len(prompts), arguments.batch_size):
         chunk = prompts[start : start + arguments.batch_size]
-        seed = arguments.seed + start
-        videos = pipeline(chunk, stepper=STEPPERS[arguments.stepper], seed=seed, **settings)
+        first = arguments.seed + start
+        with jax.set_mesh(pipeline.mesh):
+            videos = generate(
+                pipeline.model,
+                pipeline.vae,
+                chunk,
+                size=(size[0], size[1], size[2]),
+                seeds=range(first, first + len(chunk)),
+                negative_prompt=arguments.negative_prompt,
+                options=options,
+            )
         for index, video in enumerate(videos, start):
-            made_by = settings | {
-                "prompt": prompts[index],
-                "seed": arguments.seed + index,
-                "stepper": arguments.stepper,
-                "fps": fps,
-                "checkpoint": str(arguments.checkpoint),
-            }
+            made_by = (
+                settings
+                | made_how
+                | {
+                    "prompt": prompts[index],
+                    "seed": arguments.seed + index,
+                    "fps": fps,
+                    "checkpoint": str(arguments.checkpoint),
+                }
+            )
             save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(made_by)})
             print(targets[index])
     return 0
+
+
+def _options(arguments: argparse.Namespace) -> "SamplingOptions":
+    """How the sampler goes; wrong values are found before anything is loaded."""
+    from vidgen.sampling.caching import TeaCache
+    from vidgen.sampling.generate import SamplingOptions
+    from vidgen.sampling.guidance import GUIDANCES
+    from vidgen.sampling.steppers import STEPPERS, UniPC
+    from vidgen.sampling.time_grid import TimeGrid
+
+    stepper = STEPPERS[arguments.stepper]
+    convention = "unipc" if isinstance(stepper, UniPC) else "even"
+    threshold = arguments.cache_threshold
+    return SamplingOptions(
+        grid=TimeGrid(num_steps=arguments.steps, shift=arguments.shift, convention=convention),
+        stepper=stepper,
+        guidance_scale=arguments.guidance_scale,
+        guidance=GUIDANCES[arguments.guidance or "cfg"],
+        guidance_interval=tuple(arguments.guidance_interval or (0.0, 1.0)),
+        cache=None if threshold is None else TeaCache(threshold=threshold),
+    )
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -115,6 +160,19 @@ def _parser() -> argparse.ArgumentParser:
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument("--steps", type=int, default=30)
     sampler.add_argument("--guidance-scale", type=float, default=4.0, help="1 is none; default 4")
+    sampler.add_argument("--guidance", choices=("cfg", "cfg_zero_star", "apg"), help="default cfg")
+    sampler.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="timesteps, from 0 (data) to 1 (noise), with guidance; elsewhere a step costs half; default 0 1",
+    )
+    sampler.add_argument(
+        "--cache-threshold",
+        type=float,
+        help="of TeaCache, which skips most of the transformer in steps like the last; 0.1 is a start",
+    )
     sampler.add_argument("--shift", type=float, default=1.0, help="of timesteps towards noise; default 1")
     sampler.add_argument("--stepper", choices=("dpm_solver", "unipc", "heun", "euler"), default="dpm_solver")
     sampler.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1")
