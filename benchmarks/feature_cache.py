@@ -7,8 +7,7 @@ steps; minutes on two CPU cores). All runs have the same prompts and seeds. `com
 the transformer's blocks are computed; `psnr` compares the 8-bit videos with those of the full run;
 `psnr_fewer` is that of as many steps as were computed, without a cache: what a cache has to beat;
 `speedup` is the time of the full run, decoding included, over that with the cache, each the best of
-`--repeats`. The last
-line is one JSON object.
+`--repeats`. The last line is one JSON object.
 """
 
 import argparse
