@@ -105,12 +105,13 @@ def _options(arguments: argparse.Namespace) -> "SamplingOptions":
     stepper = STEPPERS[arguments.stepper]
     convention = "unipc" if isinstance(stepper, UniPC) else "even"
     threshold = arguments.cache_threshold
+    low, high = arguments.guidance_interval or (0.0, 1.0)
     return SamplingOptions(
         grid=TimeGrid(num_steps=arguments.steps, shift=arguments.shift, convention=convention),
         stepper=stepper,
         guidance_scale=arguments.guidance_scale,
         guidance=GUIDANCES[arguments.guidance or "cfg"],
-        guidance_interval=tuple(arguments.guidance_interval or (0.0, 1.0)),
+        guidance_interval=(low, high),
         cache=None if threshold is None else TeaCache(threshold=threshold),
     )
 

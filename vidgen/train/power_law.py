@@ -70,7 +70,7 @@ def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> opt
         averages = tuple(jax.tree.map(jnp.copy, params) for _ in exponents)
         return Averaged(tx.init(params), jnp.zeros((), jnp.int32), averages)
 
-    def update(updates: PyTree, state: Averaged, params: PyTree | None = None) -> tuple[PyTree, Averaged]:
+    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, Averaged]:
         updates, inner = tx.update(updates, state.inner, params)
         new = optax.apply_updates(params, updates)
         count = state.count + 1

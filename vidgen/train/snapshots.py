@@ -62,21 +62,21 @@ def averaged_weights(
     snapshots = {about["step"]: about for about in map(_read, sorted(folder.glob("step_*.json")))}
     if not snapshots:
         raise SnapshotError(f"{folder} holds no snapshots: train with run.power_law")
-    step = max(snapshots) if step is None else step
-    if step not in snapshots:
-        raise SnapshotError(f"{folder} has no snapshot of step {step}; there are {sorted(snapshots)}")
+    end = max(snapshots) if step is None else step
+    if end not in snapshots:
+        raise SnapshotError(f"{folder} has no snapshot of step {end}; there are {sorted(snapshots)}")
     files, profiles = [], []
-    for about in (snapshots[s] for s in sorted(snapshots) if s <= step):
+    for about in (snapshots[s] for s in sorted(snapshots) if s <= end):
         for average in about["averages"]:
             files.append(folder / average["file"])
             profiles.append((about["updates"], exponent(average["sigma_rel"])))
-    shares = combination(profiles, (snapshots[step]["updates"], power))
+    shares = combination(profiles, (snapshots[end]["updates"], power))
     total = None
     for file, share in zip(files, shares, strict=True):
         average = load_weights(file, abstract_params)
         part = jax.tree.map(lambda x, share=share: jnp.float32(share) * x, average)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    return step, total
+    return end, total
 
 
 def _read(path: pathlib.Path) -> Any:
