@@ -1,13 +1,18 @@
 import json
 
 import av
+import jax
 import numpy as np
 import pytest
 
 from vidgen.cli.main import main
 from vidgen.data.video_io import read_metadata
 from vidgen.pipeline import load
+from vidgen.sampling.caching import TeaCache
+from vidgen.sampling.generate import SamplingOptions, generate
+from vidgen.sampling.guidance import AdaptiveProjected
 from vidgen.sampling.steppers import Euler
+from vidgen.sampling.time_grid import TimeGrid
 
 FEW = ["--steps", "2"]
 
@@ -57,6 +62,31 @@ def test_the_metadata_say_how_to_make_it_again(tiny_runs, tmp_path):
     np.testing.assert_array_equal(frames(out), again)
 
 
+def test_other_guidance_and_a_cache(tiny_runs, tmp_path):
+    out = tmp_path / "a.png"
+    arguments = ["--checkpoint", tiny_runs.dit, "--prompt", "a dog", "--out", out, "--num-frames", 1]
+    how = ["--guidance", "apg", "--guidance-interval", 0.1, 0.7, "--cache-threshold", 0.2]
+    assert sample(*arguments, "--steps", 4, *how) == 0
+    made_by = json.loads(read_metadata(out)["vidgen"])
+    assert [made_by[name] for name in ("guidance", "guidance_interval", "cache_threshold")] == [
+        "apg",
+        [0.1, 0.7],
+        0.2,
+    ]
+    pipeline = load(tiny_runs.dit)
+    options = SamplingOptions(
+        grid=TimeGrid(num_steps=4),
+        guidance=AdaptiveProjected(),
+        guidance_interval=(0.1, 0.7),
+        cache=TeaCache(threshold=0.2),
+    )
+    with jax.set_mesh(pipeline.mesh):
+        expected = generate(
+            pipeline.model, pipeline.vae, ["a dog"], size=(1, 16, 16), seeds=[0], options=options
+        )
+    np.testing.assert_array_equal(frames(out), expected[0])
+
+
 def test_a_file_of_prompts_gives_numbered_files(tiny_runs, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n  a blue square \na dog\n", encoding="utf-8")
@@ -96,6 +126,11 @@ def test_a_file_of_prompts_gives_numbered_files(tiny_runs, tmp_path, capsys):
         (["--num-frames", "6"], "num_frames=6 is not 1 + 4 n; use 5 or 9"),
         (["--batch-size", "0"], "--batch-size is 0: give at least 1"),
         (["--fps", "0"], "--fps is 0.0: give a positive number"),
+        (
+            ["--guidance-interval", "0.5", "0.2"],
+            "guidance_interval=(0.5, 0.2): expected 0 <= low < high <= 1",
+        ),
+        (["--cache-threshold", "-1"], "threshold=-1.0 must be 0, which computes every step, or more"),
     ],
 )
 def test_errors_are_one_line_and_status_2(tiny_runs, tmp_path, monkeypatch, capsys, arguments, message):

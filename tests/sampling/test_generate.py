@@ -1,5 +1,6 @@
 """From prompts to pixels with random weights: nothing that a result depends on is zero."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from vidgen.diffusion.shift import RootShift
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
@@ -19,7 +21,9 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import constrain, shardings
+from vidgen.sampling.caching import TeaCache
 from vidgen.sampling.generate import SamplingOptions, generate
+from vidgen.sampling.guidance import AdaptiveProjected, ZeroStar
 from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import Euler
 from vidgen.sampling.time_grid import TimeGrid
@@ -126,6 +130,35 @@ def test_guidance_leads_away_from_the_negative_prompt(model, vae, run):
     ]
     np.testing.assert_array_equal(*conditional)
     assert np.abs(plain.astype(int) - conditional[0]).mean() > 1
+
+
+def test_other_guidance_and_where_it_is(model, vae, run):
+    """Each does something; in no step, it is the model under its prompt."""
+    made = lambda **changes: generate(  # noqa: E731
+        model, vae, ["a dog"], size=SIZE, seeds=[0], options=dataclasses.replace(OPTIONS, **changes)
+    ).astype(int)
+    plain, alone = made(), made(guidance_scale=1.0)
+    for other in (
+        {"guidance": ZeroStar()},
+        {"guidance": AdaptiveProjected(norm_threshold=1.0)},
+        {"guidance_interval": (0.2, 0.8)},
+        {"grid": TimeGrid(num_steps=3, shift=RootShift(base_tokens=2))},
+    ):
+        assert min(np.abs(made(**other) - x).mean() for x in (plain, alone)) > 0.5
+    np.testing.assert_array_equal(made(guidance_interval=(0.1, 0.2)), alone)
+    with pytest.raises(ValueError, match=r"guidance_interval=\(0\.5, 0\.5\): expected 0 <= low < high <= 1"):
+        SamplingOptions(guidance_interval=(0.5, 0.5))
+
+
+def test_a_cache_that_computes_every_step_changes_nothing(model, vae):
+    made = lambda **changes: generate(  # noqa: E731
+        model, vae, ["a dog"], size=SIZE, seeds=[0], options=dataclasses.replace(OPTIONS, **changes)
+    )
+    np.testing.assert_array_equal(made(cache=TeaCache(threshold=0.0)), made())
+    # First, where guidance begins, last: all three of these steps.
+    late = {"guidance_interval": (0.0, 0.8)}
+    np.testing.assert_array_equal(made(cache=TeaCache(threshold=1e9), **late), made(**late))
+    assert np.abs(made(cache=TeaCache(threshold=1e9)).astype(int) - made()).mean() > 0.5
 
 
 @pytest.mark.parametrize(

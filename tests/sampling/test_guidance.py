@@ -2,34 +2,101 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidgen.sampling.guidance import classifier_free_guidance
+from vidgen.core.config import resolve
+from vidgen.sampling.guidance import (
+    GUIDANCES,
+    AdaptiveProjected,
+    AnyGuidance,
+    ClassifierFree,
+    Guidance,
+    ZeroStar,
+)
 
-X, T = jnp.arange(4.0).reshape(2, 1, 1, 2, 1), jnp.asarray([0.2, 0.6])
-POSITIVE = {"text": jnp.asarray([1.0, 2.0]), "mask": jnp.asarray([True, False])}
-NEGATIVE = {"text": jnp.asarray([-3.0, 5.0]), "mask": jnp.asarray([True, True])}
+SHAPE = (2, 2, 3, 4, 5)
+RANDOM = np.random.default_rng(0)
+POSITIVE, NEGATIVE, LATENTS = (
+    jnp.asarray(RANDOM.normal(size=SHAPE) * size, jnp.float32) for size in (1.0, 0.7, 1.3)
+)
+TIMESTEP = jnp.asarray([0.9, 0.4])
+T = TIMESTEP.reshape(2, 1, 1, 1, 1)
 
 
-def network(x, t, condition):
-    assert condition["mask"].dtype == bool
-    wide = lambda v: v.reshape(-1, 1, 1, 1, 1)  # noqa: E731
-    return x * wide(condition["text"]) + wide(t) + wide(condition["mask"])
+def combine(guidance, scale, positive=POSITIVE, negative=NEGATIVE, timestep=TIMESTEP, memory=None, step=5):
+    memory = guidance.init(positive) if memory is None else memory
+    return guidance.combine(
+        positive,
+        negative,
+        latents=LATENTS,
+        timestep=timestep,
+        scale=scale,
+        memory=memory,
+        step=jnp.asarray(step),
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_velocity_is_extrapolated_from_negative_to_positive(scale):
-    guided = classifier_free_guidance(network, POSITIVE, NEGATIVE, scale)(X, T)
-    positive, negative = network(X, T, POSITIVE), network(X, T, NEGATIVE)
-    np.testing.assert_allclose(guided, negative + scale * (positive - negative), rtol=1e-6)
-    if scale == 1.0:
-        np.testing.assert_allclose(guided, positive, rtol=1e-6)
+    guided, _ = combine(ClassifierFree(), scale)
+    np.testing.assert_allclose(guided, NEGATIVE + scale * (POSITIVE - NEGATIVE), rtol=1e-6)
 
 
-def test_one_network_call_of_twice_the_batch():
-    calls = []
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=str)
+def test_scale_1_is_the_model_under_the_prompt(guidance):
+    assert isinstance(guidance, Guidance)
+    assert resolve(AnyGuidance, {"kind": guidance.kind}) == guidance
+    np.testing.assert_allclose(combine(guidance, 1.0)[0], POSITIVE, rtol=1e-5, atol=1e-6)
 
-    def counted(x, t, condition):
-        calls.append((x.shape, t.tolist()))
-        return network(x, t, condition)
 
-    classifier_free_guidance(counted, POSITIVE, NEGATIVE, 2.0)(X, T)
-    assert calls == [((4, 1, 1, 2, 1), pytest.approx([0.2, 0.6, 0.2, 0.6]))]
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=str)
+def test_each_clip_is_its_own(guidance):
+    both, _ = combine(guidance, 3.0)
+    alone, _ = guidance.combine(
+        POSITIVE[1:],
+        NEGATIVE[1:],
+        latents=LATENTS[1:],
+        timestep=TIMESTEP[1:],
+        scale=3.0,
+        memory=guidance.init(POSITIVE[1:]),
+        step=jnp.asarray(5),
+    )
+    np.testing.assert_allclose(alone, both[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_rescaling_brings_the_deviation_back():
+    whole, none, half = (combine(ClassifierFree(rescale=r), 6.0)[0] for r in (1.0, 0.0, 0.5))
+    np.testing.assert_allclose(whole.std((1, 2, 3, 4)), POSITIVE.std((1, 2, 3, 4)), rtol=1e-5)
+    np.testing.assert_allclose(half, (whole + none) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_star_fits_the_negative_velocity_by_least_squares():
+    """A negative velocity that is a multiple of the positive one has nothing to lead away from."""
+    np.testing.assert_allclose(
+        combine(ZeroStar(), 7.0, negative=0.3 * POSITIVE)[0], POSITIVE, rtol=1e-4, atol=1e-5
+    )
+    for step, still in ((0, True), (1, True), (2, False)):
+        assert (combine(ZeroStar(zero_steps=2), 7.0, step=step)[0] == 0.0).all() == still
+
+
+def test_projected_guidance_changes_the_clean_prediction_across_itself():
+    clean = np.asarray(LATENTS - T * POSITIVE, np.float64)
+    guided, _ = combine(AdaptiveProjected(), 5.0)
+    change = np.asarray(LATENTS - T * guided, np.float64) - clean
+    for a, b in zip(change, clean, strict=True):
+        assert abs((a * b).sum()) < 1e-5 * np.linalg.norm(a) * np.linalg.norm(b)
+    # With all of the part along it, and nothing remembered, it is plain guidance.
+    plain = combine(AdaptiveProjected(eta=1.0), 5.0)[0]
+    np.testing.assert_allclose(plain, combine(ClassifierFree(), 5.0)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_projected_change_is_no_longer_than_the_threshold():
+    guided, _ = combine(AdaptiveProjected(eta=1.0, norm_threshold=0.25), 5.0)
+    change = np.asarray(T * (POSITIVE - guided))
+    np.testing.assert_allclose(np.sqrt((change**2).sum((1, 2, 3, 4))), 4.0 * 0.25, rtol=1e-4)
+
+
+def test_projected_guidance_at_the_end_of_time():
+    """Its limit where t = 0, whatever is remembered: no division by zero."""
+    guidance = AdaptiveProjected(eta=1.0, norm_threshold=15.0)
+    _, memory = combine(guidance, 5.0)
+    guided, _ = combine(guidance, 5.0, timestep=jnp.zeros(2), memory=memory)
+    np.testing.assert_allclose(guided, combine(ClassifierFree(), 5.0)[0], rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vidgen.diffusion.shift import GeometricShift
 from vidgen.sampling.sampler import sample
 from vidgen.sampling.steppers import Euler, UniPC
 from vidgen.sampling.time_grid import TimeGrid
@@ -44,3 +45,12 @@ def test_trajectories(kind, num_steps, shift):
     np.testing.assert_allclose(grid.told()[:-1], scheduler.timesteps / 1000.0, rtol=0, atol=1e-6)
     found = sample(network, jnp.asarray(noise), grid=grid, stepper=stepper)
     assert np.abs(found - x.numpy()).max() <= 1e-5 * max(1.0, x.std().item())
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024, 10_000])
+def test_shifts_that_follow_the_size_as_for_flux(num_tokens):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20), mu=mu)
+    grid = TimeGrid(num_steps=20, shift=GeometricShift()).for_tokens(num_tokens)
+    np.testing.assert_allclose(grid.timesteps(), scheduler.sigmas, rtol=0, atol=1e-6)

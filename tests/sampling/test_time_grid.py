@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from vidgen.diffusion.shift import RootShift
 from vidgen.sampling.time_grid import TimeGrid
 
 
@@ -22,3 +23,11 @@ def test_grids_that_are_none():
         TimeGrid(num_steps=0)
     with pytest.raises(ValueError, match=r"shift=0\.0 must be positive"):
         TimeGrid(shift=0.0)
+
+
+def test_a_shift_that_follows_the_size():
+    grid = TimeGrid(num_steps=4, shift=RootShift(base_tokens=100))
+    assert grid.for_tokens(900) == TimeGrid(num_steps=4, shift=3.0)
+    assert TimeGrid(shift=2.0).for_tokens(900) == TimeGrid(shift=2.0)
+    with pytest.raises(ValueError, match=r"use grid\.for_tokens"):
+        grid.timesteps()

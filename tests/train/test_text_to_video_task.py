@@ -9,6 +9,10 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from vidgen.core import rng
+from vidgen.diffusion.shift import RootShift
+from vidgen.diffusion.timesteps import LogitNormal
+from vidgen.diffusion.weighting import CosMap, mean_weight
 from vidgen.models.dit.config import VARIANTS as DIT_VARIANTS
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
@@ -43,3 +47,20 @@ def test_draws_of_one_clip_are_those_of_the_clip_repeated():
 def test_no_draws_is_an_error():
     with pytest.raises(ValueError, match="draws_per_clip is 0"):
         _task(draws_per_clip=0)
+
+
+def test_weights_multiply_the_loss_of_each_clip():
+    """One clip, so that the loss is its own: equal but for the weight of its timestep."""
+    shifted = LogitNormal(shift=RootShift(base_tokens=2))
+    plain, weighted = _task(density=shifted), _task(density=shifted, weighting=CosMap())
+    model = random_module(lambda: plain.build(nnx.Rngs(0)))
+    vae = VideoVAE(VAE_VARIANTS["tiny"], rngs=nnx.Rngs(1))
+    video = np.random.default_rng(0).integers(0, 256, (1, 5, 16, 16, 3), np.uint8)
+    batch = plain.arrays({"video": video, "caption": ["left"]})
+    key = jax.random.key(2)
+    loss = nnx.jit(lambda task, batch: task.loss(model, vae, batch, key, jnp.asarray(0))[0], static_argnums=0)
+    num_tokens = np.prod(plain.dit.token_grid(*vae.config.latent_shape(5, 16, 16)[:3]))
+    t = shifted.sample(rng.stream(key, "timestep"), 1, int(num_tokens))
+    weight = (CosMap().weight(t) / mean_weight(CosMap(), shifted, int(num_tokens)))[0]
+    assert abs(weight - 1) > 0.01
+    np.testing.assert_allclose(loss(weighted, batch), weight * loss(plain, batch), rtol=1e-5)

@@ -16,6 +16,7 @@ _COMMANDS = {
     "train": "train what an experiment config describes, or resume it",
     "sample": "generate videos from prompts with a trained run",
     "evaluate": "score a VAE on videos, or a video model on prompts",
+    "average": "average a run's weights over another length, from its snapshots",
     "encode": "turn a video into latents of a VAE",
     "decode": "turn latents back into a video",
     "import": "turn a checkpoint of Wan into a folder that everything here reads",

@@ -1,47 +1,109 @@
 """Densities from which training draws timesteps, in [0, 1], 1 being noise."""
 
 import dataclasses
+import math
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
-from vidgen.core.typing import Array, Float
+from vidgen.core.typing import Array, Float, Int
+from vidgen.diffusion.shift import AnyShift, shift_at, shift_timestep
 
-
-def shift_timestep(timestep: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
-    """Moves timesteps towards noise: t -> shift t / (1 + (shift - 1) t) (arXiv 2403.03206, section 5.3.2)."""
-    return shift * timestep / (1.0 + (shift - 1.0) * timestep)
+__all__ = ["AnyDensity", "LogitNormal", "Mode", "TimestepDensity", "Uniform"]
 
 
 @runtime_checkable
 class TimestepDensity(Protocol):
     """Where in time training looks."""
 
-    def sample(self, key: Array, count: int) -> Float[Array, "b"]:
-        """`count` independent timesteps in (0, 1), float32."""
+    def sample(self, key: Array, count: int, num_tokens: int | Int[Array, "b"]) -> Float[Array, "b"]:
+        """`count` timesteps in [0, 1], float32; `num_tokens` is the size of all clips, or of each."""
+        ...
+
+    def quantile(
+        self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """The timesteps below which a share `level`, in (0, 1), of those of a clip of that size are."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform:
-    """Uniform timesteps, shifted."""
+class _Shifted:
+    """What the densities have in common: each is the image of uniform levels under its quantile function.
 
-    kind: Literal["uniform"] = "uniform"
-    shift: float = 1.0
+    Attributes:
+      shift: moves timesteps towards noise, all alike or by the number of tokens of their clips.
+      stratified: levels evenly apart over the batch, from one random start (arXiv 2107.00630, section I.1):
+        the density of each clip's timestep is the same, and the mean over a batch varies less.
+    """
 
-    def sample(self, key: Array, count: int) -> Float[Array, "b"]:
-        return shift_timestep(jax.random.uniform(key, (count,)), self.shift)
+    shift: float | AnyShift = 1.0
+    stratified: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.shift, int | float) and self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be positive; 1 leaves the density as it is")
+
+    def sample(self, key: Array, count: int, num_tokens: int | Int[Array, "b"]) -> Float[Array, "b"]:
+        if self.stratified:
+            level = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+        else:
+            level = jax.random.uniform(key, (count,))
+        # Quantiles of 0 and 1 may be infinite on the way.
+        return self.quantile(jnp.clip(level, 2.0**-24, 1.0 - 2.0**-24), num_tokens)
+
+    def quantile(
+        self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
+    ) -> Float[Array, "..."]:
+        return shift_timestep(self._unshifted(level), shift_at(self.shift, num_tokens))
+
+    def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitNormal:
+class Uniform(_Shifted):
+    """Uniform timesteps, shifted."""
+
+    kind: Literal["uniform"] = "uniform"
+
+    def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
+        return level
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitNormal(_Shifted):
     """The sigmoid of a normal variable, shifted (arXiv 2403.03206, section 3.1)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
-    shift: float = 1.0
 
-    def sample(self, key: Array, count: int) -> Float[Array, "b"]:
-        normal = self.mean + self.std * jax.random.normal(key, (count,))
-        return shift_timestep(jax.nn.sigmoid(normal), self.shift)
+    def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(level))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mode(_Shifted):
+    """More weight on the middle than on the ends, none of which gets rare (arXiv 2403.03206, section 3.1).
+
+    Attributes:
+      scale: in [-1, 2 / (pi - 2)], about [-1, 1.75]; 0 is uniform, above it the middle is preferred, below it
+        the ends.
+    """
+
+    kind: Literal["mode"] = "mode"
+    scale: float = 1.29
+
+    def __post_init__(self):
+        super().__post_init__()
+        largest = 2.0 / (math.pi - 2.0)
+        if not -1.0 <= self.scale <= largest:
+            raise ValueError(f"scale={self.scale}: the mode density takes scales in [-1, {largest:.4f}]")
+
+    def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
+        return level - self.scale * (jnp.square(jnp.sin(0.5 * jnp.pi * level)) - level)
+
+
+AnyDensity = LogitNormal | Uniform | Mode

@@ -7,7 +7,7 @@ from vidgen.core.typing import Array, Bool, Float, Int, Latents
 from vidgen.models.condition import Condition, with_given
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.experts import TwoExperts
-from vidgen.models.dit.model import DiT
+from vidgen.models.dit.model import DiT, RunBlocks
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.video_vae.config import VAEConfig
 
@@ -36,8 +36,18 @@ class TextToVideo(nnx.Module):
         assert self.text is not None
         return Condition(self.text(tokens, mask), mask)
 
-    def velocity(self, latents: Latents, timestep: Float[Array, "b"], condition: Condition) -> Latents:
-        """Velocity of what is not given, float32; as many frames, rows and columns as the latents."""
+    def velocity(
+        self,
+        latents: Latents,
+        timestep: Float[Array, "b"],
+        condition: Condition,
+        run_blocks: RunBlocks | None = None,
+    ) -> Latents:
+        """Velocity of what is not given, float32; as many frames, rows and columns as the latents.
+
+        Args:
+          run_blocks: in the place of `DiT.apply_blocks`.
+        """
         inputs = with_given(latents, condition)
         if condition.is_given is not None:
             pt, ph, pw = self.dit.config.patch_size
@@ -45,7 +55,7 @@ class TextToVideo(nnx.Module):
             timestep = jnp.where(is_given, 0.0, timestep[:, None])
         if condition.beside is not None:
             inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
-        return self.dit(inputs, timestep, condition.text, condition.mask, condition.image)
+        return self.dit(inputs, timestep, condition.text, condition.mask, condition.image, run_blocks)
 
 
 def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> tuple[int, int, int, int]:

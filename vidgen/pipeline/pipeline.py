@@ -1,8 +1,9 @@
 """A video model as a function from prompt, and image, to video."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,20 @@ from vidgen.core import pixels
 from vidgen.core.typing import Float, Latents, UInt8
 from vidgen.data.image_reader import fit_image, read_image
 from vidgen.data.source import BrokenClip
+from vidgen.diffusion.shift import AnyShift
 from vidgen.models.clip import images as clip_images
 from vidgen.models.clip.model import CLIPVision
 from vidgen.models.condition import PromptEncoder
+from vidgen.models.dit.lora_file import load_lora
+from vidgen.models.dit.model import DiT
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.nn.lora import merge_low_rank
+from vidgen.sampling.caching import TeaCache
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, first_frame
 from vidgen.sampling.generate import SamplingOptions, denoise, seeded_noise
+from vidgen.sampling.guidance import AnyGuidance
 from vidgen.sampling.steppers import AnyStepper, UniPC
-from vidgen.sampling.time_grid import TimeGrid
 
 __all__ = ["AnyImage", "Pipeline"]
 
@@ -80,8 +86,12 @@ class Pipeline:
         width: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        shift: float | None = None,
+        guidance_scale_2: float | None = None,
+        guidance: AnyGuidance | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        shift: float | AnyShift | None = None,
         stepper: AnyStepper | None = None,
+        cache: TeaCache | None = None,
         seed: int = 0,
         noise: Float[np.ndarray, "b tz hz wz z"] | None = None,
     ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
@@ -98,7 +108,11 @@ class Pipeline:
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
           steps: of the sampler.
           guidance_scale: 1 is none.
+          guidance_scale_2: of the transformer for little noise, where there are two.
+          guidance: how the velocities with and without the prompt are combined.
+          guidance_interval: timesteps, from 0 (data) to 1 (noise), between which there is guidance.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
+          cache: reuses what most of the transformer computed in steps that are like the last.
           stepper: integrator; `UniPC` is on the timesteps that Wan's sampler visits.
           seed: the same seed gives the same video on any number of devices.
           noise: to begin with, in the place of that of the seed; of the shape of the latents.
@@ -116,7 +130,16 @@ class Pipeline:
             raise ValueError("found no prompt: give at least one")
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
-        options = self._options(steps, guidance_scale, shift, stepper)
+        options = self._options(
+            steps,
+            shift,
+            stepper,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            cache=cache,
+        )
         with jax.set_mesh(self.mesh):
             start = self._noise(prompts, (frames, rows, columns), seed, noise)
             parts = self._given(image, last_image, start, (frames, rows, columns))
@@ -130,25 +153,48 @@ class Pipeline:
             )
         return videos[0] if isinstance(prompt, str) else videos
 
-    def _options(
+    def add_lora(
         self,
-        steps: int | None,
-        guidance_scale: float | None,
-        shift: float | None,
-        stepper: AnyStepper | None,
+        path: pathlib.Path | str,
+        *,
+        scale: float = 1.0,
+        expert: Literal["high_noise", "low_noise"] | None = None,
+    ) -> None:
+        """Adds the update of a LoRA file (PEFT's or ComfyUI's spelling) to the transformer's weights.
+
+        Args:
+          scale: of the update; a second call with the negative of it takes it away, but for rounding.
+          expert: which of two transformers; None is both.
+
+        Raises:
+          FileNotFoundError: no such file.
+          WeightsError: the file holds something else, or is of another model.
+          ValueError: `expert` of a model that has one transformer.
+        """
+        dit = self.model.dit
+        if isinstance(dit, DiT):
+            if expert is not None:
+                raise ValueError(f"expert={expert!r}: the model has one transformer; leave it out")
+            targets = [dit]
+        else:
+            targets = [getattr(dit, name) for name in ("high_noise", "low_noise") if expert in (None, name)]
+        for target in targets:
+            load_lora(target, path, scale=scale)
+            merge_low_rank(target)
+
+    def _options(
+        self, steps: int | None, shift: float | AnyShift | None, stepper: AnyStepper | None, **others: Any
     ) -> SamplingOptions:
+        """The model's options but for those that are given."""
         default = self.options
-        convention = default.grid.convention
+        grid = {"num_steps": steps, "shift": shift}
         if stepper is not None and stepper != default.stepper:
-            convention = "unipc" if isinstance(stepper, UniPC) else "even"
-        return SamplingOptions(
-            grid=TimeGrid(
-                num_steps=default.grid.num_steps if steps is None else steps,
-                shift=default.grid.shift if shift is None else shift,
-                convention=convention,
-            ),
-            stepper=default.stepper if stepper is None else stepper,
-            guidance_scale=default.guidance_scale if guidance_scale is None else guidance_scale,
+            grid["convention"] = "unipc" if isinstance(stepper, UniPC) else "even"
+        given = {"stepper": stepper, **others}
+        return dataclasses.replace(
+            default,
+            grid=dataclasses.replace(default.grid, **_without_none(grid)),
+            **_without_none(given),
         )
 
     def _noise(
@@ -202,6 +248,10 @@ class Pipeline:
         positions = self.model.dit.config.image_positions
         if positions and image is not None and last_image is None:
             raise ValueError("last_image is missing: the model makes videos of a first and a last frame")
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @jax.jit

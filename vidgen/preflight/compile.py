@@ -21,6 +21,7 @@ from vidgen.preflight.topology import GIB, PreflightError
 from vidgen.train.experiment import Experiment
 from vidgen.train.loop import step_options
 from vidgen.train.optimizer import partitioned
+from vidgen.train.power_law import averaging
 from vidgen.train.state import TrainState, abstract_state
 from vidgen.train.step import make_train_step
 from vidgen.train.task import Task
@@ -76,7 +77,8 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
-    transformation = partitioned(experiment.optimizer, task.apart, options.num_steps)
+    optimizer = partitioned(experiment.optimizer, task.apart, options.num_steps)
+    transformation = averaging(optimizer, options.power_law)
     state, graphdef = abstract_state(task, transformation, mesh)
     frozen_graphdef, frozen = _abstract_frozen(task, vae, mesh)
     batch = _abstract_batch(experiment, task, mesh)

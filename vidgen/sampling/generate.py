@@ -2,20 +2,26 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
-from vidgen.core.typing import Array, Float, Latents, UInt8, UInt32
+from vidgen.core.typing import Array, Bool, Float, Latents, UInt8, UInt32
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.condition import Condition, with_given
+from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.dit.model import DiT
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
-from vidgen.sampling.guidance import classifier_free_guidance
+from vidgen.sampling.caching import CachedPasses, TeaCache
+from vidgen.sampling.guidance import AnyGuidance, ClassifierFree
+from vidgen.sampling.network import Conditional, Direct, Guided, Passes, SteppedNetwork
 from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import AnyStepper, DPMSolver
 from vidgen.sampling.time_grid import TimeGrid
@@ -30,12 +36,29 @@ class SamplingOptions:
     Attributes:
       grid: timesteps visited.
       stepper: integrator.
-      guidance_scale: of classifier-free guidance; 1 is none, at half the cost.
+      guidance_scale: 1 is no guidance, at half the cost.
+      guidance_scale_2: of the transformer for little noise, for models with two; None is the same.
+      guidance: how the velocities with and without the prompt are combined.
+      guidance_interval: for timesteps low < t <= high there is guidance (arXiv 2404.07724); steps that begin
+        elsewhere cost half.
+      cache: reuses what the transformer's blocks added in earlier steps; None computes every step.
     """
 
     grid: TimeGrid = TimeGrid()
     stepper: AnyStepper = DPMSolver()
     guidance_scale: float = 4.0
+    guidance_scale_2: float | None = None
+    guidance: AnyGuidance = ClassifierFree()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache: TeaCache | None = None
+
+    def __post_init__(self):
+        low, high = self.guidance_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval}: expected 0 <= low < high <= 1; "
+                "guidance_scale=1 is no guidance"
+            )
 
 
 _MAX_SEED = 2**32 - 1
@@ -103,17 +126,30 @@ def denoise(
     Args:
       positive: conditions of the clips.
       negative: what guidance leads away from; not looked at without guidance.
+
+    Raises:
+      ValueError: an option that the model has no use for.
     """
-    guided = options.guidance_scale != 1.0
+    experts = isinstance(model.dit, TwoExperts)
+    if options.cache is not None and experts:
+        raise ValueError("cache: a model with two transformers has none; leave it out")
+    if options.guidance_scale_2 is not None and not experts:
+        raise ValueError("guidance_scale_2 is for models with two transformers; leave it out")
+    scale = options.guidance_scale
+    second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
+    num_tokens = math.prod(model.dit.config.token_grid(*noise.shape[1:4]))
+    guided = (scale, second) != (1.0, 1.0)
     video = _denoise(
         model,
         vae,
         noise,
         positive,
         negative if guided else None,
-        np.float32(options.guidance_scale),
-        grid=options.grid,
-        stepper=options.stepper,
+        np.array([scale, second], np.float32),
+        # The scales are an argument, for which nothing is compiled anew.
+        options=dataclasses.replace(
+            options, grid=options.grid.for_tokens(num_tokens), guidance_scale=0.0, guidance_scale_2=None
+        ),
     )
     return np.asarray(video)
 
@@ -123,23 +159,52 @@ def _noise(seeds: UInt32[Array, "b"], *, shape: tuple[int, int, int, int]) -> La
     return constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "stepper"))
+@functools.partial(jax.jit, static_argnames="options")
 def _denoise(
     model: TextToVideo,
     vae: VideoVAE,
     noise: Latents,
     positive: Condition,
     negative: Condition | None,
-    guidance_scale: Float[Array, ""],
+    scales: Float[Array, "2"],
     *,
-    grid: TimeGrid,
-    stepper: AnyStepper,
+    options: SamplingOptions,
 ) -> UInt8[Array, "b t h w 3"]:
-    if negative is not None:
-        network = classifier_free_guidance(model.velocity, positive, negative, guidance_scale)
+    timesteps = options.grid.timesteps()[:-1]
+    low, high = options.guidance_interval
+    steps = (low < timesteps) & (timesteps <= high) & (negative is not None)
+    passes = _passes(model, steps, options)
+    if steps.any():
+        network: SteppedNetwork = Guided(
+            passes=passes,
+            positive=positive,
+            negative=negative,
+            guidance=options.guidance,
+            scale=_scale_by_step(model, scales, options.grid),
+            steps=steps,
+        )
     else:
-        network = functools.partial(model.velocity, condition=positive)
-    latents = with_given(sample(network, noise, grid=grid, stepper=stepper), positive)
+        network = Conditional(passes=passes, condition=positive)
+    latents = sample(network, noise, grid=options.grid, stepper=options.stepper)
+    latents = with_given(latents, positive)
     video = streaming.decode(vae, latents, emit=pixels.to_uint8)
     # Whole on every device, so that each process can read it.
     return constrain(video, None, None, None, None, None)
+
+
+def _scale_by_step(model: TextToVideo, scales: Float[Array, "2"], grid: TimeGrid) -> Float[Array, "s"]:
+    """The first scale; below the boundary of two transformers the second."""
+    boundary = model.dit.boundary if isinstance(model.dit, TwoExperts) else 0.0
+    return jnp.where(jnp.asarray(grid.told()[:-1] >= np.float32(boundary)), scales[0], scales[1])
+
+
+def _passes(model: TextToVideo, guided: Bool[np.ndarray, "s"], options: SamplingOptions) -> Passes:
+    """The model's passes: those of every step, or those that the cache leaves."""
+    if options.cache is None:
+        return Direct(model.velocity)
+    # What the negative prompt's tokens had added is not known where guidance begins.
+    forced = guided & ~np.roll(guided, 1)
+    forced[[0, -1]] = True
+    told = jnp.asarray(options.grid.told()[:-1])
+    assert isinstance(model.dit, DiT)
+    return CachedPasses(model=model, computed=options.cache.computed(model.dit, told, forced))

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from vidgen.core.typing import Float
+from vidgen.diffusion.shift import AnyShift, shift_at
 
 _TRAINED = 1000
 """Timesteps of the schedulers whose conventions are followed."""
@@ -16,6 +17,7 @@ class TimeGrid:
     """Timesteps from 1 (noise) to 0, moved towards noise by `shift`.
 
     Attributes:
+      shift: a number, or a rule by which it follows the size of the clip (`for_tokens`).
       convention: `even` is evenly spaced before the shift. The others are those of schedulers of diffusers,
         for results that equal theirs: `unipc` (`UniPCMultistepScheduler` with flow sigmas; Wan's own) begins
         a little below 1, goes down to 1 / 1000 before 0, and tells the network thousandths, rounded down;
@@ -23,14 +25,18 @@ class TimeGrid:
     """
 
     num_steps: int = 30
-    shift: float = 1.0
+    shift: float | AnyShift = 1.0
     convention: Literal["even", "unipc", "flow_match_euler"] = "even"
 
     def __post_init__(self):
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps}: sampling needs at least one step")
-        if self.shift <= 0:
+        if isinstance(self.shift, int | float) and self.shift <= 0:
             raise ValueError(f"shift={self.shift} must be positive; 1 leaves the grid evenly spaced")
+
+    def for_tokens(self, num_tokens: int) -> "TimeGrid":
+        """The grid for clips of so many tokens, whose shift is a number."""
+        return dataclasses.replace(self, shift=float(shift_at(self.shift, num_tokens)))
 
     def timesteps(self) -> Float[np.ndarray, "s"]:
         """The `num_steps` + 1 boundaries, decreasing from 1 (or a little less) to 0, float32."""
@@ -54,4 +60,6 @@ class TimeGrid:
         return np.append(t, 0.0)
 
     def _shifted(self, t: np.ndarray | np.floating) -> np.ndarray:
+        if not isinstance(self.shift, int | float):
+            raise ValueError("the shift of this grid depends on the size: use grid.for_tokens(num_tokens)")
         return np.asarray(self.shift * t / (1.0 + (self.shift - 1.0) * t))

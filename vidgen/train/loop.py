@@ -19,8 +19,10 @@ from vidgen.train.interrupt import StopSignal
 from vidgen.train.metrics import MetricsWriter
 from vidgen.train.optimizer import AdamW, Muon, partitioned
 from vidgen.train.options import RunOptions
+from vidgen.train.power_law import averaging
 from vidgen.train.progress import Progress
 from vidgen.train.recent import RecentSteps
+from vidgen.train.snapshots import save_snapshots
 from vidgen.train.start import start_from
 from vidgen.train.state import (
     TrainState,
@@ -80,7 +82,7 @@ def fit(
     """
     workdir = pathlib.Path(workdir)
     main = processes.is_main_process()
-    tx = partitioned(optimizer, task.apart, options.num_steps)
+    tx = averaging(partitioned(optimizer, task.apart, options.num_steps), options.power_law)
     schedule = optimizer.schedule(options.num_steps)
     with jax.set_mesh(mesh), _checkpoints(workdir, options) as checkpoints, StopSignal() as stop:
         state, graphdef, start = _restore_or_init(task, tx, options, loader, mesh, checkpoints)
@@ -113,6 +115,9 @@ def fit(
                 if ending or checkpoints.should_save(step):
                     recent.check()
                     checkpoints.save(step, state, {_DATA: loader.get_state()})
+                if options.power_law and options.power_law.due(step, options.num_steps):
+                    recent.check()
+                    save_snapshots(workdir, step, state.opt_state, options.power_law)
                 if interrupted:
                     break
     if step < options.num_steps and main:

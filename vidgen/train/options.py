@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from vidgen.train.power_law import PowerLaw
+
 __all__ = ["RunOptions"]
 
 
@@ -21,6 +23,8 @@ class RunOptions:
       keep: how many of the newest checkpoints stay.
       keep_every: checkpoints at multiples of this stay too; None keeps the newest only.
       ema_decay: of the averaged weights.
+      power_law: further averages, snapshots of which give weights averaged over any length afterwards
+        (`vidgen average`); None keeps none.
       grad_clip: largest global norm of the gradient, or None.
       grad_accumulation: micro-batches per step.
       num_threads: that decode clips, per process.
@@ -36,6 +40,7 @@ class RunOptions:
     keep: int = 2
     keep_every: int | None = None
     ema_decay: float = 0.999
+    power_law: PowerLaw | None = None
     grad_clip: float | None = 1.0
     grad_accumulation: int = 1
     num_threads: int = 2

@@ -1,6 +1,7 @@
 """Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from flax import nnx
 from vidgen.core import pixels, rng
 from vidgen.core.typing import Array, Bool, Float, Int, Metrics
 from vidgen.diffusion.rectified_flow import velocity_loss
-from vidgen.diffusion.timesteps import LogitNormal, Uniform
+from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
+from vidgen.diffusion.weighting import AnyWeighting, mean_weight
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
@@ -33,6 +35,7 @@ class TextToVideoTask:
       vae: workdir of a VAE's training run, or of any run that used one.
       caption_dropout: share of clips trained with an empty prompt.
       density: where in time training looks.
+      weighting: how much errors count there, 1 on average over the density; None is evenly.
       draws_per_clip: noises and timesteps that each clip is seen with in a step. A clip is encoded once for
         all of them: the transformer's batch is this many times the clips'.
     """
@@ -42,7 +45,8 @@ class TextToVideoTask:
     dit: DiTConfig = DiTConfig()
     text: ByteEncoderConfig = ByteEncoderConfig()
     caption_dropout: float = 0.1
-    density: LogitNormal | Uniform = LogitNormal()
+    density: AnyDensity = LogitNormal()
+    weighting: AnyWeighting | None = None
     draws_per_clip: int = 1
 
     def __post_init__(self):
@@ -103,8 +107,12 @@ class TextToVideoTask:
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
         )
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
-        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean))
+        num_tokens = math.prod(self.dit.token_grid(*clean.shape[1:4]))
+        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean), num_tokens)
         losses = velocity_loss(lambda x, t: model.velocity(x, t, condition), clean, noise, timestep)
+        if self.weighting is not None:
+            mean = mean_weight(self.weighting, self.density, num_tokens)
+            losses = losses * self.weighting.weight(timestep) / mean
         return losses.mean(), {"latent_std": clean.std()}
 
     def _drop_captions(

@@ -1,5 +1,6 @@
 """The patch transformer: noisy latents, timesteps and text features to velocity."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class DiT(nnx.Module):
         text: Float[Array, "b l e"],
         text_mask: Bool[Array, "b l"] | None = None,
         image: Float[Array, "i m g"] | None = None,
+        run_blocks: "RunBlocks | None" = None,
     ) -> Float[Array, "b tz hz wz v"]:
         """Velocity (noise - clean latents) in float32, as many frames, rows and columns as the latents.
 
@@ -47,6 +49,7 @@ class DiT(nnx.Module):
             without it all are seen, as by Wan, whose features beyond the prompt are zeros.
           image: features of the image encoder, for a model with `image_dim`: of one image per clip, or of
             first and last frames by turns for one with `image_positions`.
+          run_blocks: in the place of `apply_blocks`.
 
         Raises:
           ValueError: the latents do not divide into patches, or their channels are not `in_channels`; an
@@ -70,6 +73,7 @@ class DiT(nnx.Module):
             positions=grid_positions(*grid)[None],
             text_mask=text_mask,
             image=image,
+            run_blocks=run_blocks,
         )
         return unpatchify(tokens, grid, config.patch_size)
 
@@ -83,6 +87,7 @@ class DiT(nnx.Module):
         text_mask: Bool[Array, "b l"] | None = None,
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
         image: Float[Array, "i m g"] | None = None,
+        run_blocks: "RunBlocks | None" = None,
     ) -> Float[Array, "b s q"]:
         """Velocity of the patch of each token, float32; of one clip per row, or of several.
 
@@ -101,7 +106,8 @@ class DiT(nnx.Module):
             segment_ids=segment_ids,
             image=image,
         )
-        return self.head(self.apply_blocks(x, conditions), embedded).astype(jnp.float32)
+        x = (run_blocks or type(self).apply_blocks)(self, x, conditions)
+        return self.head(x, embedded).astype(jnp.float32)
 
     def embed(
         self,
@@ -137,6 +143,10 @@ class DiT(nnx.Module):
             return None
         assert self.condition_embedder.image is not None
         return self.condition_embedder.image(features.astype(self.config.dtype))
+
+
+RunBlocks = Callable[[DiT, Array, dict[str, Any]], Array]
+"""Of a transformer, its tokens and its conditions, the tokens that the blocks make."""
 
 
 def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:

@@ -1,0 +1,134 @@
+"""Steps without the transformer's blocks, on a small model with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.random_weights import random_module
+from vidgen.core.config import ConfigError, resolve
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import patchify, unpatchify
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text_to_video import Condition, TextToVideo
+from vidgen.nn.embeddings import grid_positions
+from vidgen.sampling.caching import CachedPasses, CachePolicy, TeaCache
+from vidgen.sampling.guidance import ClassifierFree
+from vidgen.sampling.network import Conditional, Direct, Guided, Passes
+from vidgen.sampling.sampler import sample
+from vidgen.sampling.steppers import Heun
+from vidgen.sampling.time_grid import TimeGrid
+
+SHAPE = (2, 1, 4, 4, 4)
+GRID = TimeGrid(num_steps=8)
+TOLD = jnp.asarray(GRID.told()[:-1])
+FORCED = np.array([True] + 6 * [False] + [True])
+
+
+def model_of(dtype="float32"):
+    dit = DiTConfig(
+        in_channels=4,
+        model_dim=16,
+        num_layers=2,
+        num_heads=2,
+        ffn_dim=16,
+        text_dim=8,
+        freq_dim=8,
+        dtype=dtype,
+    )
+    text = ByteEncoderConfig(dim=8, num_layers=1, num_heads=2, ffn_dim=8, max_bytes=4)
+    return random_module(lambda: TextToVideo(dit, text, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def array(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def condition(seed):
+    return Condition(array(seed, 2, 4, 8), jnp.asarray([[True] * 4, [True, True, False, False]]))
+
+
+def test_steps_are_computed_when_the_summed_change_reaches_the_threshold(model):
+    assert isinstance(TeaCache(), CachePolicy)
+    modulation = np.asarray(model.dit.condition_embedder.time(TOLD[None])[1], np.float64).reshape(8, -1)
+    change = np.abs(modulation[1:] - modulation[:-1]).sum(1) / np.abs(modulation[:-1]).sum(1)
+    for power, threshold in ((1, 1.5 * change.mean()), (2, 3.5 * np.square(change).mean())):
+        total, expected = 0.0, [True]
+        for step in range(1, 8):
+            total += change[step - 1] ** power
+            expected.append(bool(total >= threshold or FORCED[step]))
+            total = 0.0 if expected[-1] else total
+        cache = TeaCache(threshold=float(threshold), coefficients=(1.0, 0.0, 0.0) if power == 2 else ())
+        assert cache.computed(model.dit, TOLD, FORCED).tolist() == expected
+        assert 2 < sum(expected) < 7
+
+
+def test_threshold_0_computes_all_and_a_high_one_what_must_be(model):
+    computed = lambda **options: TeaCache(**options).computed(model.dit, TOLD, FORCED)  # noqa: E731
+    assert computed(threshold=0.0).all() and computed(threshold=0.0, coefficients=(-1.0, 0.0)).all()
+    assert computed(threshold=1e9).tolist() == FORCED.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_blocks_added_is_added_again(dtype):
+    model, text = model_of(dtype), condition(0)
+    dit, (first, second), t = model.dit, array(1, 2, *SHAPE), jnp.asarray([[0.9, 0.9], [0.7, 0.7]])
+    passes = CachedPasses(model=model, computed=jnp.asarray([True, False]))
+    assert isinstance(passes, Passes)
+
+    def both(passes):
+        one, memory = passes.apply(first, t[0], text, passes.init(first), jnp.asarray(0))
+        return one, passes.apply(second, t[1], text, memory, jnp.asarray(1))[0]
+
+    def tokens(latents, t):
+        positions = grid_positions(1, 2, 2)[None]
+        patches = patchify(latents, dit.config.patch_size)
+        return dit.embed(patches, t[:, None], text.text, positions=positions, text_mask=text.mask)
+
+    one, two = both(passes)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
+    np.testing.assert_allclose(one, model.velocity(first, t[0], text), **tolerance)
+    x, _, conditions = tokens(first, t[0])
+    added = dit.apply_blocks(x, conditions) - x
+    x, embedded, _ = tokens(second, t[1])
+    expected = unpatchify(dit.head(x + added, embedded).astype(jnp.float32), (1, 2, 2), (1, 2, 2))
+    np.testing.assert_allclose(two, expected, **tolerance)
+    assert np.abs(two - model.velocity(second, t[1], text)).max() > 0.1
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guided):
+    """Of a stepper with two calls per step."""
+
+    def run(passes):
+        if not guided:
+            return Conditional(passes=passes, condition=condition(0))
+        steps = np.array([False, True, True, False, False, True, False, False])
+        return Guided(
+            passes=passes,
+            positive=condition(0),
+            negative=condition(1),
+            guidance=ClassifierFree(),
+            scale=3.0,
+            steps=steps,
+        )
+
+    @jax.jit
+    def trajectories(model, noise):
+        cached = CachedPasses(model=model, computed=TeaCache(threshold=0.0).computed(model.dit, TOLD, FORCED))
+        made = (sample(run(p), noise, grid=GRID, stepper=Heun()) for p in (cached, Direct(model.velocity)))
+        return tuple(made)
+
+    found, expected = trajectories(model, array(2, *SHAPE))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_thresholds_that_are_none():
+    with pytest.raises(ConfigError, match=r"threshold=-0\.1 must be 0, which computes every step, or more"):
+        resolve(TeaCache, {"threshold": -0.1})

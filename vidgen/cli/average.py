@@ -1,0 +1,85 @@
+"""`vidgen average`: a run's weights averaged over another length, found after training."""
+
+import argparse
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+
+from vidgen.cli.main import run
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit --config.run.power_law.every=500
+  vidgen average --checkpoint runs/dit --sigma-rel 0.15 --out runs/dit-0.15
+  vidgen sample --checkpoint runs/dit-0.15 --prompt "a red circle moving left" --out a.mp4
+
+The run has kept averages of two widths (run.power_law); snapshots of these give those of any width (arXiv
+2312.02696). What is written is the folder of a run to sample from, to evaluate, or to start others from
+(run.init_from); it has no optimizer state to go on with.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments after the command's name.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.out.exists():
+        raise ValueError(f"--out {arguments.out} is there already: name a folder that is not")
+
+    # What needs jax is imported late: --help and wrong options answer at once.
+    import optax
+
+    from vidgen.ckpt.manager import CheckpointManager
+    from vidgen.parallel.mesh import MeshOptions
+    from vidgen.train.experiment import load_experiment
+    from vidgen.train.snapshots import averaged_weights
+    from vidgen.train.state import abstract_state, restore_averaged
+
+    experiment = load_experiment(arguments.checkpoint)
+    if experiment.task.kind != "text_to_video":
+        raise ValueError(
+            f"{arguments.checkpoint} is a run of kind {experiment.task.kind!r}, whose weights are read from "
+            "its vae folder; averages are made for runs of kind 'text_to_video'"
+        )
+    abstract, _ = abstract_state(experiment.task, optax.identity(), MeshOptions().build())
+    step, params = averaged_weights(
+        arguments.checkpoint, abstract.params, arguments.sigma_rel, arguments.step
+    )
+    _, _, buffers = restore_averaged(arguments.checkpoint, abstract)
+    arguments.out.mkdir(parents=True)
+    shutil.copy(arguments.checkpoint / "config.json", arguments.out)
+    shutil.copytree(arguments.checkpoint / "vae", arguments.out / "vae")
+    with CheckpointManager(arguments.out / "checkpoints") as checkpoints:
+        checkpoints.save(step, {"ema": params, "buffers": buffers})
+    print(f"{arguments.out}: weights at step {step}, averaged with sigma_rel {arguments.sigma_rel:g}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vidgen average",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to be made")
+    parser.add_argument(
+        "--sigma-rel",
+        required=True,
+        type=float,
+        help="width of the average, relative to the steps until then: 0.05 is short, 0.25 long",
+    )
+    parser.add_argument("--step", type=int, help="of a snapshot; the newest where not given")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

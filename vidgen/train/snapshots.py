@@ -1,0 +1,83 @@
+"""Snapshots of a run's power-law averages, and weights averaged over other lengths made of them."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.typing import PyTree
+from vidgen.parallel import processes
+from vidgen.train.power_law import Averaged, PowerLaw, combination, exponent
+
+__all__ = ["SnapshotError", "averaged_weights", "save_snapshots"]
+
+_FOLDER = "averages"
+
+
+class SnapshotError(ValueError):
+    """There is nothing to make an average of; the message says where, and what to do."""
+
+
+def save_snapshots(workdir: pathlib.Path | str, step: int, opt_state: Averaged, options: PowerLaw) -> None:
+    """Writes the averages to `workdir`/averages, in a file each, and last the JSON that lists them.
+
+    With several processes all of them must call this; process 0 writes.
+    """
+    folder = pathlib.Path(workdir) / _FOLDER
+    listed = []
+    for number, (sigma_rel, average) in enumerate(zip(options.sigma_rels, opt_state.averages, strict=True)):
+        name = f"step_{step:07d}_{number}.safetensors"
+        save_weights(folder / name, average)
+        listed.append({"file": name, "sigma_rel": sigma_rel})
+    about = {"step": step, "updates": int(opt_state.count), "averages": listed}
+    if processes.is_main_process():
+        write_json(folder / f"step_{step:07d}.json", about)
+
+
+def averaged_weights(
+    workdir: pathlib.Path | str, abstract_params: PyTree, sigma_rel: float, step: int | None = None
+) -> tuple[int, PyTree]:
+    """The weights of a run averaged with another width, at the step of one of its snapshots.
+
+    It is the combination of all averages up to that step whose profile is nearest in least squares.
+
+    Args:
+      abstract_params: of the run's model, with the shardings that the arrays shall have.
+      sigma_rel: width of the average, relative to the training until then.
+      step: of a snapshot; None is the newest.
+
+    Returns:
+      The step, the parameters.
+
+    Raises:
+      SnapshotError: there are no snapshots, or none of that step.
+      ValueError: no average is as wide.
+    """
+    folder = pathlib.Path(workdir) / _FOLDER
+    power = exponent(sigma_rel)
+    snapshots = {about["step"]: about for about in map(_read, sorted(folder.glob("step_*.json")))}
+    if not snapshots:
+        raise SnapshotError(f"{folder} holds no snapshots: train with run.power_law")
+    end = max(snapshots) if step is None else step
+    if end not in snapshots:
+        raise SnapshotError(f"{folder} has no snapshot of step {end}; there are {sorted(snapshots)}")
+    files, profiles = [], []
+    for about in (snapshots[s] for s in sorted(snapshots) if s <= end):
+        for average in about["averages"]:
+            files.append(folder / average["file"])
+            profiles.append((about["updates"], exponent(average["sigma_rel"])))
+    shares = combination(profiles, (snapshots[end]["updates"], power))
+    total = None
+    for file, share in zip(files, shares, strict=True):
+        average = load_weights(file, abstract_params)
+        part = jax.tree.map(lambda x, share=share: jnp.float32(share) * x, average)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return end, total
+
+
+def _read(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text())
