@@ -8,10 +8,12 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.core.config import ConfigError, resolve
+from vidgen.models.condition import Condition
 from vidgen.models.dit.config import DiTConfig
-from vidgen.models.dit.model import patchify, unpatchify
+from vidgen.models.dit.model import DiT, patchify, unpatchify
 from vidgen.models.text.config import ByteEncoderConfig
-from vidgen.models.text_to_video import Condition, TextToVideo
+from vidgen.models.text.model import ByteEncoder
+from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.embeddings import grid_positions
 from vidgen.sampling.caching import CachedPasses, CachePolicy, TeaCache
 from vidgen.sampling.guidance import ClassifierFree
@@ -38,7 +40,7 @@ def model_of(dtype="float32"):
         dtype=dtype,
     )
     text = ByteEncoderConfig(dim=8, num_layers=1, num_heads=2, ffn_dim=8, max_bytes=4)
-    return random_module(lambda: TextToVideo(dit, text, rngs=nnx.Rngs(0)))
+    return random_module(lambda: TextToVideo(DiT(dit, rngs=nnx.Rngs(0)), ByteEncoder(text, rngs=nnx.Rngs(1))))
 
 
 @pytest.fixture(scope="module")
