@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
@@ -17,6 +18,17 @@ class Condition(NamedTuple):
 
     text: Float[Array, "b l e"]
     mask: Bool[Array, "b l"]
+
+
+class PackedCondition(NamedTuple):
+    """The prompts of rows of several clips, one after the other; a pytree with the batch first.
+
+    `segment_ids` says which clip of its row, from 1 on, each text token is for.
+    """
+
+    text: Float[Array, "b r e"]
+    mask: Bool[Array, "b r"]
+    segment_ids: Int[Array, "b r"]
 
 
 class TextToVideo(nnx.Module):
@@ -37,6 +49,41 @@ class TextToVideo(nnx.Module):
     def velocity(self, latents: Latents, timestep: Float[Array, "b"], condition: Condition) -> Latents:
         """Velocity, shaped as the latents, float32."""
         return self.dit(latents, timestep, condition.text, condition.mask)
+
+    def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
+        """Encodes the tokenized prompts of up to g clips per row, each by itself."""
+        rows, clips, length = tokens.shape
+        text = self.text(tokens.reshape(rows * clips, length), mask.reshape(rows * clips, length))
+        owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], tokens.shape)
+        return PackedCondition(
+            text.reshape(rows, clips * length, -1), mask.reshape(rows, -1), owner.reshape(rows, -1)
+        )
+
+    def packed_velocity(
+        self,
+        patches: Float[Array, "b s p"],
+        timestep: Float[Array, "b s"],
+        condition: PackedCondition,
+        *,
+        positions: Int[Array, "b s 3"],
+        segment_ids: Int[Array, "b s"],
+    ) -> Float[Array, "b s p"]:
+        """Velocity of each token's patch, float32; a clip's is what `velocity` gives for the clip alone.
+
+        Args:
+          patches: of noisy latents, as `vidgen.models.dit.model.patchify` orders them.
+          timestep: of each token.
+          positions: time, row and column of each token on the grid of its clip.
+          segment_ids: which clip of its row each token belongs to, from 1 on; 0 is padding.
+        """
+        return self.dit.tokens(
+            patches,
+            timestep,
+            condition.text,
+            positions=positions,
+            text_mask=condition.mask,
+            segment_ids=(segment_ids, condition.segment_ids),
+        )
 
 
 def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
