@@ -1,6 +1,7 @@
 """Rows of several clips give each clip what it gives alone: outputs, losses, gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def back(tokens, shape):
     return latents
 
 
-def loss_of_rows(model, noise):
+def loss_of_rows(model, patches, noise):
     rows = jax.tree.map(jnp.asarray, dataclasses.asdict(packed()))
     condition = model.packed_condition(rows["tokens"], rows["mask"])
     times = np.zeros((len(ROWS), G), np.float32)
@@ -90,10 +91,20 @@ def loss_of_rows(model, noise):
         )
         return outputs[0]
 
-    losses, there = packed_velocity_loss(
-        network, rows["patches"], jnp.asarray(noise), jnp.asarray(times), rows["segment_ids"]
-    )
+    losses, there = packed_velocity_loss(network, patches, noise, jnp.asarray(times), rows["segment_ids"])
     return losses.sum() / there.sum(), (losses, there, outputs[0])
+
+
+@pytest.fixture(scope="module")
+def of_rows(model):
+    """Loss, gradients and what else `loss_of_rows` gives, for the noise of the rows."""
+    return functools.partial(compiled(model, loss_of_rows), nnx.state(model, graph=False))
+
+
+def compiled(model, loss):
+    graphdef, _ = nnx.split(model, graph=False)
+    function = lambda state, *arrays: loss(nnx.merge(graphdef, state), *arrays)  # noqa: E731
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
 
 
 def loss_alone(model, latents, noise, time, tokens, mask):
@@ -133,15 +144,10 @@ def test_patches_of_any_shape_are_in_the_order_of_the_transformer(patch):
     np.testing.assert_array_equal(made, patchify(jnp.asarray(latents)[None], patch)[0])
 
 
-def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, noise):
-    graphdef, state = nnx.split(model, graph=False)
-
-    def compiled(loss):
-        function = lambda state, *arrays: loss(nnx.merge(graphdef, state), *arrays)  # noqa: E731
-        return jax.jit(jax.value_and_grad(function, has_aux=True))
-
-    (loss, (losses, there, outputs)), grads = compiled(loss_of_rows)(state, noise[0])
-    alone, segment_ids = compiled(loss_alone), packed().segment_ids
+def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, of_rows, noise):
+    state = nnx.state(model, graph=False)
+    (loss, (losses, there, outputs)), grads = of_rows(packed().patches, noise[0])
+    alone, segment_ids = compiled(model, loss_alone), packed().segment_ids
     np.testing.assert_array_equal(there, [[True] * 3, [True, False, False], [True, True, False]])
     texts = zip(*tokenize([one["caption"] for one in CLIPS], TASK.text.max_bytes), strict=True)
     expected_losses, expected_grads = [], []
@@ -160,49 +166,51 @@ def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, noise)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0.1
 
 
-def test_padding_is_never_seen(model, noise):
+def test_padding_is_never_seen(of_rows, noise):
     """Whatever lies in the padding, nothing else changes."""
     rows = packed()
-    loss, (losses, _, _) = loss_of_rows(model, noise[0])
-    other = np.where((rows.segment_ids == 0)[..., None], 100.0, noise[0]).astype(np.float32)
-    changed, (changed_losses, _, _) = loss_of_rows(model, other)
-    np.testing.assert_array_equal(losses, changed_losses)
-    assert loss == changed
+    padding = (rows.segment_ids == 0)[..., None]
+    given = of_rows(rows.patches, noise[0])
+    changed = of_rows(*(np.where(padding, 9.0, x).astype(np.float32) for x in (rows.patches, noise[0])))
+    (loss, (losses, _, outputs)), grads = given
+    (loss2, (losses2, _, outputs2)), grads2 = changed
+    assert loss == loss2
+    jax.tree.map(np.testing.assert_array_equal, (losses, grads), (losses2, grads2))
+    same = np.asarray(outputs == outputs2).all(-1)
+    np.testing.assert_array_equal(same, ~padding[..., 0])  # it was really changed
 
 
-def task_loss(task, batch, model):
-    loss = jax.jit(lambda model, batch: task.loss(model, None, batch, jax.random.key(2), jnp.asarray(0)))
-    return loss(model, batch)
+def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model):
+    task = dataclasses.replace(TASK, draws_per_clip=2)
 
+    @jax.jit
+    def loss_of_task(model, batch):
+        return task.loss(model, None, batch, jax.random.key(2), jnp.asarray(0))
 
-def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each(model):
-    batch = {"rows": ROWS, "tokens_per_row": S, "clips_per_row": G}
-    arrays = TASK.arrays(batch)
-    loss, metrics = task_loss(TASK, arrays, model)
+    @jax.jit
+    def expected(model, batch):
+        key, shape = jax.random.key(2), batch["patches"].shape
+        noise = jax.random.normal(rng.stream(key, "noise"), shape)
+        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G)
+        condition = model.packed_condition(batch["tokens"], batch["mask"])
+        places = {name: batch[name] for name in ("positions", "segment_ids")}
+        losses, _ = packed_velocity_loss(
+            lambda x, t: model.packed_velocity(x, t, condition, **places),
+            batch["patches"],
+            noise,
+            times.reshape(-1, G),
+            batch["segment_ids"],
+        )
+        return losses.sum() / (2 * COUNT)
+
+    arrays = task.arrays({"rows": ROWS, "tokens_per_row": S, "clips_per_row": G})
+    loss, metrics = loss_of_task(model, arrays)
+    repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
+    np.testing.assert_allclose(loss, expected(model, repeated), rtol=1e-5)
     np.testing.assert_allclose(metrics["fill"], (24 + 12 + 12) / (3 * S), rtol=1e-6)
     assert metrics["clips"] == COUNT
     values = np.concatenate([one["latents"].ravel() for one in CLIPS])
     np.testing.assert_allclose(metrics["latent_std"], values.std(), rtol=1e-5)
-
-    key, shape = jax.random.key(2), arrays["patches"].shape
-    noise = jax.random.normal(rng.stream(key, "noise"), shape)
-    times = TASK.density.sample(rng.stream(key, "timestep"), len(ROWS) * G).reshape(-1, G)
-    condition = model.packed_condition(*(jnp.asarray(arrays[name]) for name in ("tokens", "mask")))
-    places = {name: jnp.asarray(arrays[name]) for name in ("positions", "segment_ids")}
-    losses, _ = packed_velocity_loss(
-        lambda x, t: model.packed_velocity(x, t, condition, **places),
-        jnp.asarray(arrays["patches"]),
-        noise,
-        times,
-        places["segment_ids"],
-    )
-    np.testing.assert_allclose(loss, losses.sum() / COUNT, rtol=1e-5)
-
-    twice = dataclasses.replace(TASK, draws_per_clip=2)
-    repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
-    np.testing.assert_allclose(
-        task_loss(twice, arrays, model)[0], task_loss(TASK, repeated, model)[0], rtol=1e-6
-    )
 
 
 def test_captions_are_dropped_clip_by_clip():
@@ -221,7 +229,11 @@ def test_captions_are_dropped_clip_by_clip():
         ([[CLIPS[1], CLIPS[1], CLIPS[0]]], {}, r"row 0 is full before clip-0 \(4 tokens\): it holds 3 clips"),
         ([[CLIPS[0]] * 2], {"clips_per_row": 1}, "full before clip-0"),
         ([[clip(7, (1, 3, 4))]], {}, r"clip-7: latents of .* do not divide into patches"),
-        ([[{**CLIPS[0], "latents": np.zeros((1, 4, 4, 5), np.float32)}]], {}, "clip-0: latents have 5 channels"),
+        (
+            [[{**CLIPS[0], "latents": np.zeros((1, 4, 4, 5), np.float32)}]],
+            {},
+            "clip-0: latents have 5 channels",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(rows, changes, message):

@@ -97,7 +97,9 @@ def host_patches(
       ValueError: the latents have other channels, or do not divide into patches.
     """
     if latents.shape[-1] != dit.in_channels:
-        raise ValueError(f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}")
+        raise ValueError(
+            f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}"
+        )
     t, h, w = dit.token_grid(*latents.shape[:3])
     pt, ph, pw = dit.patch_size
     cut = latents.reshape(t, pt, h, ph, w, pw, -1)

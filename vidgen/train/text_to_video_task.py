@@ -134,9 +134,7 @@ class TextToVideoTask:
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
         timestep = self.density.sample(rng.stream(key, "timestep"), len(clean) * shape[1])
         losses, there = packed_velocity_loss(
-            lambda x, t: model.packed_velocity(
-                x, t, condition, positions=positions, segment_ids=segment_ids
-            ),
+            lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
             clean,
             noise,
             timestep.reshape(-1, shape[1]),
