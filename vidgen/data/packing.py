@@ -63,8 +63,8 @@ def plan_rows(
 ) -> grain.IterDataset[list[int]]:
     """Which clips share a row, row by row: first-fit over the shuffled order of the clips.
 
-    Nothing but lengths is looked at, so every process plans all rows alike, at some 100 microseconds a clip.
-    Each epoch has every clip once, in an order of its own; rows at its end hold clips of the next too.
+    Nothing but lengths is looked at, so every process plans all rows, in less than a millisecond a clip. Each
+    epoch has every clip once, in an order of its own; rows at its end hold clips of the next too.
 
     Args:
       lengths: tokens of each clip.

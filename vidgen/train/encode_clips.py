@@ -14,7 +14,7 @@ from vidgen.data.latents_records import LatentClip
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
-from vidgen.parallel.rules import constrain
+from vidgen.parallel.rules import constrain, shardings
 
 __all__ = ["choose_clips", "encode_clips"]
 
@@ -74,6 +74,7 @@ def encode_clips(
       broken: clips that cannot be decoded are left out, and their reasons put here by name.
       num_threads: that decode clips.
     """
+    vae = jax.device_put(vae, shardings(vae, mesh))
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-batch_size // ways) * ways
     for _, source, indices in chosen:
