@@ -18,6 +18,9 @@ from vidgen.models.dit.model import patchify
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.nn.embeddings import grid_positions
+from vidgen.parallel import processes
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.parallel.rules import shardings
 from vidgen.train.packed_clips import host_patches, pack_rows
 from vidgen.train.text_to_video_task import TextToVideoTask
 
@@ -211,6 +214,30 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
     assert metrics["clips"] == COUNT
     values = np.concatenate([one["latents"].ravel() for one in CLIPS])
     np.testing.assert_allclose(metrics["latent_std"], values.std(), rtol=1e-5)
+
+
+def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
+    """Rows over `data`, tokens over `context`, weights over `fsdp` and `tensor`."""
+    rows = dataclasses.asdict(packed(ROWS + ROWS[:1]))
+    times = np.linspace(0.1, 0.9, 4 * G, dtype=np.float32).reshape(4, G)
+
+    @jax.jit
+    def losses(model, rows, noise):
+        condition = model.packed_condition(rows["tokens"], rows["mask"])
+        places = {name: rows[name] for name in ("positions", "segment_ids")}
+        network = lambda x, t: model.packed_velocity(x, t, condition, **places)  # noqa: E731
+        return packed_velocity_loss(network, rows["patches"], noise, jnp.asarray(times), rows["segment_ids"])[
+            0
+        ]
+
+    noise = np.concatenate([noise[0], noise[0][:1]])
+    expected = losses(model, rows, noise)
+    mesh = MeshOptions(data=2, fsdp=1, context=2, tensor=2).build()
+    with jax.set_mesh(mesh):
+        cut = processes.global_batch(rows | {"noise": noise}, mesh)
+        spread = jax.device_put(model, shardings(model, mesh))
+        found = losses(spread, cut, cut.pop("noise"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_captions_are_dropped_clip_by_clip():

@@ -17,7 +17,7 @@ _COMMANDS = {
     "evaluate": "score a VAE on videos, or a video model on prompts",
     "encode": "turn a video into latents of a VAE",
     "decode": "turn latents back into a video",
-    "data": "check a folder of videos, or write it as records",
+    "data": "check a folder of videos, or write clips or latents of them as records",
     "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",
 }

@@ -29,7 +29,8 @@ class TextToVideoTask:
     """Velocity prediction under text, with captions dropped at random for classifier-free guidance.
 
     Batches are videos of one size, which the VAE encodes on the device, or rows of latents of any sizes
-    (`vidgen.data.packing`); the loss of a clip is the same in both.
+    (`vidgen.data.packing`); the loss of a clip is the same in both. The clips of a batch count evenly; of
+    several micro-batches, each counts as much as the others, however many clips its rows hold.
 
     Attributes:
       vae: workdir of a VAE's training run, or of any run that used one.
