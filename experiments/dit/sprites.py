@@ -105,7 +105,7 @@ def _pack(config: ConfigDict, *, tiny: bool) -> None:
     config.data = {
         "kind": "latents",
         "path": "runs/sprites_latents",
-        "packing": {"tokens_per_row": 8 if tiny else 192, "clips_per_row": 3 if tiny else 6},
+        "packing": {"tokens_per_row": 8 if tiny else 192, "clips_per_row": 3 if tiny else 5},
         "clips": config.data.to_dict(),
     }
     # 8 rows of 192 tokens; without packing it is 16 clips of 48 tokens, each drawn twice, for their videos

@@ -6,7 +6,8 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
@@ -94,7 +95,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     return 0
 
 
-def _clips(experiment, index: int, count: int):
+def _clips(experiment, index: int, count: int) -> Callable[[], Any]:
     """What opens a loader of the training clips from the beginning: part `index` of `count` of each batch."""
     from vidgen.data.buckets import training_clips
     from vidgen.data.latents_data import LatentsData

@@ -10,7 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -156,7 +156,7 @@ class LatentRecords:
         try:
             sizes = np.load(self._path / _SIZES)
             shards = [str(self._path / name) for name in self.info.shards]
-            self._records = grain.sources.ArrayRecordDataSource(shards)
+            self._records: Any = grain.sources.ArrayRecordDataSource(shards)
         except (ValueError, EOFError, RuntimeError) as error:
             raise ValueError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
         expected = sum(self.info.shards.values())
