@@ -14,6 +14,8 @@ from experiments.dit import sprites
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
+    if arg not in ("", "tiny", "demo"):
+        raise ValueError(f"unknown argument {arg!r}: use none, 'demo' or 'tiny'")
     config = sprites.get_config(arg)
     size = {name: config.data[name] for name in ("num_frames", "height", "width", "fps")}
     config.data = {"kind": "folder", "split": "train", "heldout_every": 4, "stride": 0.25, **size}

@@ -1,7 +1,13 @@
 """Text to video on the sprite world: a patch transformer over the latents of experiments/vae/sprites.py.
 
 Run:       vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit --config.task.vae=runs/vae
-Arguments: (none) the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests.
+           vidgen data latents --config=experiments/dit/sprites.py:packed --vae=runs/vae
+           --out=runs/sprites_latents --num-clips=64000
+           vidgen train --config=experiments/dit/sprites.py:packed --workdir=runs/dit_packed
+           --config.task.vae=runs/vae
+Arguments: (none) the full run; `packed` mixed sizes and durations in rows of tokens, as many tokens per step
+           as in the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests; also
+           `packed,tiny`.
 Hardware:  two CPU cores, two hours; any accelerator, minutes.
 Expect:    docs/log.md has the prompt alignment on held-out combinations of colour and shape.
 """
@@ -13,9 +19,31 @@ from ml_collections import ConfigDict
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
 
+SIZES = (
+    # frames, height, width, and the share of the clips
+    (1, 64, 64, 0.08),
+    (1, 96, 96, 0.06),
+    (5, 64, 64, 0.08),
+    (5, 48, 80, 0.07),
+    (5, 80, 48, 0.07),
+    (9, 64, 64, 0.24),
+    (9, 48, 64, 0.08),
+    (9, 64, 48, 0.08),
+    (9, 64, 96, 0.06),
+    (9, 96, 64, 0.06),
+    (17, 48, 48, 0.06),
+    (17, 64, 64, 0.06),
+)
+"""Of `packed`: 9 to 80 tokens each."""
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
+    arguments = set(filter(None, arg.split(",")))
+    if unknown := arguments - {"packed", "demo", "tiny"}:
+        raise ValueError(f"unknown argument {unknown.pop()!r}: use none, 'packed', 'demo' or 'tiny'")
+    if {"packed", "demo"} <= arguments:
+        raise ValueError("the arguments 'packed' and 'demo' exclude each other: use one")
     config = ConfigDict()
     config.task = {
         "kind": "text_to_video",
@@ -52,21 +80,38 @@ def get_config(arg: str = "") -> ConfigDict:
         "eval_every": 400,
     }
     config.mesh = {"data": -1}
-    if arg == "demo":
+    if "demo" in arguments:
         config.task.dit = _dit("tiny", vae="nano")
         config.task.dit.num_layers = 4
         config.task.text = {"dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 128, "max_bytes": 96}
         config.data.update(height=32, width=32, sizes=("large",), motions=("left", "right"))
         config.optimizer.update(learning_rate=2e-2, adam_learning_rate=1e-2)
         config.run.update(num_steps=1000, log_every=50, eval_every=1000, ema_decay=0.99)
-    elif arg == "tiny":
+    elif "tiny" in arguments:
         config.task.dit = _dit("tiny", vae="tiny")
         config.task.text = {"dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 64, "max_bytes": 96}
         config.data.update(height=16, width=16, num_frames=5, num_clips=64)
         config.run.update(num_steps=2, batch_size=8, log_every=1, checkpoint_every=2, eval_every=2)
-    elif arg:
-        raise ValueError(f"unknown argument {arg!r}: use none, 'demo' or 'tiny'")
+    if "packed" in arguments:
+        _pack(config, tiny="tiny" in arguments)
     return config
+
+
+def _pack(config: ConfigDict, *, tiny: bool) -> None:
+    """Rows of clips of all sizes in the place of batches of one."""
+    sizes = ((1, 16, 32, 0.5), (5, 32, 16, 0.5)) if tiny else SIZES
+    names = ("num_frames", "height", "width", "weight")
+    config.data.buckets = [dict(zip(names, size, strict=True)) for size in sizes]
+    config.data = {
+        "kind": "latents",
+        "path": "runs/sprites_latents",
+        "packing": {"tokens_per_row": 8 if tiny else 192, "clips_per_row": 3 if tiny else 5},
+        "clips": config.data.to_dict(),
+    }
+    # 8 rows of 192 tokens; without packing it is 16 clips of 48 tokens, each drawn twice, for their videos
+    # are encoded in every step.
+    config.task.draws_per_clip = 1
+    config.run.batch_size = 8
 
 
 def _dit(variant: str, *, vae: str) -> dict:

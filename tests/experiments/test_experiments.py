@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import math
 import pathlib
 
 import ml_collections
@@ -27,6 +28,7 @@ def test_docstring_says_how_to_run_it(name):
 
 
 MIXED = [("experiments.vae.folder", argument) for argument in ("mixed", "mixed,tiny", "mixed,small-8x16x16")]
+MIXED += [("experiments.dit.sprites", argument) for argument in ("packed", "packed,tiny")]
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,34 @@ def test_finetuning_takes_the_arguments_of_what_it_continues(argument):
     assert 0 < experiment.task.adversary.start_step < experiment.run.num_steps
     frame = min(experiment.data.height, experiment.data.width)
     assert frame >= experiment.task.adversary.discriminator.spatial_factor
+
+
+def test_packed_has_the_model_and_the_tokens_of_the_run_that_it_is_compared_with():
+    from experiments.dit import sprites
+    from vidgen.models.video_vae.config import VARIANTS
+
+    packed, fixed = (resolve(Experiment, sprites.get_config(name).to_dict()) for name in ("packed", ""))
+    assert (packed.task.dit, packed.task.text, packed.optimizer) == (
+        fixed.task.dit,
+        fixed.task.text,
+        fixed.optimizer,
+    )
+    assert dataclasses.replace(packed.data.clips, buckets=()) == fixed.data
+    assert packed.run == dataclasses.replace(fixed.run, batch_size=packed.run.batch_size)
+    data = fixed.data
+    grid = fixed.task.dit.token_grid(
+        *VARIANTS["nano"].latent_shape(data.num_frames, data.height, data.width)[:3]
+    )
+    tokens = fixed.run.batch_size * fixed.task.draws_per_clip * math.prod(grid)
+    assert packed.run.batch_size * packed.data.packing.tokens_per_row == tokens == 1536
+    assert sum(bucket.weight for bucket in packed.data.clips.buckets) == pytest.approx(1.0)
+    for bucket in packed.data.clips.buckets:
+        VARIANTS["nano"].latent_shape(bucket.num_frames, bucket.height, bucket.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("experiments.dit.sprites", "packed,demo"), ("experiments.dit.folder", "packed")]
+)
+def test_arguments_that_do_not_go_together_are_errors(name, argument):
+    with pytest.raises(ValueError, match=r"exclude each other|unknown argument 'packed'"):
+        importlib.import_module(name).get_config(argument)

@@ -14,6 +14,8 @@ from vidgen.cli.overrides import load_config
 from vidgen.core.config import resolve
 from vidgen.core.tree import named_leaves
 from vidgen.data.buckets import Bucket
+from vidgen.data.latents_data import LatentsData
+from vidgen.data.packing import PackingOptions
 from vidgen.models.video_vae.config import VARIANTS
 from vidgen.preflight import compile as compiling
 from vidgen.preflight import report as reporting
@@ -158,3 +160,17 @@ def test_of_several_buckets_the_largest_batch_is_compiled(experiment):
     wide = dataclasses.replace(experiment, data=data)
     batch = compiling._abstract_batch(wide, experiment.task, experiment.mesh.build())
     assert batch["video"].shape == (24, 5, 32, 32, 3)
+
+
+def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, compiled):
+    packing = PackingOptions(tokens_per_row=48, clips_per_row=3)
+    data = LatentsData(path="unread", packing=packing, clips=experiment.data)
+    packed = dataclasses.replace(experiment, data=data)
+    batch = compiling._abstract_batch(packed, experiment.task, experiment.mesh.build())
+    dit, text = experiment.task.dit, experiment.task.text
+    rows = experiment.run.batch_size
+    assert batch["patches"].shape == (rows, 48, 4 * dit.in_channels)
+    assert batch["tokens"].shape == batch["mask"].shape == (rows, 3, text.max_bytes + 1)
+    assert batch["segment_ids"].sharding.spec == batch["patches"].sharding.spec
+    advice = " ".join(reporting._advice(packed, compiled))
+    assert "shorter rows: --config.data.packing.tokens_per_row (now 48)" in advice

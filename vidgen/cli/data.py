@@ -1,10 +1,11 @@
-"""`vidgen data`: checks a folder of videos, or writes clips as ArrayRecord files.
+"""`vidgen data`: checks a folder of videos, or writes clips, or latents of them, as ArrayRecord files.
 
 Examples:
   vidgen data check clips --num-frames 17 --fps 8
   vidgen data check clips --bucket 1x256x256 --bucket 17x256x448 --bucket 17x448x256
   vidgen data build folder clips --out records --height 128 --width 128 --heldout-every 20
   vidgen data build sprites --out records --num-clips 1000 --num-heldout 100
+  vidgen data latents --config experiments/dit/sprites.py:packed --vae runs/vae --out runs/sprites_latents
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from vidgen.cli.data_latents import add_latents_options, write_latents
 from vidgen.data.buckets import Bucket
 from vidgen.data.check import find_damage
 from vidgen.data.folder import FolderData, FolderReport, UsedFile
@@ -35,11 +37,16 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       0; 1 if no clip is left to use; 2 where the command is wrong, or its folder missing.
     """
+    parser = _parser()
     try:
-        options = _parser().parse_args(argv)
+        options, overrides = parser.parse_known_args(argv)
+        if overrides and options.run is not write_latents:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        if options.run is write_latents:
+            return write_latents(options, overrides)
         return options.run(options)
     except (OSError, ValueError) as error:
         print(f"vidgen data: {error}", file=sys.stderr)
@@ -90,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     sprites.add_argument("--seed", type=int, default=0, help="of the clips (default 0)")
     _add_build_options(sprites, encoding="lossless")
     sprites.set_defaults(run=_build_sprites)
+    latents = commands.add_parser(
+        "latents", help="write the clips of an experiment as latents, for training on clips of any sizes"
+    )
+    add_latents_options(latents)
+    latents.set_defaults(run=write_latents)
     return parser
 
 

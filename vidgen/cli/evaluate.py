@@ -115,16 +115,18 @@ def _load(checkpoint: pathlib.Path):
 def _alignment(experiment, arguments: argparse.Namespace) -> dict:
     import dataclasses
 
+    from vidgen.data.latents_data import clips_of
     from vidgen.data.sprites.source import SpritesData
     from vidgen.evals.alignment import evaluate_alignment, format_alignment, score_alignment
     from vidgen.pipeline import load
 
-    if not isinstance(experiment.data, SpritesData):
+    data = clips_of(experiment.data)
+    if not isinstance(data, SpritesData):
         raise ValueError(
-            f"{arguments.checkpoint} was trained on data of kind {experiment.data.kind!r}: prompt alignment "
+            f"{arguments.checkpoint} was trained on data of kind {data.kind!r}: prompt alignment "
             "is measured in the sprite world only. Sample from it with `vidgen sample`"
         )
-    source = dataclasses.replace(experiment.data, split="heldout").source()
+    source = dataclasses.replace(data, split="heldout").source()
     scenes = [source.scene(index) for index in range(arguments.num_clips or _PROMPTS)]
     pipeline = load(arguments.checkpoint)
     seeds = iter(range(arguments.seed, arguments.seed + len(scenes), arguments.batch_size))

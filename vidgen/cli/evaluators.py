@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidgen.data.folder import FolderData
+from vidgen.data.latents_data import clips_of
 from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.sprites.source import SpritesData
@@ -50,7 +51,7 @@ def evaluators(
 
 def heldout_source(experiment: Experiment) -> ClipSource:
     """Clips that training never sees, where the experiment's data sets some aside; else its own clips."""
-    data = experiment.data
+    data = clips_of(experiment.data)
     sets_aside = isinstance(data, SpritesData) or (isinstance(data, FolderData) and data.split == "train")
     return (dataclasses.replace(data, split="heldout") if sets_aside else data).source()
 

@@ -21,7 +21,7 @@ _COMMANDS = {
     "decode": "turn latents back into a video",
     "import": "turn a checkpoint of Wan into a folder that everything here reads",
     "export": "turn a run or a checkpoint into files of other programs",
-    "data": "check a folder of videos, or write it as records",
+    "data": "check a folder of videos, or write clips or latents of them as records",
     "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",
 }

@@ -6,7 +6,8 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
@@ -52,8 +53,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     from vidgen.cli.evaluators import evaluators
-    from vidgen.data.buckets import training_clips
-    from vidgen.data.loader import Loader
     from vidgen.parallel import processes
     from vidgen.train.experiment import check_sizes, claim_workdir
     from vidgen.train.loop import fit
@@ -62,7 +61,6 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     from vidgen.train.vae_folder import has_vae
 
     mesh = experiment.mesh.build()
-    index, count = processes.row_shard(mesh)
     task = experiment.task
     if isinstance(task, TextToVideoTask) and has_vae(workdir):
         task = dataclasses.replace(task, vae=str(workdir))
@@ -71,15 +69,7 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     processes.sync("workdir")
     if isinstance(task, TextToVideoTask):
         task = task.with_own_vae(workdir)
-    open_clips = functools.partial(
-        Loader,
-        training_clips(experiment.data),
-        batch_size=experiment.run.batch_size,
-        seed=experiment.run.seed,
-        process_index=index,
-        process_count=count,
-        num_threads=experiment.run.num_threads,
-    )
+    open_clips = _clips(experiment, *processes.row_shard(mesh))
     loader = open_clips()
     try:
         with loader:
@@ -97,8 +87,37 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
         print(f"vidgen: {error}", file=sys.stderr)
         return 1
     if loader.broken:
-        _log.warning("%d clips could not be decoded and were replaced: %s", len(loader.broken), loader.broken)
+        _log.warning(
+            "%d clips could not be decoded and were left out or replaced: %s",
+            len(loader.broken),
+            loader.broken,
+        )
     return 0
+
+
+def _clips(experiment, index: int, count: int) -> Callable[[], Any]:
+    """What opens a loader of the training clips from the beginning: part `index` of `count` of each batch."""
+    from vidgen.data.buckets import training_clips
+    from vidgen.data.latents_data import LatentsData
+    from vidgen.data.loader import Loader
+    from vidgen.data.packing import PackedLoader
+    from vidgen.train.packed_data import token_counts
+
+    data, run = experiment.data, experiment.run
+    if isinstance(data, LatentsData):
+        records = data.source()
+        counts = token_counts(records, experiment.task.dit)
+        loader = functools.partial(PackedLoader, records, counts, data.packing)
+    else:
+        loader = functools.partial(Loader, training_clips(data))
+    return functools.partial(
+        loader,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        process_index=index,
+        process_count=count,
+        num_threads=run.num_threads,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from vidgen.core.typing import Array, Bool, Float, Latents
+from vidgen.core.typing import Array, Bool, Float, Int, Latents
 
-__all__ = ["Condition", "PromptEncoder", "with_given"]
+__all__ = ["Condition", "PackedCondition", "PromptEncoder", "with_given"]
 
 
 class Condition(NamedTuple):
@@ -29,6 +29,17 @@ class Condition(NamedTuple):
     beside: Float[Array, "b t h w x"] | None = None
     given: Latents | None = None
     is_given: Bool[Array, "b t h w"] | None = None
+
+
+class PackedCondition(NamedTuple):
+    """The prompts of rows of several clips, one after the other; a pytree with the batch first.
+
+    `segment_ids` says which clip of its row, from 1 on, each text token is for.
+    """
+
+    text: Float[Array, "b r e"]
+    mask: Bool[Array, "b r"]
+    segment_ids: Int[Array, "b r"]
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
-from vidgen.models.condition import Condition, with_given
+from vidgen.models.condition import Condition, PackedCondition, with_given
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.experts import TwoExperts
 from vidgen.models.dit.model import DiT, RunBlocks
@@ -56,6 +56,43 @@ class TextToVideo(nnx.Module):
         if condition.beside is not None:
             inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
         return self.dit(inputs, timestep, condition.text, condition.mask, condition.image, run_blocks)
+
+    def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
+        """Encodes the tokenized prompts of up to g clips per row, each by itself."""
+        assert self.text is not None
+        rows, clips, length = tokens.shape
+        text = self.text(tokens.reshape(rows * clips, length), mask.reshape(rows * clips, length))
+        owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], tokens.shape)
+        return PackedCondition(
+            text.reshape(rows, clips * length, -1), mask.reshape(rows, -1), owner.reshape(rows, -1)
+        )
+
+    def packed_velocity(
+        self,
+        patches: Float[Array, "b s p"],
+        timestep: Float[Array, "b s"],
+        condition: PackedCondition,
+        *,
+        positions: Int[Array, "b s 3"],
+        segment_ids: Int[Array, "b s"],
+    ) -> Float[Array, "b s p"]:
+        """Velocity of each token's patch, float32; a clip's is what `velocity` gives for the clip alone.
+
+        Args:
+          patches: of noisy latents, as `vidgen.models.dit.model.patchify` orders them.
+          timestep: of each token.
+          positions: time, row and column of each token on the grid of its clip.
+          segment_ids: which clip of its row each token belongs to, from 1 on; 0 is padding.
+        """
+        assert isinstance(self.dit, DiT)
+        return self.dit.tokens(
+            patches,
+            timestep,
+            condition.text,
+            positions=positions,
+            text_mask=condition.mask,
+            segment_ids=(segment_ids, condition.segment_ids),
+        )
 
 
 def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> tuple[int, int, int, int]:

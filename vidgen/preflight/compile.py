@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vidgen.core.typing import PyTree
 from vidgen.data.buckets import Bucket, training_sizes
+from vidgen.data.latents_data import LatentsData
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
@@ -128,10 +129,21 @@ def _abstract_frozen(
 def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as `vidgen.parallel.processes.global_batch` lays it out, from the arrays of one empty clip.
 
-    Of several buckets, that with the most pixels in a batch.
+    Of several buckets, that with the most pixels in a batch; of packed clips, a row without any.
     """
-    size = max(training_sizes(experiment.data, experiment.run.batch_size), key=_pixels)
-    rows = size.batch_size or experiment.run.batch_size
+    data, rows = experiment.data, experiment.run.batch_size
+    if isinstance(data, LatentsData):
+        packing = data.packing
+        one = {
+            "rows": [[]],
+            "tokens_per_row": packing.tokens_per_row,
+            "clips_per_row": packing.clips_per_row,
+        }
+    else:
+        size = max(training_sizes(data, rows), key=_pixels)
+        rows = size.batch_size or rows
+        video = np.zeros((1, size.num_frames, size.height, size.width, 3), np.uint8)
+        one = {"video": video, "caption": [""], "name": [""]}
     ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
     micro = rows // experiment.run.grad_accumulation
     if micro % ways:
@@ -139,10 +151,9 @@ def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str,
             f"a batch_size of {rows} in {experiment.run.grad_accumulation} micro-batches does not fit "
             f"data * fsdp = {ways} devices: make it a multiple of {ways * experiment.run.grad_accumulation}"
         )
-    video = np.zeros((1, size.num_frames, size.height, size.width, 3), np.uint8)
-    arrays = task.arrays({"video": video, "caption": [""], "name": [""]})
-    one = {name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
-    return placed(one, dict.fromkeys(one, batch_sharding(mesh)))
+    arrays = task.arrays(one)
+    batch = {name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
+    return placed(batch, dict.fromkeys(batch, batch_sharding(mesh)))
 
 
 def _pixels(size: Bucket) -> int:

@@ -9,6 +9,7 @@ import jax
 
 from vidgen.core.tree import count
 from vidgen.core.typing import PyTree
+from vidgen.data.latents_data import LatentsData
 from vidgen.preflight.compile import CompiledStep, TooLarge
 from vidgen.preflight.hlo import count_collectives
 from vidgen.preflight.layout import Layout, compare_layout
@@ -239,10 +240,16 @@ def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
             f"--config.mesh.data=1 --config.mesh.fsdp=-1 cuts the state {mesh.shape['data']} times finer"
         )
     data = experiment.data
-    advice.append(
-        f"smaller clips: --config.data.num_frames (now {data.num_frames}), .height ({data.height}), "
-        f".width ({data.width}); attention's scores grow with the square of their product"
-    )
+    if isinstance(data, LatentsData):
+        sizes = f"shorter rows: --config.data.packing.tokens_per_row (now {data.packing.tokens_per_row})"
+        product = "it"
+    else:
+        sizes = (
+            f"smaller clips: --config.data.num_frames (now {data.num_frames}), .height ({data.height}), "
+            f".width ({data.width})"
+        )
+        product = "their product"
+    advice.append(f"{sizes}; attention's scores grow with the square of {product}")
     advice.append("a larger slice, or chips with more memory: --topology")
     return tuple(advice)
 

@@ -11,12 +11,14 @@ from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData
+from vidgen.data.latents_data import LatentsData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.processes import check_rows
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
+from vidgen.train.packed_data import check_latents
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_task import VAETask
 
@@ -28,7 +30,7 @@ class Experiment:
     """What is trained, on what, how, for how long and over which devices."""
 
     task: VAETask | TextToVideoTask
-    data: SpritesData | FolderData | ArrayRecordData
+    data: SpritesData | FolderData | ArrayRecordData | LatentsData
     optimizer: AdamW | Muon = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
@@ -56,6 +58,9 @@ def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: M
       ConfigError: a size does not fit; the message names it, and the nearest that do.
     """
     data, run = experiment.data, experiment.run
+    if isinstance(data, LatentsData):
+        check_latents(data, task, run.batch_size, mesh)
+        return
     sizes = training_sizes(data, run.batch_size)
     places = [f"config.data.buckets[{number}]" for number in range(len(data.buckets))] or ["config.data"]
     for where, size in zip(places, sizes, strict=True):

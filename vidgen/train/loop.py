@@ -68,7 +68,8 @@ def fit(
     and clips. SIGTERM and SIGINT finish the step, save, and return.
 
     Args:
-      loader: batches with `video` (for the rate of frames) and `name` (for reports), for this process.
+      loader: batches with `name` (for reports), for this process; for the rate of frames they have `video`,
+        or `num_frames`, those of the whole step.
       evaluators: called with the averaged weights at their own intervals and at the end.
       resume_with: the command that goes on, for the message when the run is interrupted.
 
@@ -190,5 +191,7 @@ def _evaluate(
 
 def _num_frames(batch: Mapping[str, Any]) -> int:
     """Frames of a batch over all processes."""
+    if "num_frames" in batch:
+        return batch["num_frames"]
     shape = batch["video"].shape
     return shape[0] * shape[1] * jax.process_count()

@@ -13,7 +13,7 @@ class RunOptions:
 
     Attributes:
       num_steps: when the run is complete.
-      batch_size: clips per step, over all devices and processes.
+      batch_size: clips per step, over all devices and processes; of packed clips (`LatentsData`), rows.
       seed: of the weights, the noise and the order of the clips.
       init_from: workdir of a run of the same model, whose averaged weights a new run starts from; a VAE's may
         have been trained with or without an adversary, in whole or in part, or be a VAE alone, such as Wan's

@@ -13,7 +13,7 @@ from flax import nnx
 
 from vidgen.core import pixels, rng
 from vidgen.core.typing import Array, Bool, Float, Int, Metrics
-from vidgen.diffusion.rectified_flow import velocity_loss
+from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
 from vidgen.models.dit.config import DiTConfig
@@ -24,12 +24,17 @@ from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.optimizer import Optimizer
+from vidgen.train.packed_clips import pack_rows
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextToVideoTask:
     """Velocity prediction under text, with captions dropped at random for classifier-free guidance.
+
+    Batches are videos of one size, which the VAE encodes on the device, or rows of latents of any sizes
+    (`vidgen.data.packing`); the loss of a clip is the same in both. The clips of a batch count evenly; of
+    several micro-batches, each counts as much as the others, however many clips its rows hold.
 
     Attributes:
       vae: workdir of a VAE's training run, or of any run that used one.
@@ -87,6 +92,15 @@ class TextToVideoTask:
         return dataclasses.replace(self, dit=dit, text=text)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if "rows" in batch:
+            packed = pack_rows(
+                batch["rows"],
+                self.dit,
+                tokens_per_row=batch["tokens_per_row"],
+                clips_per_row=batch["clips_per_row"],
+                max_bytes=self.text.max_bytes,
+            )
+            return {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
         tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)
         return {"video": batch["video"], "tokens": tokens, "mask": mask}
 
@@ -98,7 +112,10 @@ class TextToVideoTask:
         key: Array,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
-        assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
+        assert isinstance(model, TextToVideo)
+        if "patches" in batch:
+            return self._packed_loss(model, batch, key)
+        assert isinstance(frozen, VideoVAE)
         clean = jax.lax.stop_gradient(frozen.encode(pixels.to_float(batch["video"])))
         tokens, mask = self._drop_captions(batch["tokens"], batch["mask"], rng.stream(key, "caption"))
         condition = model.condition(tokens, mask)
@@ -108,12 +125,55 @@ class TextToVideoTask:
         )
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
         num_tokens = math.prod(self.dit.token_grid(*clean.shape[1:4]))
-        timestep = self.density.sample(rng.stream(key, "timestep"), len(clean), num_tokens)
+        timestep, weight = self._timesteps(key, len(clean), num_tokens)
         losses = velocity_loss(lambda x, t: model.velocity(x, t, condition), clean, noise, timestep)
-        if self.weighting is not None:
-            mean = mean_weight(self.weighting, self.density, num_tokens)
-            losses = losses * self.weighting.weight(timestep) / mean
-        return losses.mean(), {"latent_std": clean.std()}
+        return (losses * weight).mean(), {"latent_std": clean.std()}
+
+    def _timesteps(
+        self, key: Array, count: int, num_tokens: int | Int[Array, "b"]
+    ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+        """Timesteps of clips of so many tokens, and how much their errors count."""
+        timestep = self.density.sample(rng.stream(key, "timestep"), count, num_tokens)
+        if self.weighting is None:
+            return timestep, jnp.ones_like(timestep)
+        mean = mean_weight(self.weighting, self.density, num_tokens)
+        return timestep, self.weighting.weight(timestep) / mean
+
+    def _packed_loss(
+        self, model: TextToVideo, batch: Mapping[str, Array], key: Array
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The mean over clips, however many a row has."""
+        shape = batch["tokens"].shape
+        dropped = self._drop_captions(
+            batch["tokens"].reshape(-1, shape[-1]),
+            batch["mask"].reshape(-1, shape[-1]),
+            rng.stream(key, "caption"),
+        )
+        tokens, mask = (x.reshape(shape) for x in dropped)
+        condition = model.packed_condition(tokens, mask)
+        clean, positions, segment_ids, condition = jax.tree.map(
+            lambda x: jnp.repeat(x, self.draws_per_clip, axis=0),
+            (batch["patches"].astype(jnp.float32), batch["positions"], batch["segment_ids"], condition),
+        )
+        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
+        clips = jnp.arange(1, shape[1] + 1)
+        num_tokens = (segment_ids[:, :, None] == clips[None, None]).sum(1).reshape(-1)
+        # Of places without a clip as for one token: their losses do not count.
+        timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1))
+        losses, there = packed_velocity_loss(
+            lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
+            clean,
+            noise,
+            timestep.reshape(-1, shape[1]),
+            segment_ids,
+        )
+        filled = segment_ids > 0
+        metrics = {
+            "latent_std": clean.std(where=filled[..., None]),
+            "fill": filled.mean(),
+            "clips": there.sum() / self.draws_per_clip,
+        }
+        return (losses * weight.reshape(losses.shape)).sum() / jnp.maximum(there.sum(), 1), metrics
 
     def _drop_captions(
         self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"], key: Array

@@ -1,10 +1,12 @@
 """A VAE kept as a folder of JSON and safetensors: in the run that trained it and in each run that uses it."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -12,6 +14,7 @@ from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.tree import named_leaves
 from vidgen.core.typing import Metrics
 from vidgen.data.loader import Loader
 from vidgen.models.video_vae.config import VAEConfig
@@ -19,7 +22,7 @@ from vidgen.models.video_vae.diffusers_folder import is_diffusers, load_diffuser
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.latent_statistics import measure_latents, with_statistics
 
-__all__ = ["KeepVAE", "has_vae", "load_vae", "save_vae", "vae_config"]
+__all__ = ["KeepVAE", "encoder_fingerprint", "has_vae", "load_vae", "save_vae", "vae_config"]
 
 _FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
 
@@ -71,6 +74,20 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
     if is_diffusers(folder):
         return read_config(folder)
     return resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
+
+
+def encoder_fingerprint(vae: VideoVAE) -> str:
+    """Two VAEs with the same one make the same latents: a digest of all that these depend on.
+
+    The decoder does not count: one that was trained further decodes the latents that there are.
+    """
+    arrays = named_leaves(nnx.state(vae, graph=False))
+    parts = ("encoder.", "quant_conv.", "latents_mean", "latents_variance")
+    digest = hashlib.sha256()
+    for name in sorted(name for name in arrays if name.startswith(parts)):
+        digest.update(name.encode())
+        digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _folder(workdir: pathlib.Path | str) -> pathlib.Path:

@@ -1,0 +1,268 @@
+"""Rows of several clips give each clip what it gives alone: outputs, losses, gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.random_weights import random_module
+from vidgen.core import rng
+from vidgen.core.tree import named_leaves
+from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
+from vidgen.models.dit.config import VARIANTS
+from vidgen.models.dit.model import patchify
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.tokenizer import tokenize
+from vidgen.nn.embeddings import grid_positions
+from vidgen.parallel import processes
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.parallel.rules import shardings
+from vidgen.train.packed_clips import host_patches, pack_rows
+from vidgen.train.text_to_video_task import TextToVideoTask
+
+TASK = TextToVideoTask(
+    vae="unused",
+    dit=dataclasses.replace(VARIANTS["tiny"], in_channels=4, text_dim=32),
+    text=ByteEncoderConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=32, max_bytes=16),
+    caption_dropout=0.0,
+)
+S, G = 24, 3
+SIZES = [[(1, 4, 4), (2, 4, 6), (2, 4, 4)], [(2, 4, 6)], [(1, 4, 4), (2, 4, 4)]]
+"""Latent frames, rows and columns of the clips of three rows; the first is full, the others have padding."""
+
+
+def clip(index, size):
+    latents = np.random.default_rng(index).normal(size=(*size, 4)).astype(np.float32)
+    return {"latents": latents, "caption": f"clip {'abc' * index}"[:16], "name": f"clip-{index}"}
+
+
+COUNT = sum(map(len, SIZES))
+INDICES = iter(range(COUNT))
+ROWS = [[clip(next(INDICES), size) for size in row] for row in SIZES]
+CLIPS = [clip for row in ROWS for clip in row]
+PLACES = [(r, g) for r, row in enumerate(SIZES) for g in range(len(row))]
+TIMES = np.linspace(0.1, 0.9, COUNT).astype(np.float32)
+
+
+def packed(rows=ROWS, **changes):
+    options = {"tokens_per_row": S, "clips_per_row": G, "max_bytes": TASK.text.max_bytes} | changes
+    return pack_rows(rows, TASK.dit, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_module(lambda: TASK.build(nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """For the rows, and of it what falls on each clip, as latents of one."""
+    rows = packed()
+    noise = np.random.default_rng(9).normal(size=rows.patches.shape).astype(np.float32)
+    alone = []
+    for (r, g), one in zip(PLACES, CLIPS, strict=True):
+        tokens = noise[r][rows.segment_ids[r] == g + 1]
+        alone.append(back(tokens, one["latents"].shape))
+    return noise, alone
+
+
+def back(tokens, shape):
+    """The latents whose patches these are, one by one."""
+    t, h, w, c = shape
+    latents = np.zeros(shape, np.float32)
+    for token, (f, y, x) in zip(tokens, grid_positions(t, h // 2, w // 2), strict=True):
+        latents[f, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = token.reshape(2, 2, c)
+    return latents
+
+
+def loss_of_rows(model, patches, noise):
+    rows = jax.tree.map(jnp.asarray, dataclasses.asdict(packed()))
+    condition = model.packed_condition(rows["tokens"], rows["mask"])
+    times = np.zeros((len(ROWS), G), np.float32)
+    times[tuple(zip(*PLACES, strict=True))] = TIMES
+    outputs = []
+
+    def network(x, t):
+        outputs.append(
+            model.packed_velocity(
+                x, t, condition, positions=rows["positions"], segment_ids=rows["segment_ids"]
+            )
+        )
+        return outputs[0]
+
+    losses, there = packed_velocity_loss(network, patches, noise, jnp.asarray(times), rows["segment_ids"])
+    return losses.sum() / there.sum(), (losses, there, outputs[0])
+
+
+@pytest.fixture(scope="module")
+def of_rows(model):
+    """Loss, gradients and what else `loss_of_rows` gives, for the noise of the rows."""
+    return functools.partial(compiled(model, loss_of_rows), nnx.state(model, graph=False))
+
+
+def compiled(model, loss):
+    graphdef, _ = nnx.split(model, graph=False)
+    function = lambda state, *arrays: loss(nnx.merge(graphdef, state), *arrays)  # noqa: E731
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+
+def loss_alone(model, latents, noise, time, tokens, mask):
+    condition = model.condition(tokens[None], mask[None])
+    outputs = []
+
+    def network(x, t):
+        outputs.append(model.velocity(x, t, condition))
+        return outputs[0]
+
+    loss = velocity_loss(network, latents[None], noise[None], time[None])
+    return loss[0], outputs[0]
+
+
+def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
+    rows = packed()
+    assert rows.patches.shape == (3, S, 16) and rows.tokens.shape == (3, G, 17)
+    for (r, g), one in zip(PLACES, CLIPS, strict=True):
+        mine = rows.segment_ids[r] == g + 1
+        t, h, w, _ = one["latents"].shape
+        np.testing.assert_array_equal(
+            rows.patches[r][mine], patchify(jnp.asarray(one["latents"])[None], (1, 2, 2))[0]
+        )
+        np.testing.assert_array_equal(rows.positions[r][mine], grid_positions(t, h // 2, w // 2))
+        assert bytes(rows.tokens[r, g][rows.mask[r, g]][:-1].tolist()).decode() == one["caption"]
+    assert (rows.segment_ids[0] > 0).all() and (rows.segment_ids[1, 12:] == 0).all()
+    assert not rows.patches[rows.segment_ids == 0].any()
+    assert rows.mask[1, 1:].sum(-1).tolist() == [1, 1]  # the end mark alone
+
+
+@pytest.mark.parametrize("patch", [(2, 1, 2), (1, 2, 1)])
+def test_patches_of_any_shape_are_in_the_order_of_the_transformer(patch):
+    config = dataclasses.replace(TASK.dit, patch_size=patch)
+    latents = np.random.default_rng(0).normal(size=(4, 6, 2, 4)).astype(np.float32)
+    made, grid = host_patches(latents, config)
+    assert grid == config.token_grid(4, 6, 2)
+    np.testing.assert_array_equal(made, patchify(jnp.asarray(latents)[None], patch)[0])
+
+
+def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, of_rows, noise):
+    state = nnx.state(model, graph=False)
+    (loss, (losses, there, outputs)), grads = of_rows(packed().patches, noise[0])
+    alone, segment_ids = compiled(model, loss_alone), packed().segment_ids
+    np.testing.assert_array_equal(there, [[True] * 3, [True, False, False], [True, True, False]])
+    texts = zip(*tokenize([one["caption"] for one in CLIPS], TASK.text.max_bytes), strict=True)
+    expected_losses, expected_grads = [], []
+    for (r, g), one, its_noise, time, text in zip(PLACES, CLIPS, noise[1], TIMES, texts, strict=True):
+        (value, output), grad = alone(state, one["latents"], its_noise, time, *text)
+        np.testing.assert_allclose(losses[r, g], value, rtol=1e-5)
+        mine = back(np.asarray(outputs[r])[segment_ids[r] == g + 1], one["latents"].shape)
+        np.testing.assert_allclose(mine, output[0], atol=1e-5)
+        expected_losses.append(value)
+        expected_grads.append(grad)
+    assert np.ptp(expected_losses) > 0.1  # a clip's loss is its own
+    np.testing.assert_allclose(loss, np.mean(expected_losses), rtol=1e-5)
+    expected = jax.tree.map(lambda *leaves: sum(leaves) / COUNT, *expected_grads)
+    for (name, want), got in zip(named_leaves(expected).items(), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0.1
+
+
+def test_padding_is_never_seen(of_rows, noise):
+    """Whatever lies in the padding, nothing else changes."""
+    rows = packed()
+    padding = (rows.segment_ids == 0)[..., None]
+    given = of_rows(rows.patches, noise[0])
+    changed = of_rows(*(np.where(padding, 9.0, x).astype(np.float32) for x in (rows.patches, noise[0])))
+    (loss, (losses, _, outputs)), grads = given
+    (loss2, (losses2, _, outputs2)), grads2 = changed
+    assert loss == loss2
+    jax.tree.map(np.testing.assert_array_equal, (losses, grads), (losses2, grads2))
+    same = np.asarray(outputs == outputs2).all(-1)
+    np.testing.assert_array_equal(same, ~padding[..., 0])  # it was really changed
+
+
+def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model):
+    task = dataclasses.replace(TASK, draws_per_clip=2)
+
+    @jax.jit
+    def loss_of_task(model, batch):
+        return task.loss(model, None, batch, jax.random.key(2), jnp.asarray(0))
+
+    @jax.jit
+    def expected(model, batch):
+        key, shape = jax.random.key(2), batch["patches"].shape
+        noise = jax.random.normal(rng.stream(key, "noise"), shape)
+        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G)
+        condition = model.packed_condition(batch["tokens"], batch["mask"])
+        places = {name: batch[name] for name in ("positions", "segment_ids")}
+        losses, _ = packed_velocity_loss(
+            lambda x, t: model.packed_velocity(x, t, condition, **places),
+            batch["patches"],
+            noise,
+            times.reshape(-1, G),
+            batch["segment_ids"],
+        )
+        return losses.sum() / (2 * COUNT)
+
+    arrays = task.arrays({"rows": ROWS, "tokens_per_row": S, "clips_per_row": G})
+    loss, metrics = loss_of_task(model, arrays)
+    repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
+    np.testing.assert_allclose(loss, expected(model, repeated), rtol=1e-5)
+    np.testing.assert_allclose(metrics["fill"], (24 + 12 + 12) / (3 * S), rtol=1e-6)
+    assert metrics["clips"] == COUNT
+    values = np.concatenate([one["latents"].ravel() for one in CLIPS])
+    np.testing.assert_allclose(metrics["latent_std"], values.std(), rtol=1e-5)
+
+
+def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
+    """Rows over `data`, tokens over `context`, weights over `fsdp` and `tensor`."""
+    rows = dataclasses.asdict(packed(ROWS + ROWS[:1]))
+    times = np.linspace(0.1, 0.9, 4 * G, dtype=np.float32).reshape(4, G)
+
+    @jax.jit
+    def losses(model, rows, noise):
+        condition = model.packed_condition(rows["tokens"], rows["mask"])
+        places = {name: rows[name] for name in ("positions", "segment_ids")}
+        network = lambda x, t: model.packed_velocity(x, t, condition, **places)  # noqa: E731
+        return packed_velocity_loss(network, rows["patches"], noise, jnp.asarray(times), rows["segment_ids"])[
+            0
+        ]
+
+    noise = np.concatenate([noise[0], noise[0][:1]])
+    expected = losses(model, rows, noise)
+    mesh = MeshOptions(data=2, fsdp=1, context=2, tensor=2).build()
+    with jax.set_mesh(mesh):
+        cut = processes.global_batch(rows | {"noise": noise}, mesh)
+        spread = jax.device_put(model, shardings(model, mesh))
+        found = losses(spread, cut, cut.pop("noise"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_captions_are_dropped_clip_by_clip():
+    task = dataclasses.replace(TASK, caption_dropout=0.5)
+    arrays = task.arrays({"rows": ROWS * 8, "tokens_per_row": S, "clips_per_row": G})
+    flat = arrays["tokens"].reshape(-1, 17), arrays["mask"].reshape(-1, 17)
+    tokens, mask = task._drop_captions(*map(jnp.asarray, flat), jax.random.key(0))
+    empty, captioned = np.asarray(mask).sum(-1) == 1, flat[1].sum(-1) > 1
+    assert 0.3 < empty[captioned].mean() < 0.7
+    np.testing.assert_array_equal(np.asarray(tokens)[~empty], flat[0][~empty])
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([[CLIPS[1], CLIPS[1], CLIPS[0]]], {}, r"row 0 is full before clip-0 \(4 tokens\): it holds 3 clips"),
+        ([[CLIPS[0]] * 2], {"clips_per_row": 1}, "full before clip-0"),
+        ([[clip(7, (1, 3, 4))]], {}, r"clip-7: latents of .* do not divide into patches"),
+        (
+            [[{**CLIPS[0], "latents": np.zeros((1, 4, 4, 5), np.float32)}]],
+            {},
+            "clip-0: latents have 5 channels",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(rows, changes, message):
+    with pytest.raises(ValueError, match=message):
+        packed(rows, **changes)

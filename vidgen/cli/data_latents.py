@@ -1,0 +1,88 @@
+"""`vidgen data latents`: the clips of an experiment as latents, for training on rows of any sizes."""
+
+import argparse
+import collections
+import pathlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["add_latents_options", "write_latents"]
+
+
+def add_latents_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="the experiment whose clips are encoded, each of its buckets as a size",
+    )
+    parser.add_argument("--vae", required=True, metavar="WORKDIR", help="of a run that trained or used a VAE")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--num-clips",
+        type=int,
+        help="clips over all buckets, shared as steps of training are, by weight (default: all there are)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="clips encoded at a time (default 16)")
+
+
+def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      overrides: `--config.section.key=value`.
+    """
+    for name in ("num_clips", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+
+    from tqdm import tqdm
+
+    from vidgen.cli.overrides import load_config
+    from vidgen.core.config import resolve
+    from vidgen.data.latents_data import clips_of
+    from vidgen.data.latents_records import RecordsInfo, write_latent_records
+    from vidgen.parallel.mesh import MeshOptions
+    from vidgen.train.encode_clips import choose_clips, encode_clips
+    from vidgen.train.experiment import Experiment
+    from vidgen.train.vae_folder import encoder_fingerprint, load_vae
+
+    experiment = resolve(Experiment, load_config(options.config, overrides))
+    data, vae = clips_of(experiment.data), load_vae(options.vae)
+    chosen = choose_clips(data, options.num_clips)
+    for size, _, _ in chosen:
+        vae.config.latent_shape(size.num_frames, size.height, size.width)
+    info = RecordsInfo(
+        vae=str(options.vae),
+        encoder=encoder_fingerprint(vae),
+        channels=vae.config.latent_channels,
+        spatial_factor=vae.config.spatial_factor,
+        temporal_factor=vae.config.temporal_factor,
+        fps=data.fps,
+    )
+    broken: dict[str, str] = {}
+    clips = encode_clips(
+        vae,
+        chosen,
+        batch_size=options.batch_size,
+        mesh=MeshOptions().build(),
+        broken=broken,
+        num_threads=experiment.run.num_threads,
+    )
+    total = sum(len(indices) for *_, indices in chosen)
+    counts: collections.Counter[tuple[int, int, int]] = collections.Counter()
+
+    def counted():
+        for clip in tqdm(clips, total=total, unit="clip", dynamic_ncols=True, file=sys.stderr):
+            counts[clip.num_frames, clip.height, clip.width] += 1
+            yield clip
+
+    written = write_latent_records(options.out, counted(), info)
+    for name, reason in broken.items():
+        print(f"LEFT OUT  {name}: {reason}")
+    for size, count in counts.items():
+        print(f"{count} clips of {size[0]} x {size[1]} x {size[2]}")
+    print(f"wrote the latents of {written} clips: {options.out}")
+    return 0

@@ -1,0 +1,225 @@
+"""Latents of many clips, of any sizes, as a folder of ArrayRecord files with an index."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.core.config import resolve, to_dict
+from vidgen.core.typing import Float
+from vidgen.data.source import BrokenClip
+
+__all__ = ["LatentClip", "LatentRecords", "RecordsInfo", "write_latent_records"]
+
+_INDEX, _SIZES = "latents.json", "sizes.npy"
+_SHARD_BYTES = 256 * 2**20
+_REMEDY = "write the latents again with `vidgen data latents`"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentClip:
+    """The latents of one clip.
+
+    Attributes:
+      latents: [t h w c], normalised.
+      num_frames: of the video, as the next two.
+      height: pixels.
+      width: pixels.
+    """
+
+    latents: Float[np.ndarray, "t h w c"]
+    caption: str
+    name: str
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordsInfo:
+    """What the latents of a folder are of.
+
+    Attributes:
+      vae: the autoencoder's folder, as it was given.
+      encoder: fingerprint of what made the latents (`vidgen.train.vae_folder.encoder_fingerprint`).
+      channels: of the latents.
+      spatial_factor: pixels per latent pixel, per side.
+      temporal_factor: frames per latent frame, after the first.
+      fps: frames per second of the videos.
+      shards: how many clips each file has, in the order of the clips.
+    """
+
+    vae: str
+    encoder: str
+    channels: int
+    spatial_factor: int
+    temporal_factor: int
+    fps: float
+    shards: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a video."""
+        frames = 1 + (num_frames - 1) // self.temporal_factor
+        return frames, height // self.spatial_factor, width // self.spatial_factor
+
+
+def write_latent_records(out: pathlib.Path | str, clips: Iterable[LatentClip], info: RecordsInfo) -> int:
+    """Writes clips, to be read with `LatentRecords(out)`; the folder appears whole or not at all.
+
+    Latents are kept as float16: of numbers near 1, as normalised latents are, it keeps eight times as much as
+    bfloat16 does.
+
+    Args:
+      out: the folder; must not be there yet. What an interrupted call left beside it is removed.
+      info: `shards` is filled in here.
+
+    Returns:
+      The number of clips.
+
+    Raises:
+      FileExistsError: `out` is there already.
+      ValueError: there is no clip, or the latents of one are too large for float16 or not finite.
+    """
+    out = pathlib.Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; remove it or choose another folder")
+    unfinished = out.with_name(out.name + ".incomplete")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        sizes, shards = _write_shards(unfinished, clips)
+        if not sizes:
+            raise ValueError("there are no clips to write")
+        np.save(unfinished / _SIZES, np.asarray(sizes, np.int32))
+        write_json(unfinished / _INDEX, to_dict(dataclasses.replace(info, shards=shards)))
+        os.replace(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return len(sizes)
+
+
+def _write_shards(
+    folder: pathlib.Path, clips: Iterable[LatentClip]
+) -> tuple[list[tuple[int, int, int]], dict[str, int]]:
+    sizes: list[tuple[int, int, int]] = []
+    shards: dict[str, int] = {}
+    writer, written = None, 0
+    for clip in clips:
+        record = _encode(clip)
+        if writer is None or written + len(record) > _SHARD_BYTES:
+            if writer is not None:
+                writer.close()
+            name = f"latents-{len(shards):05d}.array_record"
+            # One record per chunk: damage to one leaves the others readable. Latents do not compress.
+            writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
+            shards[name], written = 0, 0
+        writer.write(record)
+        written += len(record)
+        shards[next(reversed(shards))] += 1
+        sizes.append((clip.num_frames, clip.height, clip.width))
+    if writer is not None:
+        writer.close()
+    return sizes, shards
+
+
+class LatentRecords:
+    """The clips of a folder that `write_latent_records` wrote, in the order in which they were written."""
+
+    def __init__(self, path: pathlib.Path | str):
+        """Opens the folder.
+
+        Raises:
+          FileNotFoundError: there are no latents at `path`, or a file of them is missing.
+          ValueError: the index does not fit the files.
+        """
+        self._path = pathlib.Path(path)
+        index = self._path / _INDEX
+        try:
+            values = read_json(index, remedy="give a folder that `vidgen data latents` wrote")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{index} is not JSON ({error}): {_REMEDY}") from error
+        self.info: RecordsInfo = resolve(RecordsInfo, values, where=str(index))
+        for name in (_SIZES, *self.info.shards):
+            if not (self._path / name).exists():
+                raise FileNotFoundError(f"{self._path / name} is missing: {_REMEDY}")
+        try:
+            sizes = np.load(self._path / _SIZES)
+            shards = [str(self._path / name) for name in self.info.shards]
+            self._records: Any = grain.sources.ArrayRecordDataSource(shards)
+        except (ValueError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
+        expected = sum(self.info.shards.values())
+        if sizes.shape != (expected, 3) or len(self._records) != expected:
+            raise ValueError(
+                f"{self._path} is damaged: {index} speaks of {expected} clips, {_SIZES} of {len(sizes)}, and "
+                f"the files have {len(self._records)}: {_REMEDY}"
+            )
+        self._sizes: list[tuple[int, int, int]] = [(int(t), int(h), int(w)) for t, h, w in sizes]
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Frames, height and width of each clip's video."""
+        return self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __repr__(self) -> str:
+        return f"LatentRecords({str(self._path)!r}, {len(self)} clips)"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One clip: `latents` float16 [t h w c], `caption` and `name`.
+
+        Raises:
+          BrokenClip: its record is damaged; it is named by its file and its number there.
+          IndexError: there is no clip of that index.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._path}: clip {index} of {len(self)}")
+        try:
+            clip = _decode(self._records[index])
+        except (RuntimeError, SafetensorError, ValueError, KeyError) as error:
+            raise BrokenClip(self._place(index), f"its record is damaged ({error}); {_REMEDY}") from error
+        expected = (*self.info.latent_size(*self._sizes[index]), self.info.channels)
+        found = clip["latents"].shape
+        if found != expected:
+            reason = f"its latents are {list(found)}, expected {list(expected)}; {_REMEDY}"
+            raise BrokenClip(self._place(index), reason)
+        return clip
+
+    def _place(self, index: int) -> str:
+        for name, count in self.info.shards.items():
+            if index < count:
+                return f"{self._path / name}, record {index}"
+            index -= count
+        raise AssertionError("unreachable: the shards' counts sum to the number of clips")
+
+
+def _encode(clip: LatentClip) -> bytes:
+    with np.errstate(over="ignore"):
+        latents = np.ascontiguousarray(clip.latents, np.float16)
+    if not np.isfinite(latents).all():
+        largest = float(np.abs(clip.latents).max())
+        raise ValueError(
+            f"{clip.name}: latents of up to {largest:g} are not finite as float16. The VAE cannot be used "
+            "for this clip: look at the clip, and at the VAE's weights"
+        )
+    about = json.dumps({"caption": clip.caption, "name": clip.name}).encode()
+    return save({"latents": latents, "about": np.frombuffer(about, np.uint8)})
+
+
+def _decode(record: bytes) -> dict[str, Any]:
+    tensors: Mapping[str, np.ndarray] = load(record)
+    about = json.loads(tensors["about"].tobytes())
+    return {"latents": tensors["latents"], "caption": about["caption"], "name": about["name"]}

@@ -1,0 +1,106 @@
+"""Clips of different sizes as rows of tokens of one length: what a packed batch is on the device."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vidgen.core.typing import Bool, Float, Int
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.text.tokenizer import tokenize
+from vidgen.nn.embeddings import grid_positions
+
+__all__ = ["PackedRows", "host_patches", "pack_rows"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """Rows of s tokens, each with up to g clips.
+
+    Attributes:
+      patches: of the latents, in order time, row, column of each clip, one clip after the other; 0 at the
+        end, where no clip fitted. In the dtype of the latents.
+      positions: time, row and column of each token on the grid of its clip.
+      segment_ids: which clip of its row a token belongs to, from 1 on; 0 is padding.
+      tokens: the captions' bytes (`vidgen.models.text.tokenizer`); empty captions where there is no clip.
+      mask: which of them are not padding.
+    """
+
+    patches: Float[np.ndarray, "b s p"]
+    positions: Int[np.ndarray, "b s 3"]
+    segment_ids: Int[np.ndarray, "b s"]
+    tokens: Int[np.ndarray, "b g l"]
+    mask: Bool[np.ndarray, "b g l"]
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    dit: DiTConfig,
+    *,
+    tokens_per_row: int,
+    clips_per_row: int,
+    max_bytes: int,
+) -> PackedRows:
+    """Lays clips out as rows.
+
+    Args:
+      rows: the clips of each row, with `latents` [t h w c], `caption` and `name`.
+      dit: patches and channels of the transformer.
+      max_bytes: of a caption; longer ones are cut.
+
+    Raises:
+      ValueError: the clips of a row are too many or too long, or one does not divide into patches or has
+        other channels; it is named.
+    """
+    count = len(rows)
+    dtype = next((clip["latents"].dtype for row in rows for clip in row), np.dtype(np.float16))
+    width = int(np.prod(dit.patch_size)) * dit.in_channels
+    patches = np.zeros((count, tokens_per_row, width), dtype)
+    positions = np.zeros((count, tokens_per_row, 3), np.int32)
+    segment_ids = np.zeros((count, tokens_per_row), np.int32)
+    captions = [[""] * clips_per_row for _ in rows]
+    for r, row in enumerate(rows):
+        end = 0
+        for segment, clip in enumerate(row, start=1):
+            try:
+                made, grid = host_patches(clip["latents"], dit)
+            except ValueError as error:
+                raise ValueError(f"{clip['name']}: {error}") from error
+            start, end = end, end + len(made)
+            if segment > clips_per_row or end > tokens_per_row:
+                raise ValueError(
+                    f"row {r} is full before {clip['name']} ({len(made)} tokens): it holds {clips_per_row} "
+                    f"clips and {tokens_per_row} tokens"
+                )
+            patches[r, start:end] = made
+            positions[r, start:end] = grid_positions(*grid)
+            segment_ids[r, start:end] = segment
+            captions[r][segment - 1] = clip["caption"]
+    flat = [caption for row in captions for caption in row]
+    tokens, mask = tokenize(flat, max_bytes, truncate=True)
+    return PackedRows(
+        patches=patches,
+        positions=positions,
+        segment_ids=segment_ids,
+        tokens=tokens.reshape(count, clips_per_row, -1),
+        mask=mask.reshape(count, clips_per_row, -1),
+    )
+
+
+def host_patches(
+    latents: Float[np.ndarray, "t h w c"], dit: DiTConfig
+) -> tuple[Float[np.ndarray, "s p"], tuple[int, int, int]]:
+    """One clip's patches, as `vidgen.models.dit.model.patchify` orders them, and tokens per axis.
+
+    Raises:
+      ValueError: the latents have other channels, or do not divide into patches.
+    """
+    if latents.shape[-1] != dit.in_channels:
+        raise ValueError(
+            f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}"
+        )
+    t, h, w = dit.token_grid(*latents.shape[:3])
+    pt, ph, pw = dit.patch_size
+    cut = latents.reshape(t, pt, h, ph, w, pw, -1)
+    return cut.transpose(0, 2, 4, 1, 3, 5, 6).reshape(t * h * w, -1), (t, h, w)
