@@ -36,6 +36,7 @@ class Experiment:
 
 _MAY_CHANGE = (
     "mesh.",
+    "task.dit.sequence.",
     "run.num_steps",
     "run.log_every",
     "run.eval_every",
