@@ -1,4 +1,4 @@
-"""Attention to keys that arrive block by block, in memory that grows with the sequence, not with its square."""
+"""Attention to keys that arrive block by block: memory grows with the sequence, not with its square."""
 
 import functools
 from typing import NamedTuple
@@ -17,7 +17,7 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Partial(NamedTuple):
-    """Attention to the keys met so far, in float32 (online softmax; Milakov and Gimelshein, arXiv 1805.02867).
+    """Attention to the keys met so far, in float32 (online softmax, arXiv 1805.02867).
 
     Attributes:
       total: sum of the values, each times exp(score - largest).

@@ -1,9 +1,9 @@
 """Self-attention of a sequence whose tokens are cut over the mesh axis `context`.
 
-Four ways, all exact: `gather` (each device fetches all keys and values), `ulysses` (devices exchange tokens for
-heads before and after attention, so that each attends over the whole sequence with some of the heads; arXiv
-2309.14509), `ring` (keys and values travel from device to device; arXiv 2310.01889), and rings of groups that exchange
-heads (arXiv 2405.07719), where there are more devices than heads to exchange.
+Four ways, all exact: `gather` (each device fetches all keys and values), `ulysses` (devices exchange tokens
+for heads before and after attention, so that each attends over the whole sequence with some of the heads;
+arXiv 2309.14509), `ring` (keys and values travel from device to device; arXiv 2310.01889), and rings of
+groups that exchange heads (arXiv 2405.07719), where there are more devices than heads to exchange.
 """
 
 import dataclasses
