@@ -1,12 +1,13 @@
 """Equal layers as one: constructed by `vmap`, applied by `scan`, rematerialised by policy. Done only here."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
 
 from vidgen.core.typing import Array, PyTree
+from vidgen.parallel.rules import gathers
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -25,6 +26,18 @@ def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) ->
     return jax.tree.map(name_axis, stack, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Everything, but of matrices the part that lies here, not what `parallel.rules.gathered` makes of it."""
+    return primitive.name != "linear_call"
+
+
+_POLICIES = {
+    "none": _all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def apply_stack(
     stack: nnx.Module, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
 ) -> Array:
@@ -33,9 +46,7 @@ def apply_stack(
     def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
         return apply(layer, x, **extra), None
 
-    if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    if remat != "none" or gathers():
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(body, x, stack)
     return x

@@ -1,6 +1,7 @@
 """Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -63,6 +64,11 @@ class TextToVideoTask:
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises ValueError for clips of a size that the VAE or the transformer does not take."""
         latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
+
+    def num_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Tokens of a clip."""
+        t, h, w, _ = latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
+        return math.prod(self.dit.token_grid(t, h, w))
 
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
         """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.

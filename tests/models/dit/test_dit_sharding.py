@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -24,7 +26,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 CONFIG = DiTConfig(
     in_channels=4, model_dim=48, num_layers=2, num_heads=8, ffn_dim=64, text_dim=10, freq_dim=8, remat="full"
 )
-ROWS, TOKENS, TEXT, PATCH = 4, 32, 6, 16
+ROWS, TOKENS, TEXT, PATCH = 4, 40, 6, 16
+SHAPE = re.compile(r"\w\[([\d,]+)\]")
+TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2, eps=1e-3))
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Rows of two clips, of 20 and 12 tokens, each with a prompt of its own."""
+    """Rows of two clips, of 24 and 16 tokens, each with a prompt of its own."""
     rng = np.random.default_rng(1)
-    positions = np.concatenate([grid_positions(1, 4, 5), grid_positions(3, 2, 2)])
+    positions = np.concatenate([grid_positions(1, 4, 6), grid_positions(4, 2, 2)])
     arrays = {
         "patches": rng.normal(size=(ROWS, TOKENS, PATCH)),
         "timestep": rng.uniform(size=(ROWS, TOKENS)),
@@ -45,13 +49,13 @@ def batch():
     }
     return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()} | {
         "positions": jnp.tile(positions, (ROWS, 1, 1)),
-        "tokens_of": jnp.tile(jnp.repeat(jnp.arange(2), np.asarray([20, 12])), (ROWS, 1)),
+        "tokens_of": jnp.tile(jnp.repeat(jnp.arange(2), np.asarray([24, 16])), (ROWS, 1)),
         "text_of": jnp.tile(jnp.repeat(jnp.arange(2), np.asarray([4, 2])), (ROWS, 1)),
     }
 
 
 def make_step(graphdef):
-    """Loss and gradients as in `vidgen.train.step`."""
+    """Loss, gradients and the parameters after a step."""
 
     def loss(params, batch):
         velocity = nnx.merge(graphdef, params).tokens(
@@ -65,7 +69,9 @@ def make_step(graphdef):
 
     def step(params, batch):
         value, grads = jax.value_and_grad(loss)(params, batch)
-        return value, constrain_tree(grads)
+        grads = constrain_tree(grads)
+        updates, _ = TX.update(grads, TX.init(params), params)
+        return value, grads, constrain_tree(optax.apply_updates(params, updates))
 
     return step
 
@@ -87,27 +93,63 @@ def over(mesh, model, batch, sequence):
         return jit(make_step(graphdef)).lower(params, batch).compile(), (params, batch)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "sequence"),
-    [
-        (MeshOptions(data=1, context=8), SequenceParallel(method="ring")),
-        (MeshOptions(data=1, context=8), SequenceParallel(method="gather")),
-        (MeshOptions(data=1, context=8), SequenceParallel(method="ulysses")),
-        (MeshOptions(data=1, context=4, tensor=2), SequenceParallel()),
-        (MeshOptions(data=1, context=4, tensor=2), SequenceParallel(method="ulysses", ulysses=2)),
-        (MeshOptions(data=1, fsdp=2, context=2, tensor=2), SequenceParallel()),
-        (MeshOptions(data=1, fsdp=2, context=2, tensor=2), SequenceParallel(method="ring")),
-        (MeshOptions(data=1, fsdp=4, tensor=2), SequenceParallel()),
-    ],
-    ids=lambda value: " ".join(
-        f"{field.name}={getattr(value, field.name)}" for field in dataclasses.fields(value)
+MESHES = {
+    "ring": (MeshOptions(data=1, context=8), SequenceParallel(method="ring")),
+    "rings that exchange": (
+        MeshOptions(data=1, context=4, tensor=2),
+        SequenceParallel(method="ulysses", ulysses=2),
     ),
-)
-def test_loss_and_gradients_are_those_of_one_device(model, batch, expected, mesh, sequence):
-    compiled, arguments = over(mesh.build(), model, batch, sequence)
-    loss, grads = compiled(*arguments)
-    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
-    ours, theirs = named_leaves(grads), named_leaves(expected[1])
-    for name, gradient in theirs.items():
-        largest = float(np.abs(gradient).max())
-        np.testing.assert_allclose(ours[name], gradient, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
+    "three axes": (MeshOptions(data=1, fsdp=2, context=2, tensor=2), SequenceParallel()),
+    "no context": (MeshOptions(data=1, fsdp=4, tensor=2), SequenceParallel()),
+}
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES.keys())
+def compiled(request, model, batch):
+    options, sequence = request.param
+    mesh = options.build()
+    return (mesh, *over(mesh, model, batch, sequence))
+
+
+def test_loss_gradients_and_step_are_those_of_one_device_and_lie_by_the_table(compiled, expected):
+    mesh, program, arguments = compiled
+    loss, *trees = program(*arguments)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    for ours, theirs in zip(trees, expected[1:], strict=True):
+        places = named_leaves(shardings(ours, mesh))
+        ours = named_leaves(ours)
+        for name, value in named_leaves(theirs).items():
+            largest = float(np.abs(value).max())
+            np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
+            assert ours[name].sharding.is_equivalent_to(places[name], value.ndim), name
+    kernel = trees[0].blocks.self_attention.query.kernel.get_value()
+    assert kernel.sharding.shard_shape(kernel.shape) == (
+        2,
+        48 // mesh.shape["fsdp"],
+        48 // mesh.shape["tensor"],
+    )
+
+
+def test_a_layer_sums_activations_three_times_and_gathers_matrices_only(compiled):
+    """What is summed over `tensor` (Megatron, arXiv 1909.08053): the results of attention to tokens, of that
+    to text, and of the network; and the squares of queries and keys, whose norms run across heads."""
+    mesh, program, _ = compiled
+    sent = re.findall(
+        r"= (.*?) (all-gather|all-reduce|reduce-scatter)\(.*op_name=\"[^\"]*?/jvp\(\)/while/body",
+        program.as_text(),
+    )
+    shapes = {
+        kind: [
+            tuple(map(int, dims.split(","))) for text, k in sent if k == kind for dims in SHAPE.findall(text)
+        ]
+        for kind in ("all-gather", "all-reduce", "reduce-scatter")
+    }
+    rows, tokens = ROWS // mesh.shape["fsdp"], TOKENS // mesh.shape["context"]
+    tensor = mesh.shape["tensor"] > 1
+    assert shapes["reduce-scatter"] == []
+    assert shapes["all-reduce"].count((rows, tokens, 48)) == (3 if tensor else 0)
+    # Queries and keys of tokens, queries and keys of cross-attention.
+    norms = 3 * [(rows, tokens)] + [(rows, TEXT)] if tensor else []
+    others = [shape for shape in shapes["all-reduce"] if shape != (rows, tokens, 48)]
+    assert sorted(others) == sorted(norms)
+    assert all(TOKENS not in shape and tokens not in shape for shape in shapes["all-gather"])
