@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from vidgen.ops.attention import attention
-from vidgen.ops.attention_blocks import Sight, attend, begin, finish
+from vidgen.ops.attention_blocks import ATTENTION, Sight, attend, begin, finish
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.hlo import count_collectives
 
 # Compiling takes longer than running.
@@ -152,6 +153,22 @@ def test_a_ring_passes_on_and_gathers_nothing_and_its_memory_is_that_of_a_part()
     assert not any(counts.values())
     assert largest_buffer(program) == part * part * 8  # Scores of one part and another, 8 heads.
     assert largest_buffer(compiled(METHODS["gather"], tokens)) >= part * tokens * 8
+
+
+def test_with_its_result_saved_a_ring_is_not_run_again(qkv):
+    def flops(policy):
+        function = functools.partial(sequence_attention, options=METHODS["ring"])
+        if policy is not None:
+            function = jax.checkpoint(function, policy=policy)
+        loss = lambda arrays: jnp.square(function(*arrays)).sum()  # noqa: E731
+        return matmul_flops(jax.make_jaxpr(jax.grad(loss))(qkv))
+
+    policies = jax.checkpoint_policies
+    with jax.set_mesh(MESH.build()):
+        assert flops(policies.save_only_these_names(ATTENTION)) == flops(None)
+        # Two products of five more.
+        products = flops(policies.nothing_saveable) / flops(None)
+    np.testing.assert_allclose(products, 9 / 7, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Multi-head attention with RMS-normalised queries and keys."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
 from vidgen.ops.attention import attention
+from vidgen.ops.attention_blocks import ATTENTION
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 
 
@@ -75,6 +77,7 @@ class MultiHeadAttention(nnx.Module):
             )
         else:
             y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        y = checkpoint_name(y, ATTENTION)
         if second is not None:
             assert self.second_key and self.second_value and self.second_key_norm
             key = self._heads(self.second_key_norm(self.second_key(second)))

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from vidgen.core.typing import Array, Bool, Float, Int
 
-__all__ = ["Partial", "Sight", "attend", "begin", "finish", "gradients"]
+__all__ = ["ATTENTION", "Partial", "Sight", "attend", "begin", "finish", "gradients"]
+
+ATTENTION = "attention"
+"""The name, for policies of what is saved, of what attention gives and its backward pass takes from it."""
 
 _LARGEST = 512
 """Keys whose scores are in memory at once."""

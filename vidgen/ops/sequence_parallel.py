@@ -13,11 +13,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import attention
-from vidgen.ops.attention_blocks import Sight, attend, begin, finish, gradients
+from vidgen.ops.attention_blocks import ATTENTION, Sight, attend, begin, finish, gradients
 from vidgen.parallel.rules import constrain, partition_spec
 
 __all__ = ["SequenceParallel", "sequence_attention"]
@@ -190,7 +191,7 @@ def _ring_forward(
 
     carry, _ = jax.lax.scan(turn, (begin(query), key, value), jnp.arange(layout.ring - 1))
     mean, log_weight = finish(attend(carry[0], query, carry[1], carry[2], sight(layout.ring - 1)))
-    y = mean.astype(query.dtype)
+    y, log_weight = (checkpoint_name(x, ATTENTION) for x in (mean.astype(query.dtype), log_weight))
     return y, (query, key, value, key_mask, segments, y, log_weight)
 
 
