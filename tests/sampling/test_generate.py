@@ -10,7 +10,9 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text.tokenizer import PromptTooLong, tokenize
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.config import VAEConfig
@@ -33,7 +35,7 @@ def model():
         in_channels=4, model_dim=32, num_layers=2, num_heads=2, ffn_dim=32, text_dim=16, freq_dim=8
     )
     text = ByteEncoderConfig(dim=16, num_layers=1, num_heads=2, ffn_dim=16, max_bytes=8)
-    return random_module(lambda: TextToVideo(dit, text, rngs=nnx.Rngs(0)))
+    return random_module(lambda: TextToVideo(DiT(dit, rngs=nnx.Rngs(0)), ByteEncoder(text, rngs=nnx.Rngs(1))))
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,21 @@
 """Modules out of folders that hold config.json and weights, as other programs write them."""
 
-import json
-import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.weights import load_weights
 from vidgen.core.tree import named_leaves
-from vidgen.parallel import processes
 from vidgen.parallel.rules import shardings
 
-__all__ = ["load_module", "read_json", "write_json"]
+__all__ = ["load_module"]
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -27,7 +26,9 @@ def load_module(
     *,
     mesh: Mesh | None = None,
     names: Callable[[Iterable[str]], Mapping[str, Foreign]] | None = None,
+    halved: str | None = None,
     ignore: str | None = None,
+    keep_dtypes: bool = False,
     remedy: str = "use the weights that belong to this config.json",
 ) -> Module:
     """The module that `make` would give, with the arrays of a file; nothing is computed for it.
@@ -35,13 +36,16 @@ def load_module(
     Args:
       mesh: over which the arrays are laid; None is one device.
       names: from our names to those of the program that wrote the file.
-      ignore, remedy: as in `load_weights`.
+      halved: regular expression for whole names of arrays that are kept in bfloat16, in half the memory.
+      ignore, keep_dtypes, remedy: as in `load_weights`.
 
     Raises:
       FileNotFoundError: no such file.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     graphdef, state = nnx.split(nnx.eval_shape(make), graph=False)
+    if halved is not None:
+        state = _cast(state, halved)
     if mesh is not None:
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -49,25 +53,13 @@ def load_module(
             shardings(state, mesh),
         )
     table = None if names is None else names(named_leaves(state))
-    return nnx.merge(graphdef, load_weights(path, state, names=table, ignore=ignore, remedy=remedy))
+    arrays = load_weights(path, state, names=table, ignore=ignore, keep_dtypes=keep_dtypes, remedy=remedy)
+    return nnx.merge(graphdef, arrays)
 
 
-def read_json(path: pathlib.Path, *, remedy: str) -> dict[str, Any]:
-    """What a file says.
-
-    Raises:
-      FileNotFoundError: it is missing; with the remedy.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {remedy}")
-    return json.loads(path.read_text())
-
-
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a file, which appears whole; process 0 does."""
-    if not processes.is_main_process():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+def _cast(state: nnx.State, halved: str) -> nnx.State:
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if re.fullmatch(halved, name) else leaf.dtype)
+        for name, leaf in named_leaves(state).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)

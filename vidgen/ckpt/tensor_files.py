@@ -1,15 +1,17 @@
-"""Tensors of safetensors files, one by one, each read from the disk when it is asked for."""
+"""Tensors of safetensors files, one by one: read from the disk when asked for, written as they come."""
 
+import dataclasses
 import json
 import math
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["TensorFiles", "WeightsError"]
+__all__ = ["TensorFiles", "TensorSpec", "WeightsError", "write_tensors"]
 
 _DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -30,6 +32,9 @@ _DTYPES: Mapping[str, np.dtype] = {
 }
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 class WeightsError(ValueError):
     """A file of weights that does not fit the model; the message names every tensor concerned."""
 
@@ -43,6 +48,7 @@ class TensorFiles:
     Attributes:
       path: of the file, or of the index.
       shapes: of the tensors, by name.
+      dtypes: as `shapes`.
     """
 
     def __init__(self, path: pathlib.Path | str):
@@ -56,15 +62,15 @@ class TensorFiles:
         index = path.with_name(path.name + ".index.json")
         self.path = path if path.exists() or not index.exists() else index
         files = _listed(index) if self.path == index else {path: None}
-        self._places: dict[str, tuple[np.ndarray, np.dtype]] = {}
+        self._places: dict[str, np.ndarray] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
         for file, expected in files.items():
             self._open(file, expected)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of that name, which must not be written to."""
-        data, dtype = self._places[name]
-        return data.view(dtype).reshape(self.shapes[name])
+        return self._places[name].view(self.dtypes[name]).reshape(self.shapes[name])
 
     def _open(self, path: pathlib.Path, expected: set[str] | None) -> None:
         if not path.exists():
@@ -87,7 +93,59 @@ class TensorFiles:
             start, end = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             assert end - start == math.prod(shape) * dtype.itemsize
-            self._places[name], self.shapes[name] = (data[start:end], dtype), shape
+            self._places[name], self.shapes[name], self.dtypes[name] = data[start:end], shape, dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: pathlib.Path | str,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file tensor by tensor, so that one of them is in memory at a time; the file appears whole.
+
+    (The library's own writer takes all of them at once.)
+
+    Args:
+      specs: by name, in the order in which they come.
+      metadata: strings for the header.
+
+    Raises:
+      OSError: the disk is full, say; what was there before is still there.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.num_bytes
+        entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
+                assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
+                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _listed(index: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:

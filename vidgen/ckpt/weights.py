@@ -1,7 +1,8 @@
 """Weights as safetensors: a tree of arrays by dotted names, without optimizer and without pickle."""
 
+import dataclasses
 import functools
-import os
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,14 +12,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh
-from safetensors.numpy import save_file
 
 from vidgen.ckpt.foreign import Foreign
-from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
+from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
+from vidgen.parallel import processes
 
 __all__ = ["WeightsError", "load_weights", "save_weights", "tensor_shapes"]
+
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Beyond this size weights are written in several files, as other programs do."""
 
 
 def save_weights(
@@ -27,28 +33,40 @@ def save_weights(
     *,
     names: Mapping[str, Foreign] | None = None,
     metadata: Mapping[str, str] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the arrays of `tree` under their dotted names; the file appears whole or not at all.
+    """Writes the arrays of `tree` under their dotted names; no file is there before it is whole.
 
-    With several processes all of them must call this; process 0 writes.
+    Host memory holds one tensor at a time, of one layer. With several processes all of them must call this;
+    process 0 writes.
 
     Args:
+      path: of the file; where there is more than `max_file_bytes`, files `NAME-00001-of-00002.safetensors`
+        and so on, and an index `NAME.safetensors.index.json` that is written last.
       names: for another program: its name and layout of each array.
-      metadata: strings for the file's header.
+      metadata: strings for the header of each file.
     """
     path = pathlib.Path(path)
-    arrays = {}
-    for name, leaf in named_leaves(tree).items():
-        foreign, array = _foreign(names, name, leaf), _on_host(leaf)
-        layers = list(array) if foreign.stacked else [array]
-        for theirs, layer in zip(foreign.shapes(array.shape), layers, strict=True):
-            arrays[theirs] = np.asarray(foreign.to_theirs(layer), order="C")
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(arrays, temporary, metadata=dict(metadata or {}))
-    os.replace(temporary, path)
+    parts = _parts(tree, names)
+    files = _divided({part.name: part.spec for part in parts}, max_file_bytes)
+    numbered = f"{path.stem}-{{:05}}-of-{len(files):05}{path.suffix}"
+    paths = [path] if len(files) == 1 else [path.with_name(numbered.format(n + 1)) for n in range(len(files))]
+    coming = iter(parts)
+    for file, specs in zip(paths, files, strict=True):
+        tensors = (part.read() for part in itertools.islice(coming, len(specs)))
+        if processes.is_main_process():
+            write_tensors(file, specs, tensors, metadata=metadata)
+        else:
+            for _ in tensors:  # Every process gives its parts.
+                pass
+    index = path.with_name(path.name + ".index.json")
+    if len(files) > 1:
+        size = sum(spec.num_bytes for specs in files for spec in specs.values())
+        where = {name: file.name for file, specs in zip(paths, files, strict=True) for name in specs}
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": where})
+    # What an earlier call may have left would be read in the place of this.
+    if processes.is_main_process():
+        (index if len(files) == 1 else path).unlink(missing_ok=True)
 
 
 def load_weights(
@@ -57,6 +75,7 @@ def load_weights(
     *,
     names: Mapping[str, Foreign] | None = None,
     ignore: str | None = None,
+    keep_dtypes: bool = False,
     remedy: str = "use the config of its run",
 ) -> PyTree:
     """The arrays of a file in a tree like `abstract_tree`.
@@ -66,6 +85,7 @@ def load_weights(
         sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
       names: of a file by another program: its name and layout of each array.
       ignore: regular expression for whole names of tensors that the file may hold and nobody needs.
+      keep_dtypes: the arrays have the types of the file, whatever is asked for.
       remedy: what to do about tensors that do not fit, for the error.
 
     Raises:
@@ -85,6 +105,8 @@ def load_weights(
         raise WeightsError(
             f"{files.path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}"
         )
+    if keep_dtypes:
+        leaves = {name: _as_stored(files, foreign[name], leaf) for name, leaf in leaves.items()}
     arrays = [
         _placed(functools.partial(_read, files, foreign[name], leaf), leaf) for name, leaf in leaves.items()
     ]
@@ -115,6 +137,12 @@ def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
             yield f"{name}: {found[name]} in the file, expected {wanted[name]}"
 
 
+def _as_stored(files: TensorFiles, foreign: Foreign, leaf: Any) -> jax.ShapeDtypeStruct:
+    stored = {files.dtypes[name] for name in foreign.shapes(tuple(leaf.shape))}
+    dtype = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
+
+
 def _read(files: TensorFiles, foreign: Foreign, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
     """A part of one of our arrays, layer by layer."""
     shape = tuple(leaf.shape)
@@ -142,7 +170,50 @@ def _placed(read: Callable[[tuple[slice, ...]], np.ndarray], leaf: Any) -> jax.A
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, parts)
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A tensor to be written: of another program's name and layout."""
+
+    name: str
+    spec: TensorSpec
+    read: Callable[[], np.ndarray]
+
+
+def _parts(tree: PyTree, names: Mapping[str, Foreign] | None) -> list[_Part]:
+    parts = []
+    for name, leaf in named_leaves(tree).items():
+        foreign = _foreign(names, name, leaf)
+        for layer, (theirs, shape) in enumerate(foreign.shapes(tuple(leaf.shape)).items()):
+            read = functools.partial(_theirs, foreign, leaf, layer)
+            parts.append(_Part(theirs, TensorSpec(shape, np.dtype(leaf.dtype)), read))
+    return parts
+
+
+def _theirs(foreign: Foreign, leaf: Any, layer: int) -> np.ndarray:
+    return foreign.to_theirs(_on_host(leaf, layer) if foreign.stacked else _on_host(leaf))
+
+
+def _divided(specs: Mapping[str, TensorSpec], largest: int) -> list[dict[str, TensorSpec]]:
+    """The tensors of each file, in order."""
+    files: list[dict[str, TensorSpec]] = [{}]
+    room = largest
+    for name, spec in specs.items():
+        if spec.num_bytes > room and files[-1]:
+            files.append({})
+            room = largest
+        files[-1][name] = spec
+        room -= spec.num_bytes
+    return files
+
+
+def _on_host(leaf: Any, layer: int | None = None) -> np.ndarray:
+    """An array, or one layer of it, gathered from the devices that have its parts."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf if layer is None else leaf[layer], tiled=True)
+    if layer is None or not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    whole = np.empty(leaf.shape[1:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index[1:]] = np.asarray(shard.data[layer - (shard.index[0].start or 0)])
+    return whole

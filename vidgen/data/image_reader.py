@@ -9,7 +9,7 @@ from vidgen.core.typing import UInt8
 from vidgen.data.geometry import Crop
 from vidgen.data.source import BrokenClip
 
-__all__ = ["is_image", "probe_image", "read_image"]
+__all__ = ["fit_image", "is_image", "probe_image", "read_image"]
 
 _SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _TURNED = frozenset({5, 6, 7, 8})
@@ -41,7 +41,7 @@ def probe_image(path: pathlib.Path) -> tuple[int, int, str, str]:
 
 
 def read_image(
-    path: pathlib.Path, *, size: tuple[int, int] | None, crop_at: tuple[float, float]
+    path: pathlib.Path, *, size: tuple[int, int] | None, crop_at: tuple[float, float] = (0.5, 0.5)
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A picture, turned as its EXIF data says, laid on white where transparent, resized and cropped.
 
@@ -61,6 +61,14 @@ def read_image(
             image = _to_rgb(ImageOps.exif_transpose(file))
     except _ERRORS as error:
         raise BrokenClip(str(path), f"cannot be decoded as an image: {error}") from error
+    return fit_image(image, size, crop_at=crop_at)
+
+
+def fit_image(
+    image: Image.Image, size: tuple[int, int] | None, *, crop_at: tuple[float, float] = (0.5, 0.5)
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as RGB, resized to cover `size` (height and width) and cropped; None keeps its size."""
+    image = _to_rgb(image)
     crop = Crop.covering((image.height, image.width), size, crop_at=crop_at)
     if crop.resized != (image.height, image.width):
         image = image.resize((crop.resized[1], crop.resized[0]), Image.Resampling.BICUBIC)

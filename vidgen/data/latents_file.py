@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vidgen.ckpt.pretrained import write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Float
 

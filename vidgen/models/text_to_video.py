@@ -1,42 +1,51 @@
-"""A text encoder and a patch transformer trained together."""
+"""A patch transformer, or two, under text: with a text encoder of its own, or given features of one."""
 
-from typing import NamedTuple
-
+import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
+from vidgen.models.condition import Condition, with_given
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.experts import TwoExperts
 from vidgen.models.dit.model import DiT
-from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.video_vae.config import VAEConfig
 
-
-class Condition(NamedTuple):
-    """What the transformer is told besides latents and timestep; a pytree with the batch first."""
-
-    text: Float[Array, "b l e"]
-    mask: Bool[Array, "b l"]
+__all__ = ["TextToVideo", "latent_shape"]
 
 
 class TextToVideo(nnx.Module):
-    """Predicts velocity from noisy latents, a timestep and a prompt."""
+    """Predicts velocity from noisy latents, a timestep and a condition.
 
-    def __init__(self, dit: DiTConfig, text: ByteEncoderConfig, *, rngs: nnx.Rngs):
-        if dit.text_dim != text.dim:
+    Attributes:
+      text: the encoder of prompts that is trained with the transformer, if there is one.
+      dit: the transformer, or Wan 2.2's two.
+    """
+
+    def __init__(self, dit: DiT | TwoExperts, text: ByteEncoder | None = None):
+        if text is not None and dit.config.text_dim != text.config.dim:
             raise ValueError(
-                f"dit.text_dim={dit.text_dim} differs from text.dim={text.dim}: set them to the same width"
+                f"dit.text_dim={dit.config.text_dim} differs from text.dim={text.config.dim}: "
+                "set them to the same width"
             )
-        self.text = ByteEncoder(text, rngs=rngs)
-        self.dit = DiT(dit, rngs=rngs)
+        self.text = text
+        self.dit = dit
 
     def condition(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Condition:
-        """Encodes tokenized prompts."""
+        """Encodes tokenized prompts, for a model with a text encoder."""
+        assert self.text is not None
         return Condition(self.text(tokens, mask), mask)
 
     def velocity(self, latents: Latents, timestep: Float[Array, "b"], condition: Condition) -> Latents:
-        """Velocity, shaped as the latents, float32."""
-        return self.dit(latents, timestep, condition.text, condition.mask)
+        """Velocity of what is not given, float32; as many frames, rows and columns as the latents."""
+        inputs = with_given(latents, condition)
+        if condition.is_given is not None:
+            pt, ph, pw = self.dit.config.patch_size
+            is_given = condition.is_given[:, ::pt, ::ph, ::pw].reshape(len(latents), -1)
+            timestep = jnp.where(is_given, 0.0, timestep[:, None])
+        if condition.beside is not None:
+            inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
+        return self.dit(inputs, timestep, condition.text, condition.mask, condition.image)
 
 
 def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> tuple[int, int, int, int]:

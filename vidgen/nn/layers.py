@@ -30,7 +30,7 @@ def _copy_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Float[A
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last axis."""
+    """y = x W + b over the last axis, and an update of low rank where it has one (`vidgen.nn.lora`)."""
 
     def __init__(
         self,
@@ -48,6 +48,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         y = x @ gathered(self.kernel[...].astype(x.dtype), *self.axes)
+        if (low_rank := getattr(self, "low_rank", None)) is not None:
+            y = y + low_rank(x)
         return y if self.bias is None else y + over_last_axis(self.bias[...], y)
 
 

@@ -3,15 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
-from vidgen.core.typing import Array, Bool, Float, Int, UInt8, UInt32
-from vidgen.models.text.tokenizer import tokenize
+from vidgen.core.typing import Array, Float, Latents, UInt8, UInt32
+from vidgen.models.byte_prompts import BytePrompts
+from vidgen.models.condition import Condition, with_given
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
@@ -21,7 +20,7 @@ from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import AnyStepper, DPMSolver
 from vidgen.sampling.time_grid import TimeGrid
 
-__all__ = ["SamplingOptions", "generate"]
+__all__ = ["SamplingOptions", "denoise", "generate", "seeded_noise"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +41,6 @@ class SamplingOptions:
 _MAX_SEED = 2**32 - 1
 
 
-class _Prompts(NamedTuple):
-    tokens: Int[Array, "b l"]
-    mask: Bool[Array, "b l"]
-
-
 def generate(
     model: TextToVideo,
     vae: VideoVAE,
@@ -60,6 +54,7 @@ def generate(
     """One video per prompt; a video depends on its prompt and seed, not on the others or the devices.
 
     Args:
+      model: with a text encoder of its own.
       size: frames, height and width in pixels.
       seeds: one per prompt.
       negative_prompt: what guidance leads away from.
@@ -73,50 +68,78 @@ def generate(
         raise ValueError(
             f"found {len(prompts)} prompts and {len(seeds)} seeds: give at least one, and as many of each"
         )
+    encode = BytePrompts(model)
+    positive, negative = encode(prompts), encode([negative_prompt] * len(prompts))
+    noise = seeded_noise(seeds, latent_shape(vae.config, model.dit.config, size))
+    return denoise(model, vae, noise, positive, negative, options=options)
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Latents:
+    """Noise of one clip per seed, laid over the mesh in context.
+
+    Args:
+      shape: of a clip's latents.
+
+    Raises:
+      ValueError: a seed that is no uint32.
+    """
     for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
-    shape = latent_shape(vae.config, model.dit.config, size)
-    max_bytes = model.text.config.max_bytes
-    positive = _Prompts(*map(jnp.asarray, tokenize(prompts, max_bytes)))
-    negative = _Prompts(*map(jnp.asarray, tokenize([negative_prompt] * len(prompts), max_bytes)))
-    video = _generate(
+    return _noise(np.asarray(seeds, np.uint32), shape=shape)
+
+
+def denoise(
+    model: TextToVideo,
+    vae: VideoVAE,
+    noise: Latents,
+    positive: Condition,
+    negative: Condition,
+    *,
+    options: SamplingOptions = SamplingOptions(),
+) -> UInt8[np.ndarray, "b t h w 3"]:
+    """Videos out of noise.
+
+    Args:
+      positive: conditions of the clips.
+      negative: what guidance leads away from; not looked at without guidance.
+    """
+    guided = options.guidance_scale != 1.0
+    video = _denoise(
         model,
         vae,
-        np.asarray(seeds, np.uint32),
+        noise,
         positive,
-        negative,
+        negative if guided else None,
         np.float32(options.guidance_scale),
-        shape=shape,
-        guided=options.guidance_scale != 1.0,
         grid=options.grid,
         stepper=options.stepper,
     )
     return np.asarray(video)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "guided", "grid", "stepper"))
-def _generate(
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(seeds: UInt32[Array, "b"], *, shape: tuple[int, int, int, int]) -> Latents:
+    return constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "stepper"))
+def _denoise(
     model: TextToVideo,
     vae: VideoVAE,
-    seeds: UInt32[Array, "b"],
-    positive: _Prompts,
-    negative: _Prompts,
+    noise: Latents,
+    positive: Condition,
+    negative: Condition | None,
     guidance_scale: Float[Array, ""],
     *,
-    shape: tuple[int, int, int, int],
-    guided: bool,
     grid: TimeGrid,
     stepper: AnyStepper,
 ) -> UInt8[Array, "b t h w 3"]:
-    noise = constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
-    condition = model.condition(*positive)
-    if guided:
-        unconditional = model.condition(*negative)
-        network = classifier_free_guidance(model.velocity, condition, unconditional, guidance_scale)
+    if negative is not None:
+        network = classifier_free_guidance(model.velocity, positive, negative, guidance_scale)
     else:
-        network = functools.partial(model.velocity, condition=condition)
-    latents = sample(network, noise, grid=grid, stepper=stepper)
+        network = functools.partial(model.velocity, condition=positive)
+    latents = with_given(sample(network, noise, grid=grid, stepper=stepper), positive)
     video = streaming.decode(vae, latents, emit=pixels.to_uint8)
     # Whole on every device, so that each process can read it.
     return constrain(video, None, None, None, None, None)

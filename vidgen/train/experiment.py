@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData

@@ -16,7 +16,9 @@ from vidgen.core.typing import Array, Bool, Float, Int, Metrics
 from vidgen.diffusion.rectified_flow import velocity_loss
 from vidgen.diffusion.timesteps import LogitNormal, Uniform
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
@@ -49,7 +51,8 @@ class TextToVideoTask:
             raise ValueError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
-        return TextToVideo(self.dit, self.text, rngs=rngs)
+        text = ByteEncoder(self.text, rngs=rngs)
+        return TextToVideo(DiT(self.dit, rngs=rngs), text)
 
     @property
     def apart(self) -> dict[str, Optimizer]:
@@ -79,6 +82,11 @@ class TextToVideoTask:
         if not has_vae(workdir):
             save_vae(load_vae(self.vae), workdir)
         return dataclasses.replace(self, vae=str(workdir))
+
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "TextToVideoTask":
+        """The task with another type of matrix products."""
+        dit, text = (dataclasses.replace(part, dtype=dtype) for part in (self.dit, self.text))
+        return dataclasses.replace(self, dit=dit, text=text)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)

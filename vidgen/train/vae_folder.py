@@ -8,7 +8,8 @@ from collections.abc import Callable
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module, write_json
+from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.typing import Metrics

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder, hash_ngrams
 from vidgen.models.text.tokenizer import END, PADDING, PromptTooLong, tokenize
@@ -93,10 +94,11 @@ def test_ngrams_tell_prompts_apart_before_any_training():
 
 def test_text_and_transformer_must_agree_on_the_width():
     dit = DiTConfig(model_dim=24, num_layers=1, num_heads=2, ffn_dim=32, text_dim=10)
+    build = lambda dit: TextToVideo(DiT(dit, rngs=nnx.Rngs(0)), ByteEncoder(CONFIG, rngs=nnx.Rngs(0)))  # noqa: E731
     with pytest.raises(ValueError, match=r"dit\.text_dim=10 differs from text\.dim=16"):
-        TextToVideo(dit, CONFIG, rngs=nnx.Rngs(0))
+        build(dit)
     fitting = dataclasses.replace(dit, text_dim=16)
-    model = nnx.eval_shape(lambda: TextToVideo(fitting, CONFIG, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build(fitting))
     tokens, mask = tokenize(["a", "b"], 9)
     condition = nnx.eval_shape(lambda model: model.condition(jnp.asarray(tokens), jnp.asarray(mask)), model)
     assert condition.text.shape == (2, 10, 16)

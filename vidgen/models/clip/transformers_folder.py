@@ -1,14 +1,16 @@
 """CLIP's image encoder as transformers keeps it: a folder of config.json and safetensors."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module, read_json
+from vidgen.ckpt.json_files import read_json
+from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import tensor_shapes
 from vidgen.models.clip.config import CLIPVisionConfig
 from vidgen.models.clip.model import CLIPVision
@@ -30,11 +32,14 @@ def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
     )
 
 
-def load_transformers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> CLIPVision:
+def load_transformers(
+    folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> CLIPVision:
     """The encoder that `CLIPVisionModel` or `CLIPVisionModelWithProjection` saved.
 
     Args:
       mesh: over which the weights are laid; None is one device.
+      dtype: of matrix products; with bfloat16 the matrices are kept in it too.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
@@ -42,13 +47,14 @@ def load_transformers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> C
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     path = pathlib.Path(folder) / "model.safetensors"
-    config = read_config(folder)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
     old = any(name.startswith("vision_model.") for name in tensor_shapes(path))
     return load_module(
         path,
         lambda: CLIPVision(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=functools.partial(transformers_names, config, prefix="vision_model." if old else ""),
+        halved=None if dtype == "float32" else r".*\.kernel",
         # Numbers from 0 on that old versions wrote, and what compares images with texts.
         ignore=r".*embeddings\.position_ids|(vision_model\.)?visual_projection\.weight",
     )

@@ -1,14 +1,16 @@
 """The transformer as diffusers keeps it: a folder of config.json and safetensors."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module, read_json, write_json
+from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
@@ -18,6 +20,10 @@ from vidgen.models.dit.params import diffusers_names
 __all__ = ["load_diffusers", "read_config", "save_diffusers"]
 
 _CLASS, _CONFIG, _WEIGHTS = "WanTransformer3DModel", "config.json", "diffusion_pytorch_model.safetensors"
+
+
+_MATRICES = r"(?!condition_embedder\.time).*\.kernel"
+"""All but those of the timestep, which are multiplied in float32."""
 
 
 def read_config(folder: pathlib.Path | str) -> DiTConfig:
@@ -32,23 +38,27 @@ def read_config(folder: pathlib.Path | str) -> DiTConfig:
     return _config(values, str(path))
 
 
-def load_diffusers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> DiT:
+def load_diffusers(
+    folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> DiT:
     """The transformer that `WanTransformer3DModel.save_pretrained` wrote, in one file or several.
 
     Args:
       mesh: over which the weights are laid; None is one device.
+      dtype: of matrix products; with bfloat16 the matrices are kept in it too, which is not for training.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
       ValueError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    config = read_config(folder)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
     return load_module(
         pathlib.Path(folder) / _WEIGHTS,
         lambda: DiT(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=functools.partial(diffusers_names, config),
+        halved=None if dtype == "float32" else _MATRICES,
         # Queries of added projections are in some checkpoints of image to video; nothing reads them.
         ignore=r".*\.norm_added_q\.weight",
     )

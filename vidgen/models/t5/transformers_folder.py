@@ -1,13 +1,15 @@
 """The T5 encoder as transformers keeps it: a folder of config.json and safetensors."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module, read_json
+from vidgen.ckpt.json_files import read_json
+from vidgen.ckpt.pretrained import load_module
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
@@ -31,23 +33,27 @@ def read_config(folder: pathlib.Path | str) -> T5Config:
     )
 
 
-def load_transformers(folder: pathlib.Path | str, mesh: Mesh | None = None) -> T5Encoder:
+def load_transformers(
+    folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> T5Encoder:
     """The encoder that `T5EncoderModel` or `UMT5EncoderModel` saved, in one file or several.
 
     Args:
       mesh: over which the weights are laid; None is one device.
+      dtype: of matrix products; with bfloat16 the matrices are kept in it too.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
       ValueError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    config = read_config(folder)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
     return load_module(
         pathlib.Path(folder) / "model.safetensors",
         lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=transformers_names,
+        halved=None if dtype == "float32" else r".*\.kernel|embedding",
         # The same table under its other name, and the decoder of whole models.
         ignore=r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*",
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vidgen.ckpt.pretrained import read_json, write_json
+from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.tree import named_leaves
 from vidgen.models.video_vae.config import VAEConfig

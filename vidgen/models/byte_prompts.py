@@ -1,0 +1,40 @@
+"""Prompts through the text encoder that a video model was trained with."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from vidgen.core.typing import Array, Bool, Int
+from vidgen.models.condition import Condition
+from vidgen.models.text.tokenizer import tokenize
+from vidgen.models.text_to_video import TextToVideo
+
+__all__ = ["BytePrompts"]
+
+
+class BytePrompts:
+    """Conditions of prompts; a `PromptEncoder`."""
+
+    def __init__(self, model: TextToVideo):
+        """Keeps the model.
+
+        Args:
+          model: which has a byte encoder.
+
+        Raises:
+          ValueError: it has none.
+        """
+        if model.text is None:
+            raise ValueError("the model has no text encoder of its own: give the features of the prompts")
+        self._model = model
+        self._max_bytes = model.text.config.max_bytes
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        tokens, mask = tokenize(prompts, self._max_bytes)
+        return _encode(self._model, jnp.asarray(tokens), jnp.asarray(mask))
+
+
+@jax.jit
+def _encode(model: TextToVideo, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Condition:
+    return model.condition(tokens, mask)

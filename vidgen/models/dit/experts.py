@@ -1,0 +1,51 @@
+"""Two transformers that share the timesteps out between them, as in Wan 2.2's A14B."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vidgen.core.typing import Array, Float, Latents
+from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.model import DiT
+
+__all__ = ["TwoExperts"]
+
+
+class TwoExperts(nnx.Module):
+    """The expert for much noise at timesteps from `boundary` on, the other one below; only one of them runs.
+
+    All clips of a batch must be at the same timestep, as they are in sampling.
+    """
+
+    def __init__(self, high_noise: DiT, low_noise: DiT, boundary: float):
+        """Takes the experts.
+
+        Args:
+          boundary: timestep in (0, 1); 0.875 for Wan 2.2 T2V, 0.9 for I2V.
+
+        Raises:
+          ValueError: the experts differ in shape, or the boundary is no timestep.
+        """
+        if high_noise.config != low_noise.config:
+            raise ValueError(
+                f"the experts differ in shape: {high_noise.config} and {low_noise.config}; they must be equal"
+            )
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary={boundary}: expected a timestep between 0 and 1")
+        self.high_noise = high_noise
+        self.low_noise = low_noise
+        self.boundary = boundary
+
+    @property
+    def config(self) -> DiTConfig:
+        """Shape of each expert."""
+        return self.high_noise.config
+
+    def __call__(
+        self, latents: Latents, timestep: Float[Array, "b"] | Float[Array, "b s"], *arguments: Any
+    ) -> Float[Array, "b tz hz wz v"]:
+        """Velocity, as `DiT`; `timestep` is the same for all that is not given."""
+        run = lambda expert: lambda: expert(latents, timestep, *arguments)  # noqa: E731
+        is_high = timestep.max() >= self.boundary
+        return jax.lax.cond(is_high, run(self.high_noise), run(self.low_noise))

@@ -1,0 +1,61 @@
+"""Models by the folder that they are in."""
+
+import pathlib
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from vidgen.models.byte_prompts import BytePrompts
+from vidgen.models.text_to_video import TextToVideo
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.parallel.rules import shardings
+from vidgen.pipeline.diffusers_folder import is_checkpoint, load_checkpoint
+from vidgen.pipeline.pipeline import Pipeline
+from vidgen.train.trained import load_trained
+from vidgen.train.vae_folder import load_vae
+
+__all__ = ["load"]
+
+
+def load(
+    path: pathlib.Path | str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    cache: pathlib.Path | str | None = None,
+) -> Pipeline:
+    """A pipeline from the workdir of a text-to-video training run, or a checkpoint of Wan.
+
+    Args:
+      path: a workdir; or a folder in diffusers' layout, with model_index.json, as Wan's models are published
+        for diffusers and `vidgen import` and `vidgen export` write them.
+      mesh: where to lay the weights; by default all devices, each with a copy.
+      dtype: of matrix products; None is that of training, and float32 for a checkpoint. With bfloat16 the
+        matrices of a checkpoint are kept in it too.
+      cache: folder that keeps features of prompts by a large text encoder, between calls and programs; None
+        keeps none.
+
+    Raises:
+      FileNotFoundError: neither is there, or a part of it is missing.
+      ValueError: the run trained something else, or the checkpoint is of another model.
+    """
+    mesh = MeshOptions().build() if mesh is None else mesh
+    if is_checkpoint(path):
+        return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)
+    experiment, _, model = load_trained(path, mesh, dtype=dtype)
+    if not isinstance(model, TextToVideo):
+        raise ValueError(
+            f"{path} is a run of kind {experiment.task.kind!r}; "
+            "give one of kind 'text_to_video' (experiments/dit)"
+        )
+    vae = load_vae(path)
+    data = experiment.data
+    return Pipeline(
+        model,
+        jax.device_put(vae, shardings(vae, mesh)),
+        BytePrompts(model),
+        size=(data.num_frames, data.height, data.width),
+        fps=data.fps,
+        mesh=mesh,
+    )

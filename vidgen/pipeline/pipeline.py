@@ -1,0 +1,227 @@
+"""A video model as a function from prompt, and image, to video."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from vidgen.core import pixels
+from vidgen.core.typing import Float, Latents, UInt8
+from vidgen.data.image_reader import fit_image, read_image
+from vidgen.data.source import BrokenClip
+from vidgen.models.clip import images as clip_images
+from vidgen.models.clip.model import CLIPVision
+from vidgen.models.condition import PromptEncoder
+from vidgen.models.text_to_video import TextToVideo, latent_shape
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.sampling.conditioning import FramesEnter, beside_noise, first_frame
+from vidgen.sampling.generate import SamplingOptions, denoise, seeded_noise
+from vidgen.sampling.steppers import AnyStepper, UniPC
+from vidgen.sampling.time_grid import TimeGrid
+
+__all__ = ["AnyImage", "Pipeline"]
+
+AnyImage: TypeAlias = pathlib.Path | str | Image.Image | UInt8[np.ndarray, "_h _w 3"]
+"""A file, or pixels."""
+
+
+class Pipeline:
+    """A video model with all that it needs.
+
+    Attributes:
+      model: the transformer, or two, and a text encoder that was trained with it.
+      vae: the video autoencoder.
+      encode_prompts: what the transformer is told of prompts.
+      size: default frames, height and width.
+      fps: frames per second.
+      mesh: devices over which weights and batches are laid.
+      options: how the model is sampled where a call does not say.
+      images: how given frames enter; None where the model takes none.
+      image_encoder: for transformers that are told what an image shows.
+    """
+
+    def __init__(
+        self,
+        model: TextToVideo,
+        vae: VideoVAE,
+        encode_prompts: PromptEncoder,
+        *,
+        size: tuple[int, int, int],
+        fps: float,
+        mesh: Mesh,
+        options: SamplingOptions | None = None,
+        images: FramesEnter | None = None,
+        image_encoder: CLIPVision | None = None,
+    ):
+        self.model = model
+        self.vae = vae
+        self.encode_prompts = encode_prompts
+        self.size = size
+        self.fps = fps
+        self.mesh = mesh
+        self.options = SamplingOptions() if options is None else options
+        self.images = images
+        self.image_encoder = image_encoder
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        image: AnyImage | None = None,
+        last_image: AnyImage | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        stepper: AnyStepper | None = None,
+        seed: int = 0,
+        noise: Float[np.ndarray, "b tz hz wz z"] | None = None,
+    ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
+        """A video for a prompt, or one for each of several prompts (seeded by seed, seed + 1, ...).
+
+        What is not given is as the model was trained or published with.
+
+        Args:
+          negative_prompt: what guidance leads away from.
+          image: the first frame, for models that take one; of another shape, its middle is shown. Several
+            prompts share it.
+          last_image: the last frame, for models that take channels beside the noise.
+          num_frames: 1 + 4 n for the default VAE; 1 gives an image.
+          height, width: in pixels, multiples of the VAE's and the transformer's patches together.
+          steps: of the sampler.
+          guidance_scale: 1 is none.
+          shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
+          stepper: integrator; `UniPC` is on the timesteps that Wan's sampler visits.
+          seed: the same seed gives the same video on any number of devices.
+          noise: to begin with, in the place of that of the seed; of the shape of the latents.
+
+        Returns:
+          uint8 frames `t h w 3`, with a leading batch axis if `prompt` is a sequence.
+
+        Raises:
+          ValueError: a size that the models do not take (the message names the nearest), an image that is
+            missing or not taken, noise of another shape.
+          PromptTooLong: names what would be cut.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("found no prompt: give at least one")
+        given = (num_frames, height, width)
+        frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
+        options = self._options(steps, guidance_scale, shift, stepper)
+        with jax.set_mesh(self.mesh):
+            start = self._noise(prompts, (frames, rows, columns), seed, noise)
+            parts = self._given(image, last_image, start, (frames, rows, columns))
+            videos = denoise(
+                self.model,
+                self.vae,
+                start,
+                self.encode_prompts(prompts)._replace(**parts),
+                self.encode_prompts([negative_prompt] * len(prompts))._replace(**parts),
+                options=options,
+            )
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def _options(
+        self,
+        steps: int | None,
+        guidance_scale: float | None,
+        shift: float | None,
+        stepper: AnyStepper | None,
+    ) -> SamplingOptions:
+        default = self.options
+        convention = default.grid.convention
+        if stepper is not None and stepper != default.stepper:
+            convention = "unipc" if isinstance(stepper, UniPC) else "even"
+        return SamplingOptions(
+            grid=TimeGrid(
+                num_steps=default.grid.num_steps if steps is None else steps,
+                shift=default.grid.shift if shift is None else shift,
+                convention=convention,
+            ),
+            stepper=default.stepper if stepper is None else stepper,
+            guidance_scale=default.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+    def _noise(
+        self, prompts: Sequence[str], size: tuple[int, int, int], seed: int, noise: np.ndarray | None
+    ) -> Latents:
+        shape = latent_shape(self.vae.config, self.model.dit.config, size)
+        if noise is None:
+            return seeded_noise(range(seed, seed + len(prompts)), shape)
+        if noise.shape != (len(prompts), *shape):
+            raise ValueError(f"noise has the shape {noise.shape}; expected {(len(prompts), *shape)}")
+        return jnp.asarray(noise, jnp.float32)
+
+    def _given(
+        self,
+        image: AnyImage | None,
+        last_image: AnyImage | None,
+        noise: Latents,
+        size: tuple[int, int, int],
+    ) -> dict[str, jax.Array]:
+        """The parts of the condition that come from images."""
+        self._check_images(image, last_image)
+        if image is None:
+            return {}
+        num_frames, count = size[0], len(noise)
+        shown = [picture for picture in (image, last_image) if picture is not None]
+        fitted = [pixels.to_float(jnp.asarray(_fitted(picture, size[1:]))[None, None]) for picture in shown]
+        repeated = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
+        if self.images == "first":
+            given, is_given = first_frame(self.vae, repeated(fitted[0]), noise)
+            return {"given": given, "is_given": is_given}
+        video = jnp.zeros((1, num_frames, *size[1:], 3)).at[:, :1].set(fitted[0])
+        if last_image is not None:
+            video = video.at[:, -1:].set(fitted[1])
+        is_given = np.arange(num_frames) == 0
+        is_given[-1] |= last_image is not None
+        parts = {"beside": repeated(beside_noise(self.vae, video, jnp.asarray(is_given)))}
+        if self.image_encoder is not None:
+            side = self.image_encoder.config.image_size
+            prepared = np.stack([clip_images.prepare(_fitted(picture), side) for picture in shown])
+            features = _image_features(self.image_encoder, jnp.asarray(prepared))
+            parts["image"] = jnp.tile(features, (count, 1, 1))
+        return parts
+
+    def _check_images(self, image: AnyImage | None, last_image: AnyImage | None) -> None:
+        if image is None and (self.images == "beside" or last_image is not None):
+            raise ValueError("image is missing: the model makes videos of a first frame")
+        if image is not None and self.images is None:
+            raise ValueError("the model makes videos of text alone; leave out image, or load another model")
+        if last_image is not None and self.images != "beside":
+            raise ValueError("the model takes a first frame, but no last_image; leave it out")
+        positions = self.model.dit.config.image_positions
+        if positions and image is not None and last_image is None:
+            raise ValueError("last_image is missing: the model makes videos of a first and a last frame")
+
+
+@jax.jit
+def _image_features(encoder: CLIPVision, images: jax.Array) -> jax.Array:
+    return encoder(images, skip=1)
+
+
+def _fitted(image: AnyImage, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels of an image: as they are, or the middle of it in that size."""
+    if isinstance(image, pathlib.Path | str):
+        return _read(pathlib.Path(image), size)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    return fit_image(image, size)
+
+
+def _read(path: pathlib.Path, size: tuple[int, int] | None) -> UInt8[np.ndarray, "h w 3"]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such image")
+    try:
+        return read_image(path, size=size)
+    except BrokenClip as error:
+        raise ValueError(str(error)) from error
