@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import time
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 from vidgen.preflight.topology import GIB, prepare_environment, topology_devices
 
@@ -65,7 +65,7 @@ class Velocity:
 def measure(dit: DiTConfig, mesh, latents: tuple[int, ...]) -> tuple[Memory, int | None, float, float]:
     """Memory of a chip and of its host, matrix products of a step, seconds to compile."""
     start = time.monotonic()
-    task = Velocity(dit=dit)
+    task: Any = Velocity(dit=dit)
     transformation = partitioned(AdamW(), task.apart, 1000)
     state, graphdef = abstract_state(task, transformation, mesh)
     batch = {
@@ -77,10 +77,12 @@ def measure(dit: DiTConfig, mesh, latents: tuple[int, ...]) -> tuple[Memory, int
     with jax.set_mesh(mesh):
         traced = step.trace(state, None, batch)
         executable = compile_or_refusal(traced)
-    memory = Memory.read(executable, (state, None, batch), chip_of(mesh.devices.flat[0]).hbm_bytes)
+    chip = chip_of(mesh.devices.flat[0])
+    memory = Memory.read(executable, (state, None, batch), chip.hbm_bytes if chip else None)
     host = None
     if not isinstance(executable, TooLarge):
-        host = executable.memory_analysis().host_temp_size_in_bytes
+        found: Any = executable.memory_analysis()
+        host = found.host_temp_size_in_bytes
     return memory, host, matmul_flops(traced.jaxpr), time.monotonic() - start
 
 

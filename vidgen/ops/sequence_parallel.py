@@ -9,7 +9,7 @@ groups that exchange heads (arXiv 2405.07719), where there are more devices than
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import attention
-from vidgen.ops.attention_blocks import ATTENTION, Sight, attend, begin, finish, gradients
+from vidgen.ops.attention_blocks import ATTENTION, Partial, Sight, attend, begin, finish, gradients
 from vidgen.parallel.rules import constrain, partition_spec
 
 __all__ = ["SequenceParallel", "sequence_attention"]
@@ -164,6 +164,7 @@ def _on_each_device(
     segment_ids: Array | None,
 ) -> Array:
     query, key, value = (layout.exchange(x, 2, 1) for x in (query, key, value))
+    y: Any
     if layout.ring == 1:
         both = None if segment_ids is None else (segment_ids, segment_ids)
         y = attention(query, key, value, key_mask=key_mask, segment_ids=both)
@@ -189,8 +190,9 @@ def _ring_forward(
         partial = attend(partial, query, key, value, sight(step))
         return (partial, *layout.pass_on(key, value)), None
 
-    carry, _ = jax.lax.scan(turn, (begin(query), key, value), jnp.arange(layout.ring - 1))
-    mean, log_weight = finish(attend(carry[0], query, carry[1], carry[2], sight(layout.ring - 1)))
+    state: tuple[Partial, Array, Array] = (begin(query), key, value)
+    (partial, last_key, last_value), _ = jax.lax.scan(turn, state, jnp.arange(layout.ring - 1))
+    mean, log_weight = finish(attend(partial, query, last_key, last_value, sight(layout.ring - 1)))
     y, log_weight = (checkpoint_name(x, ATTENTION) for x in (mean.astype(query.dtype), log_weight))
     return y, (query, key, value, key_mask, segments, y, log_weight)
 
