@@ -216,13 +216,21 @@ def test_sizes_without_buckets_and_of_previews_are_looked_at_too(config, tmp_pat
     assert "batch_size is 8, which run.grad_accumulation 3 does not divide" in capsys.readouterr().err
 
 
-def test_a_transformers_patches_count_for_its_sizes(tmp_path, capsys):
+def test_a_transformers_patches_and_tokens_count_for_its_sizes(tmp_path, capsys):
     save_vae(random_module(lambda: VideoVAE(VARIANTS["tiny"], rngs=nnx.Rngs(0))), tmp_path / "vae")
     config = pathlib.Path(__file__).parents[2] / "experiments" / "dit" / "sprites.py"
-    options = [f"--config.task.vae={tmp_path / 'vae'}", "--config.data.buckets=[{'height': 24, 'width': 16}]"]
-    assert run(train.main, [f"--config={config}:tiny", f"--workdir={tmp_path / 'w'}", *options]) == 2
+    command = [
+        f"--config={config}:tiny",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.task.vae={tmp_path / 'vae'}",
+    ]
+    assert run(train.main, [*command, "--config.data.buckets=[{'height': 24, 'width': 16}]"]) == 2
     message = "config.data.buckets[0] (1 x 24 x 16): height=24 is not a multiple of 16; use 16 or 32"
     assert message in capsys.readouterr().err
+    command += ["--config.data.buckets=[{'height': 32, 'width': 16}]", "--config.mesh.context=4"]
+    assert run(train.main, command) == 2
+    message = "a clip of 2 tokens does not divide over context = 4 devices: give the mesh context = 2, or"
+    assert f"config.data.buckets[0] (1 x 32 x 16): {message}" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
 

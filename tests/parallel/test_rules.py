@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.parallel.rules import RULES, constrain, partition_spec, shardings
+from vidgen.parallel.rules import RULES, constrain, gathered, partition_spec, shardings
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +77,18 @@ def test_constrain_lays_activations_over_the_mesh_in_context(mesh):
         y = body(x)
     assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("fsdp", "context", None)), 3)
     np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_a_matrix_is_gathered_where_it_is_used_and_its_gradient_lies_as_it_is_stored(mesh):
+    x, weight = (jnp.asarray(np.random.default_rng(i).normal(size=(8, 16)), jnp.float32) for i in range(2))
+    use = lambda x: gathered(x, "embed", "mlp")  # noqa: E731
+    np.testing.assert_array_equal(use(x), x)  # No mesh.
+    loss = lambda x: (jnp.sin(use(x)) * weight).sum()  # noqa: E731
+    with jax.set_mesh(mesh):
+        y, gradient = jax.jit(use)(x), jax.jit(jax.grad(loss))(x)
+        _, tangent = jax.jit(jax.jvp, static_argnums=0)(use, (x,), (weight,))
+    assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, "tensor")), 2)
+    assert gradient.sharding.is_equivalent_to(jax.NamedSharding(mesh, P("fsdp", "tensor")), 2)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_allclose(gradient, np.cos(x) * weight, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(tangent, weight)

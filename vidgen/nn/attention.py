@@ -1,27 +1,40 @@
 """Multi-head attention with RMS-normalised queries and keys."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
 from vidgen.ops.attention import attention
+from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 
 
 class MultiHeadAttention(nnx.Module):
     """Self-attention, or cross-attention given a context; q and k are normalised across all heads (Wan)."""
 
     def __init__(
-        self, dim: int, num_heads: int, *, second_context: bool = False, eps: float = 1e-6, rngs: nnx.Rngs
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        second_context: bool = False,
+        sequence: SequenceParallel | None = None,
+        eps: float = 1e-6,
+        rngs: nnx.Rngs,
     ):
         """Makes the projections.
 
         Args:
           second_context: has keys and values for another context, attended to with the same queries; what
             both give is added.
+          sequence: how tokens that lie over the mesh axis `context` attend to each other; None is for those
+            that do not.
         """
         self.num_heads = num_heads
+        self.sequence = sequence
         self.query = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.key = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.value = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
@@ -57,7 +70,14 @@ class MultiHeadAttention(nnx.Module):
         value = self._heads(self.value(source))
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
-        y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        if context is None and self.sequence is not None:
+            own = None if segment_ids is None else segment_ids[0]
+            y = sequence_attention(
+                query, key, value, options=self.sequence, key_mask=key_mask, segment_ids=own
+            )
+        else:
+            y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        y = checkpoint_name(y, ATTENTION)
         if second is not None:
             assert self.second_key and self.second_value and self.second_key_norm
             key = self._heads(self.second_key_norm(self.second_key(second)))

@@ -1,17 +1,21 @@
 """Equal layers as one: constructed by `vmap`, applied by `scan`, rematerialised by policy. Done only here."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, PyTree
+from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.parallel.rules import gathers
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass finds saved: everything, matrix products only, or just each layer's input."""
+Remat = Literal["none", "dots", "attention", "full", "offload"]
+"""What the backward pass finds saved: everything, matrix products, what attention gives, or nothing but each
+layer's input; with `offload` that lies in the host's memory. docs/tpu.md has what each takes."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
@@ -25,17 +29,37 @@ def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) ->
     return jax.tree.map(name_axis, stack, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+_INPUT = "layer_input"
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Everything, but of matrices the part that lies here, not what `parallel.rules.gathered` makes of it."""
+    return primitive.name != "linear_call"
+
+
+_POLICIES = {
+    "none": _all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
 def apply_stack(
     stack: nnx.Module, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
 ) -> Array:
     """Runs the layers in order: x = apply(layer, x, **extra) for each; `extra` is the same for all."""
 
     def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
-        return apply(layer, x, **extra), None
+        return apply(layer, checkpoint_name(x, _INPUT), **extra), None
 
-    if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    if remat != "none" or gathers():
+        body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(body, x, stack)
     return x

@@ -1,5 +1,6 @@
 """Several processes as one program: starting them, dividing a batch, stopping at the same step."""
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -125,4 +126,18 @@ def check_rows(rows: int, mesh: Mesh, name: str = "clips") -> None:
         raise ValueError(
             f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
             f"make batch_size a multiple of {ways}, or give the mesh fewer"
+        )
+
+
+def check_tokens(tokens: int, mesh: Mesh) -> None:
+    """Sees to it that a clip of so many tokens can be cut over the mesh.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    ways = mesh.shape["context"]
+    if tokens % ways:
+        raise ValueError(
+            f"a clip of {tokens} tokens does not divide over context = {ways} devices: give the mesh "
+            f"context = {math.gcd(tokens, ways)}, or choose a size of clips with a multiple of {ways} tokens"
         )

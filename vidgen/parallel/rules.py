@@ -9,7 +9,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vidgen.core.typing import Array, PyTree
 
-__all__ = ["RULES", "batch_sharding", "constrain", "constrain_tree", "partition_spec", "shardings"]
+__all__ = [
+    "RULES",
+    "batch_sharding",
+    "constrain",
+    "constrain_tree",
+    "gathered",
+    "gathers",
+    "partition_spec",
+    "shardings",
+]
 
 RULES: dict[str, tuple[str, ...]] = {
     # Parameters: matrices are cut both ways, along `fsdp` where they touch the residual stream, along
@@ -102,6 +111,31 @@ def constrain_tree(tree: PyTree) -> PyTree:
     if mesh.empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def gathered(x: Array, *axes: str | None) -> Array:
+    """`x`, a matrix with these logical axes, as it is multiplied by: whole along `fsdp`, which only stores.
+
+    Its gradient goes back the same way, summed and cut. Left to itself, the partitioner (jax 0.10) at times
+    cuts a product by an axis that is free instead, and sums activations over it.
+    """
+    if not gathers():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    stored = partition_spec(axes, x.shape, mesh)
+    used = PartitionSpec(*(None if entry == "fsdp" else entry for entry in stored))
+
+    def to(spec: PartitionSpec):
+        return lambda _, x: jax.lax.with_sharding_constraint(x, spec)
+
+    # Not a constraint alone: that would leave the gradient whole, too.
+    return jax.custom_derivatives.linear_call(to(used), to(stored), (), x)
+
+
+def gathers() -> bool:
+    """Whether `gathered` has something to do on the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def _rule(name: str | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from vidgen.data.latents_data import LatentsData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.parallel.processes import check_rows
+from vidgen.parallel.processes import check_rows, check_tokens
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
 from vidgen.train.packed_data import check_latents
@@ -38,6 +38,7 @@ class Experiment:
 
 _MAY_CHANGE = (
     "mesh.",
+    "task.dit.sequence.",
     "run.num_steps",
     "run.log_every",
     "run.eval_every",
@@ -67,6 +68,8 @@ def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: M
         try:
             task.check_size(size.num_frames, size.height, size.width)
             check_rows(size.batch_size or run.batch_size, mesh)
+            if isinstance(task, TextToVideoTask):
+                check_tokens(task.num_tokens(size.num_frames, size.height, size.width), mesh)
         except ValueError as error:
             raise ConfigError(f"{where} ({size}): {error}") from error
         if size.batch_size and size.batch_size % run.grad_accumulation:

@@ -76,6 +76,11 @@ class TextToVideoTask:
         """Raises ValueError for clips of a size that the VAE or the transformer does not take."""
         latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
 
+    def num_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Tokens of a clip."""
+        t, h, w, _ = latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
+        return math.prod(self.dit.token_grid(t, h, w))
+
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
         """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.
 

@@ -122,7 +122,7 @@ def test_remat_does_not_change_gradients(model, inputs):
     plain, plain_program = gradients("none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
     assert "remat" not in str(plain_program) and "checkpoint" not in str(plain_program)
-    for remat in ("dots", "full"):
+    for remat in ("dots", "offload"):
         changed, program = gradients(remat)
         assert "remat" in str(program) or "checkpoint" in str(program)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), changed, plain)

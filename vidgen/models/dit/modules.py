@@ -74,7 +74,9 @@ class Block(nnx.Module):
         d = config.model_dim
         self.eps = config.eps
         self.scale_shift_table = param(rngs, zeros, (6, d), (None, "embed"))
-        self.self_attention = MultiHeadAttention(d, config.num_heads, eps=config.eps, rngs=rngs)
+        self.self_attention = MultiHeadAttention(
+            d, config.num_heads, sequence=config.sequence, eps=config.eps, rngs=rngs
+        )
         self.cross_norm = LayerNorm(d, eps=config.eps, rngs=rngs)
         self.cross_attention = MultiHeadAttention(
             d, config.num_heads, second_context=config.image_dim is not None, eps=config.eps, rngs=rngs

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Literal
 
-from vidgen.nn.stack import Remat
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -36,7 +34,7 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = "none"
+    remat: Literal["none", "full"] = "none"
 
     def __post_init__(self):
         steps = len(self.dim_mult) - 1

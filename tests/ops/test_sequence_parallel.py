@@ -1,0 +1,198 @@
+"""Tokens cut over devices attend to each other as on one device, and send only what the method says."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidgen.ops.attention import attention
+from vidgen.ops.attention_blocks import ATTENTION, Sight, attend, begin, finish
+from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
+from vidgen.parallel.mesh import MeshOptions
+from vidgen.preflight.flops import matmul_flops
+from vidgen.preflight.hlo import count_collectives
+
+# Compiling takes longer than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+B, S, N, K = 2, 32, 8, 8
+METHODS = {
+    "gather": SequenceParallel(method="gather"),
+    "ulysses": SequenceParallel(method="ulysses"),
+    "ring": SequenceParallel(method="ring"),
+    "rings of 2 that exchange": SequenceParallel(method="ulysses", ulysses=2),
+}
+MESH = MeshOptions(data=1, context=4, tensor=2)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    return tuple(jnp.asarray(normal(seed, B, S, N, K)) for seed in range(3))
+
+
+WEIGHT = normal(3, B, S, N, K)
+SEGMENTS = np.sort(np.random.default_rng(4).integers(0, 3, (B, S)), axis=1).astype(np.int32)
+KEY_MASK = np.random.default_rng(5).random((B, S)) < 0.7
+KEY_MASK[:, [0, -1]] = True
+MASKS = {
+    "all": {},
+    "packed": {"segment_ids": SEGMENTS},
+    "masked": {"key_mask": KEY_MASK},
+    "packed and masked": {"segment_ids": np.where(SEGMENTS == 1, 2, SEGMENTS), "key_mask": KEY_MASK},
+}
+
+
+def with_gradients(function, dtype=jnp.float32):
+    """The result and the gradients of a weighted sum of it, of arrays that the function gets as `dtype`."""
+
+    def loss(arrays):
+        y = function(*(x.astype(dtype) for x in arrays)).astype(jnp.float32)
+        return (y * WEIGHT).sum(), y
+
+    return jit(jax.grad(loss, has_aux=True))
+
+
+def on_one_device(masks, dtype=jnp.float32):
+    masks = dict(masks)
+    if "segment_ids" in masks:
+        masks["segment_ids"] = (masks["segment_ids"],) * 2
+    return with_gradients(functools.partial(attention, **masks), dtype)
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
+def test_result_and_gradients_are_those_of_one_device(qkv, options, masks):
+    masks = {name: jnp.asarray(mask) for name, mask in masks.items()}
+    expected = on_one_device(masks)(qkv)
+    with jax.set_mesh(MESH.build()):
+        found = with_gradients(functools.partial(sequence_attention, options=options, **masks))(qkv)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        (MeshOptions(data=1, context=8), METHODS["ring"]),
+        (MeshOptions(data=1, fsdp=2, context=4), METHODS["rings of 2 that exchange"]),
+        (MeshOptions(data=1, context=4, tensor=2), SequenceParallel()),
+    ],
+)
+def test_bfloat16_differs_by_its_rounding(qkv, mesh, options):
+    expected = on_one_device({})(qkv)
+    function = functools.partial(sequence_attention, options=options)
+    with jax.set_mesh(mesh.build()):
+        found = with_gradients(function, jnp.bfloat16)(qkv)
+    errors, largest = (
+        jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), tree, expected)
+        for tree in (found, on_one_device({}, jnp.bfloat16)(qkv))
+    )
+    # No worse than what one device makes of bfloat16.
+    jax.tree.map(lambda error, one: np.testing.assert_array_less(error, 1.5 * one), errors, largest)
+
+
+def test_blocks_are_attention_however_they_are_cut_and_a_query_without_keys_gets_zeros(qkv, monkeypatch):
+    query, key, value = qkv
+    monkeypatch.setattr("vidgen.ops.attention_blocks._LARGEST", 8)
+    mask = jnp.asarray(KEY_MASK)
+    halves = (slice(None, 24), slice(24, None))
+    partial = begin(query)
+    for half in halves:
+        partial = attend(partial, query, key[:, half], value[:, half], Sight(key_mask=mask[:, half]))
+    mean, log_weight = finish(partial)
+    np.testing.assert_allclose(mean, attention(query, key, value, key_mask=mask), rtol=1e-5, atol=1e-6)
+    scores = np.einsum("bsnk,brnk->bnsr", query, key) / np.sqrt(K)
+    expected = np.log(np.where(KEY_MASK[:, None, None], np.exp(scores), 0).sum(-1))
+    np.testing.assert_allclose(log_weight, expected, rtol=1e-5, atol=1e-5)
+    mean, _ = finish(attend(begin(query), query, key, value, Sight(key_mask=jnp.zeros_like(mask))))
+    np.testing.assert_array_equal(mean, 0)
+
+
+def compiled(options, tokens, context=8):
+    """The program of result and gradients for arrays that lie over `context`."""
+    shape = (1, tokens, 8, 4)
+    mesh = MeshOptions(data=1, context=context, tensor=8 // context).build()
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, jax.P(None, "context", "tensor"))
+        argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+        def loss(query, key, value):
+            return jnp.square(sequence_attention(query, key, value, options=options)).sum()
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=place)
+        return step.lower(argument, argument, argument).compile()
+
+
+def largest_buffer(program):
+    shapes = re.findall(r"\bf32\[([\d,]+)\]", program.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def test_ulysses_exchanges_and_gathers_nothing():
+    counts = count_collectives(compiled(METHODS["ulysses"], 64).as_text())
+    # Queries, keys, values and the result, and back; the compiler may join some.
+    assert 2 <= counts.pop("all-to-all") <= 8
+    counts.pop("all-reduce")  # Of the loss.
+    assert not any(counts.values())
+
+
+def test_a_ring_passes_on_and_gathers_nothing_and_its_memory_is_that_of_a_part():
+    tokens, part = 1024, 1024 // 8
+    program = compiled(METHODS["ring"], tokens)
+    counts = count_collectives(program.as_text())
+    # Two arrays forward, four backward, two on their last way home.
+    assert 2 <= counts.pop("collective-permute") <= 8
+    counts.pop("all-reduce")
+    assert not any(counts.values())
+    assert largest_buffer(program) == part * part * 8  # Scores of one part and another, 8 heads.
+    assert largest_buffer(compiled(METHODS["gather"], tokens)) >= part * tokens * 8
+
+
+def test_with_its_result_saved_a_ring_is_not_run_again(qkv):
+    def flops(policy):
+        function = functools.partial(sequence_attention, options=METHODS["ring"])
+        if policy is not None:
+            function = jax.checkpoint(function, policy=policy)
+        loss = lambda arrays: jnp.square(function(*arrays)).sum()  # noqa: E731
+        return matmul_flops(jax.make_jaxpr(jax.grad(loss))(qkv))
+
+    policies = jax.checkpoint_policies
+    with jax.set_mesh(MESH.build()):
+        assert flops(policies.save_only_these_names(ATTENTION)) == flops(None)
+        # Two products of five more.
+        products = flops(policies.nothing_saveable) / flops(None)
+    np.testing.assert_allclose(products, 9 / 7, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "degree"),
+    [
+        (SequenceParallel(), 40, 8),
+        (SequenceParallel(), 12, 4),
+        (SequenceParallel(), 3, 1),
+        (SequenceParallel(method="ring"), 40, 1),
+        (SequenceParallel(method="ulysses", ulysses=4), 12, 4),
+    ],
+)
+def test_auto_exchanges_as_far_as_heads_go(options, heads, degree):
+    assert options.degree(8, heads) == degree
+
+
+def test_what_does_not_divide_is_named_with_what_does(qkv):
+    with pytest.raises(ValueError, match=r'ulysses=2 with method "ring"'):
+        SequenceParallel(method="ring", ulysses=2)
+    with pytest.raises(ValueError, match=r"(?s)8 devices.*12 heads on each.*Use ulysses=1 or 2 or 4, or"):
+        METHODS["ulysses"].degree(8, 12)
+    odd = tuple(x[:, :30] for x in qkv)
+    with jax.set_mesh(MESH.build()):
+        with pytest.raises(ValueError, match=r"30 tokens do not divide over context=4.* are 28 or 32"):
+            sequence_attention(*odd, options=METHODS["ring"])
+        found = jit(sequence_attention)(*odd)
+    np.testing.assert_allclose(found, attention(*odd), rtol=1e-5, atol=1e-6)
