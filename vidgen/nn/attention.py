@@ -1,19 +1,28 @@
 """Multi-head attention with RMS-normalised queries and keys."""
 
+import functools
+
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
-from vidgen.ops.attention import attention
+from vidgen.ops.attention import Implementation, attention
 
 
 class MultiHeadAttention(nnx.Module):
     """Self-attention, or cross-attention given a context; q and k are normalised across all heads (Wan)."""
 
     def __init__(
-        self, dim: int, num_heads: int, *, second_context: bool = False, eps: float = 1e-6, rngs: nnx.Rngs
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        second_context: bool = False,
+        eps: float = 1e-6,
+        implementation: Implementation = "xla",
+        rngs: nnx.Rngs,
     ):
         """Makes the projections.
 
@@ -22,6 +31,7 @@ class MultiHeadAttention(nnx.Module):
             both give is added.
         """
         self.num_heads = num_heads
+        self.implementation: Implementation = implementation
         self.query = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.key = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.value = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
@@ -57,11 +67,12 @@ class MultiHeadAttention(nnx.Module):
         value = self._heads(self.value(source))
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
-        y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+        attend = functools.partial(attention, implementation=self.implementation)
+        y = attend(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
         if second is not None:
             assert self.second_key and self.second_value and self.second_key_norm
             key = self._heads(self.second_key_norm(self.second_key(second)))
-            y = y + attention(query, key, self._heads(self.second_value(second)))
+            y = y + attend(query, key, self._heads(self.second_value(second)))
         return self.out(y.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from vidgen.nn.layers import FeedForwardKind
 from vidgen.nn.stack import Remat
+from vidgen.ops.attention import Implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class DiTConfig:
       ffn: plain or gated feed-forward.
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
       remat: what the backward pass finds saved.
+      attention: `cudnn` is NVIDIA's fused kernel, for bfloat16.
     """
 
     in_channels: int = 16
@@ -43,6 +45,7 @@ class DiTConfig:
     rope_theta: float = 10_000.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
+    attention: Implementation = "xla"
 
     def __post_init__(self):
         if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:
