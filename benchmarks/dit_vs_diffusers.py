@@ -5,10 +5,11 @@
 
 A forward pass, and a training step: forward, backward and AdamW's update. On CPUs in float32, with as many
 threads for each; on a GPU the products in bfloat16 with float32 weights, attention by cuDNN here and by
-PyTorch's fused kernel there, and each block computed again in the backward pass. diffusers' model runs as it
-is and by `torch.compile`; AdamW is PyTorch's fused one. Outputs and gradients are compared first. Needs the
-`parity` extra. The last line is one JSON object; ratios are the better of diffusers' medians over ours, so
-that above 1 is better here. `--preset tiny` is for a look at whether everything runs.
+PyTorch's fused kernel there, and each block computed again in the backward pass. `--remat` is what ours keeps
+for it. diffusers' model runs as it is and by `torch.compile`; AdamW is PyTorch's fused one. Outputs and
+gradients are compared first. Needs the `parity` extra. The last line is one JSON object; ratios are the
+better of diffusers' medians over ours, so that above 1 is better here. `--preset tiny` is for a look at
+whether everything runs.
 """
 
 import argparse
@@ -159,7 +160,7 @@ class Diffusers:
 class Vidgen:
     """The same weights here."""
 
-    def __init__(self, folder: pathlib.Path, inputs: dict[str, np.ndarray], device: str):
+    def __init__(self, folder: pathlib.Path, inputs: dict[str, np.ndarray], device: str, remat: str):
         import jax
         import jax.numpy as jnp
         import optax
@@ -169,8 +170,8 @@ class Vidgen:
         from vidgen.models.dit.model import DiT
 
         dit = load_diffusers(folder)
-        options = {"dtype": "bfloat16", "remat": "full", "attention": "cudnn"} if device == "gpu" else {}
-        self.config = dataclasses.replace(dit.config, **options)
+        options = {"dtype": "bfloat16", "attention": "cudnn"} if device == "gpu" else {}
+        self.config = dataclasses.replace(dit.config, remat=remat, **options)
         self.params = nnx.split(dit, graph=False)[1]
         self.inputs = {name: jnp.asarray(array) for name, array in inputs.items()}
         self.optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--remat", choices=("none", "dots", "full"), help="default: dots, on a GPU full")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--peak-tflops", type=float, help="of the device, to print the share that is used")
     arguments = parser.parse_args()
@@ -293,7 +295,8 @@ def main() -> None:
         folder = pathlib.Path(name)
         write(folder, size)
         theirs = Diffusers(folder, inputs, arguments.device, arguments.threads)
-        ours = Vidgen(folder, inputs, arguments.device)
+        remat = arguments.remat or {"cpu": "dots", "gpu": "full"}[arguments.device]
+        ours = Vidgen(folder, inputs, arguments.device, remat)
     parity = errors(ours.outputs(), theirs.outputs())
     print("differences: " + json.dumps(parity), flush=True)
     flops = ours.flops()
@@ -320,6 +323,7 @@ def main() -> None:
         "preset": arguments.preset,
         "device": arguments.device,
         "layers": size.layers,
+        "remat": remat,
         "threads": arguments.threads,
         "parity": parity,
         "seconds": median,

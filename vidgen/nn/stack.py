@@ -7,11 +7,13 @@ import jax
 from flax import nnx
 
 from vidgen.core.typing import Array, PyTree
+from vidgen.ops.attention import RESULT
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass finds saved: everything, matrix products only, or just each layer's input."""
+"""What the backward pass finds saved: everything, matrix products and results of attention, or just each
+layer's input."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
@@ -35,7 +37,10 @@ def apply_stack(
 
     if remat != "none":
         policies = jax.checkpoint_policies
-        policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
+        policy = policies.nothing_saveable
+        if remat == "dots":
+            attention = policies.save_only_these_names(RESULT)
+            policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, _ = jax.lax.scan(body, x, stack)
     return x

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
@@ -14,6 +15,9 @@ from vidgen.ops.attention_cpu import Masks, Statistics
 from vidgen.parallel.rules import partition_spec
 
 Implementation = Literal["xla", "cudnn"]
+
+RESULT = "attention"
+"""What `jax.checkpoint` knows the result by: dearer to compute again than the products before it."""
 
 
 def attention(
@@ -42,12 +46,13 @@ def attention(
     masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
+        y = jax.nn.dot_product_attention(
             query, key, value, bias, _mask(masks), scale=scale, implementation="cudnn"
         )
+        return checkpoint_name(y, RESULT)
     if bias is None and attention_cpu.pays(query, key):
         return _recomputing(query, key, value, masks, scale)
-    return _reference(query, key, value, _mask(masks), bias, scale)
+    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), RESULT)
 
 
 def _mask(masks: Masks) -> Array | None:
@@ -85,7 +90,7 @@ def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float)
 
     inputs = (query, key, value, masks)
     blocked = functools.partial(_over_mesh, lambda axes, *arrays: attention_cpu.forward(*arrays, scale))
-    y, statistics = jax.lax.platform_dependent(*inputs, cpu=blocked, default=plain)
+    y, statistics = checkpoint_name(jax.lax.platform_dependent(*inputs, cpu=blocked, default=plain), RESULT)
     return y, (inputs, y, statistics)
 
 
