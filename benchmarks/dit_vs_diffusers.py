@@ -105,7 +105,8 @@ class Diffusers:
 
         torch.set_num_threads(threads)
         self.torch, self.device = torch, {"cpu": "cpu", "gpu": "cuda"}[device]
-        self.model: Any = WanTransformer3DModel.from_pretrained(folder).to(self.device).train()
+        model: Any = WanTransformer3DModel.from_pretrained(folder)
+        self.model = model.to(self.device).train()
         if device == "gpu":
             self.model.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(

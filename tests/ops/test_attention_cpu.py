@@ -74,7 +74,7 @@ def test_result_and_gradients_against_float64(inputs, masks, block, monkeypatch)
     assert mask.any(-1).all()
     arrays = jax.tree.map(jnp.asarray, masks)
     found = with_gradients(functools.partial(attention, scale=SCALE, **arrays), weight)(*qkv)
-    for array, expected in zip(found, reference(*inputs, mask), strict=True):
+    for array, expected in zip(found, reference(*inputs, mask=mask), strict=True):
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=4e-6)
 
 

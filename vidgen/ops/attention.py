@@ -44,15 +44,15 @@ def attention(
       implementation: `xla` is plain products and a softmax; `cudnn` is NVIDIA's fused kernel, for 16 bits.
     """
     masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "cudnn":
         y = jax.nn.dot_product_attention(
-            query, key, value, bias, _mask(masks), scale=scale, implementation="cudnn"
+            query, key, value, bias, _mask(masks), scale=factor, implementation="cudnn"
         )
         return checkpoint_name(y, RESULT)
     if bias is None and attention_cpu.pays(query, key):
-        return _recomputing(query, key, value, masks, scale)
-    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), RESULT)
+        return _recomputing(query, key, value, masks, factor)
+    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, factor), RESULT)
 
 
 def _mask(masks: Masks) -> Array | None:
@@ -89,7 +89,7 @@ def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float)
         return _reference(query, key, value, _mask(masks), None, scale), Statistics(zeros, zeros)
 
     inputs = (query, key, value, masks)
-    blocked = functools.partial(_over_mesh, lambda axes, *arrays: attention_cpu.forward(*arrays, scale))
+    blocked = functools.partial(_over_mesh, lambda _, *arrays: attention_cpu.forward(*arrays, scale=scale))
     y, statistics = checkpoint_name(jax.lax.platform_dependent(*inputs, cpu=blocked, default=plain), RESULT)
     return y, (inputs, y, statistics)
 
@@ -103,7 +103,7 @@ def _backward(scale: float, residuals: Any, gradient: Array) -> tuple[Array, Arr
         return d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
 
     def plain(query: Array, key: Array, value: Array, masks: Masks, y, statistics, gradient: Array) -> Any:
-        call = lambda *inputs: _reference(*inputs, _mask(masks), None, scale)  # noqa: E731
+        call = functools.partial(_reference, mask=_mask(masks), bias=None, scale=scale)
         return jax.vjp(call, query, key, value)[1](gradient)
 
     d_query, d_key, d_value = jax.lax.platform_dependent(
