@@ -57,6 +57,17 @@ def test_the_most_expensive_branch_counts():
     assert flops(branches, (4, 8), (8, 8)) == 2 * 2 * 4 * 8 * 8
 
 
+def test_what_one_platform_does_differently_does_not_count():
+    def product(x, kernel):
+        return jax.lax.platform_dependent(
+            x, kernel, cpu=lambda x, kernel: x @ kernel @ kernel, default=lambda x, kernel: x @ kernel
+        )
+
+    assert flops(product, (4, 8), (8, 8)) == 2 * 4 * 8 * 8
+    gradient = jax.grad(lambda x, kernel: jnp.sin(product(x, kernel)).sum(), argnums=(0, 1))
+    assert flops(gradient, (4, 8), (8, 8)) == 3 * 2 * 4 * 8 * 8
+
+
 def test_the_work_of_all_devices_counts():
     mesh, rows = MeshOptions(data=2, context=4).build(), jax.P("context")
     body = jax.shard_map(lambda x, k: x @ k, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)

@@ -1,14 +1,14 @@
 """Multi-head attention with RMS-normalised queries and keys."""
 
+import functools
+
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
-from vidgen.ops.attention import attention
-from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.attention import Implementation, attention
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 
 
@@ -23,6 +23,7 @@ class MultiHeadAttention(nnx.Module):
         second_context: bool = False,
         sequence: SequenceParallel | None = None,
         eps: float = 1e-6,
+        implementation: Implementation = "xla",
         rngs: nnx.Rngs,
     ):
         """Makes the projections.
@@ -35,6 +36,7 @@ class MultiHeadAttention(nnx.Module):
         """
         self.num_heads = num_heads
         self.sequence = sequence
+        self.implementation: Implementation = implementation
         self.query = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.key = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.value = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
@@ -70,18 +72,24 @@ class MultiHeadAttention(nnx.Module):
         value = self._heads(self.value(source))
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
+        attend = functools.partial(attention, implementation=self.implementation)
         if context is None and self.sequence is not None:
             own = None if segment_ids is None else segment_ids[0]
             y = sequence_attention(
-                query, key, value, options=self.sequence, key_mask=key_mask, segment_ids=own
+                query,
+                key,
+                value,
+                options=self.sequence,
+                key_mask=key_mask,
+                segment_ids=own,
+                implementation=self.implementation,
             )
         else:
-            y = attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
-        y = checkpoint_name(y, ATTENTION)
+            y = attend(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
         if second is not None:
             assert self.second_key and self.second_value and self.second_key_norm
             key = self._heads(self.second_key_norm(self.second_key(second)))
-            y = y + attention(query, key, self._heads(self.second_value(second)))
+            y = y + attend(query, key, self._heads(self.second_value(second)))
         return self.out(y.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:

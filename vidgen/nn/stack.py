@@ -14,7 +14,7 @@ from vidgen.parallel.rules import gathers
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
-"""What the backward pass finds saved: everything, matrix products, what attention gives, or nothing but each
+"""What the backward pass finds saved: everything, matrix products with what attention gives, the latter alone, or nothing but each
 layer's input; with `offload` that lies in the host's memory. docs/tpu.md has what each takes."""
 
 
@@ -37,10 +37,13 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "linear_call"
 
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 _POLICIES = {
     "none": _all_but_gathered,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

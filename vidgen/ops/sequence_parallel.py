@@ -9,6 +9,7 @@ groups that exchange heads (arXiv 2405.07719), where there are more devices than
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
-from vidgen.ops.attention import attention
+from vidgen.ops.attention import Implementation, attention
 from vidgen.ops.attention_blocks import ATTENTION, Partial, Sight, attend, begin, finish, gradients
 from vidgen.parallel.rules import constrain, partition_spec
 
@@ -81,6 +82,7 @@ def sequence_attention(
     options: SequenceParallel = SequenceParallel(),
     key_mask: Bool[Array, "b s"] | None = None,
     segment_ids: Int[Array, "b s"] | None = None,
+    implementation: Implementation = "xla",
 ) -> Float[Array, "b s n k"]:
     """Softmax self-attention; on a mesh in context, of tokens that lie over the axis `context`.
 
@@ -90,10 +92,12 @@ def sequence_attention(
     Args:
       key_mask: which tokens may be attended to; at least one per row.
       segment_ids: a token attends to those of its own segment only.
+      implementation: of attention on each device, but in rings.
 
     Raises:
       ValueError: the tokens, or the heads, do not divide as the method asks.
     """
+    plain = functools.partial(attention, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
     context = 1 if mesh.empty else mesh.shape[_AXIS]
     spec = None if context == 1 else partition_spec(("batch", "tokens", "heads", None), query.shape, mesh)
@@ -101,17 +105,18 @@ def sequence_attention(
         if options.method in ("ulysses", "ring") and context > 1:
             raise ValueError(_not_divisible(query.shape[1], context, options.method))
         both = None if segment_ids is None else (segment_ids, segment_ids)
-        return attention(query, key, value, key_mask=key_mask, segment_ids=both)
+        return plain(query, key, value, key_mask=key_mask, segment_ids=both)
     if options.method == "gather":
-        return _gathered(query, key, value, key_mask, segment_ids)
+        return _gathered(plain, query, key, value, key_mask, segment_ids)
     heads = query.shape[2] // (1 if spec[2] is None else mesh.shape[spec[2]])
     layout = _Layout(context, options.degree(context, heads))
     whole = PartitionSpec(spec[0], None)  # Numbers of tokens are few: every device has those of all.
-    return jax.shard_map(
-        functools.partial(_on_each_device, layout),
+    y = jax.shard_map(
+        functools.partial(_on_each_device, layout, plain),
         in_specs=(spec, spec, spec, whole, whole),
         out_specs=spec,
     )(query, key, value, key_mask, segment_ids)
+    return checkpoint_name(y, ATTENTION)
 
 
 class _Layout(NamedTuple):
@@ -144,19 +149,25 @@ class _Layout(NamedTuple):
 
 
 def _gathered(
-    query: Array, key: Array, value: Array, key_mask: Array | None, segment_ids: Array | None
+    plain: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    segment_ids: Array | None,
 ) -> Array:
     query = constrain(query, "batch", "tokens", "heads", None)
     key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
     both = None
     if segment_ids is not None:
         both = (constrain(segment_ids, "batch", "tokens"), constrain(segment_ids, "batch", None))
-    y = attention(query, key, value, key_mask=key_mask, segment_ids=both)
+    y = plain(query, key, value, key_mask=key_mask, segment_ids=both)
     return constrain(y, "batch", "tokens", "heads", None)
 
 
 def _on_each_device(
     layout: _Layout,
+    plain: Callable[..., Array],
     query: Array,
     key: Array,
     value: Array,
@@ -167,7 +178,7 @@ def _on_each_device(
     y: Any
     if layout.ring == 1:
         both = None if segment_ids is None else (segment_ids, segment_ids)
-        y = attention(query, key, value, key_mask=key_mask, segment_ids=both)
+        y = plain(query, key, value, key_mask=key_mask, segment_ids=both)
     else:
         y = _ring(layout, query, key, value, key_mask, segment_ids)
     return layout.exchange(y, 1, 2)

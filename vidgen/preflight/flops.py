@@ -13,7 +13,8 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
 
     The body of a `scan` counts as often as it runs, which XLA's own estimate leaves out; what is recomputed
     in the backward pass counts again; what `shard_map` gives a device counts for each; of a `cond`'s branches
-    the most expensive one counts. The body of a `while` counts once.
+    the most expensive one counts, and where they are of platforms, the one of those without a branch of
+    their own. The body of a `while` counts once.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -24,10 +25,17 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         elif name == "cond":
-            total += max(matmul_flops(branch) for branch in equation.params["branches"])
+            total += max(matmul_flops(branch) for branch in _branches(equation))
         else:
             total += _times(equation) * sum(matmul_flops(inner) for inner in _inner(equation.params))
     return total
+
+
+def _branches(equation: Any) -> list[Any]:
+    branches = equation.params["branches"]
+    platforms = equation.params.get("branches_platforms") or [None] * len(branches)
+    default = [branch for branch, names in zip(branches, platforms, strict=True) if names is None]
+    return default or list(branches)
 
 
 def _times(equation: Any) -> int:

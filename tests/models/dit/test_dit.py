@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,19 @@ def test_remat_does_not_change_gradients(model, inputs):
         changed, program = gradients(remat)
         assert "remat" in str(program) or "checkpoint" in str(program)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), changed, plain)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_the_program_of_a_step_does_not_grow_with_layers(inputs, remat):
+    def program(num_layers):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers, remat=remat)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)
+        loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()  # noqa: E731
+        text = jax.jit(jax.grad(loss)).lower(state).as_text()
+        assert f"tensor<{num_layers}x24x24xf32>" in text
+        return re.sub(r"\d+", "", text)
+
+    assert program(2) == program(8)
 
 
 def test_bfloat16_is_close_to_float32(model, inputs, apply):

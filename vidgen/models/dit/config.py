@@ -5,6 +5,7 @@ from typing import Literal
 
 from vidgen.nn.layers import FeedForwardKind
 from vidgen.nn.stack import Remat
+from vidgen.ops.attention import Implementation
 from vidgen.ops.sequence_parallel import SequenceParallel
 
 
@@ -27,6 +28,7 @@ class DiTConfig:
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
       remat: what the backward pass finds saved.
       sequence: how tokens attend to each other that are cut over the mesh axis `context`.
+      attention: `cudnn` is NVIDIA's fused kernel, for bfloat16.
     """
 
     in_channels: int = 16
@@ -46,6 +48,7 @@ class DiTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     sequence: SequenceParallel = SequenceParallel()
+    attention: Implementation = "xla"
 
     def __post_init__(self):
         if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:

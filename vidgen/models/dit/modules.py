@@ -1,5 +1,7 @@
 """Blocks of the patch transformer, named after Wan's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,13 +76,17 @@ class Block(nnx.Module):
         d = config.model_dim
         self.eps = config.eps
         self.scale_shift_table = param(rngs, zeros, (6, d), (None, "embed"))
-        self.self_attention = MultiHeadAttention(
-            d, config.num_heads, sequence=config.sequence, eps=config.eps, rngs=rngs
+        make_attention = functools.partial(
+            MultiHeadAttention,
+            d,
+            config.num_heads,
+            eps=config.eps,
+            implementation=config.attention,
+            rngs=rngs,
         )
+        self.self_attention = make_attention(sequence=config.sequence)
         self.cross_norm = LayerNorm(d, eps=config.eps, rngs=rngs)
-        self.cross_attention = MultiHeadAttention(
-            d, config.num_heads, second_context=config.image_dim is not None, eps=config.eps, rngs=rngs
-        )
+        self.cross_attention = make_attention(second_context=config.image_dim is not None)
         self.ffn = FeedForward(d, config.ffn_dim, kind=config.ffn, rngs=rngs)
 
     def __call__(

@@ -1,0 +1,112 @@
+"""From the start of a process to its first finished training step, without and with compiled programs kept.
+
+    python benchmarks/startup.py [--config experiments/dit/sprites.py:demo] [--rounds 1]
+
+The patch transformer on the sprite world with the VAE of this repository, each time in a process of its own:
+cold, its cache of compiled programs (JAX_COMPILATION_CACHE_DIR) is empty, warm, it is what the process before
+left. The last line is one JSON object: medians of the seconds of each part, and `ratio` of warm to cold.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+VAE = ROOT / "experiments" / "weights" / "sprites_vae"
+PARTS = ("import", "init", "trace", "compile", "step")
+
+
+def start(path: str, started: float) -> None:
+    """In a process of its own: prints the seconds that each part took."""
+    seconds, last = {}, started
+
+    def done(part: str) -> None:
+        nonlocal last
+        now = time.time()
+        seconds[part], last = now - last, now
+
+    import jax
+
+    from vidgen.cli.overrides import load_config
+    from vidgen.core.config import resolve
+    from vidgen.data.buckets import training_clips
+    from vidgen.data.loader import Loader
+    from vidgen.parallel.processes import global_batch
+    from vidgen.train.experiment import Experiment
+    from vidgen.train.loop import step_options
+    from vidgen.train.optimizer import partitioned
+    from vidgen.train.state import init_state, place_frozen
+    from vidgen.train.step import make_train_step
+
+    experiment = resolve(Experiment, load_config(path, [f"--config.task.vae={VAE}"]))
+    done("import")
+    task, run, mesh = experiment.task, experiment.run, experiment.mesh.build()
+    tx = partitioned(experiment.optimizer, task.apart, run.num_steps)
+    with (
+        jax.set_mesh(mesh),
+        Loader(training_clips(experiment.data), batch_size=run.batch_size, seed=run.seed) as loader,
+    ):
+        state, graphdef = init_state(task, tx, jax.random.key(run.seed), mesh)
+        frozen_graphdef, frozen = place_frozen(task.frozen(), mesh) or (None, None)
+        batch = global_batch(task.arrays(next(iter(loader))), mesh)
+        jax.block_until_ready((state, batch))
+        done("init")
+        step = make_train_step(task, graphdef, frozen_graphdef, tx, step_options(run))
+        lowered = jax.jit(step).lower(state, frozen, batch)
+        done("trace")
+        compiled = lowered.compile()
+        done("compile")
+        jax.block_until_ready(compiled(state, frozen, batch))
+        done("step")
+    print(json.dumps(seconds))
+
+
+def measure(path: str, cache: pathlib.Path) -> dict[str, float]:
+    """Seconds by part, and of all."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [sys.executable, __file__, "--config", path, "--started", repr(time.time())]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = json.loads(result.stdout.splitlines()[-1])
+    return {**seconds, "total": sum(seconds.values())}
+
+
+def main() -> None:
+    """Prints a row per process, and the JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="experiments/dit/sprites.py:demo")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.started is not None:
+        start(arguments.config, arguments.started)
+        return
+    rows: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for name, measured in rows.items():
+                measured.append(measure(arguments.config, pathlib.Path(cache)))
+                shown = ", ".join(f"{part} {value:.1f} s" for part, value in measured[-1].items())
+                print(f"{name}: {shown}", flush=True)
+    median = {
+        name: {part: statistics.median(row[part] for row in measured) for part in (*PARTS, "total")}
+        for name, measured in rows.items()
+    }
+    ratio = median["warm"]["total"] / median["cold"]["total"]
+    print(json.dumps({"config": arguments.config, "seconds": median, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()

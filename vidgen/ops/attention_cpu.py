@@ -1,0 +1,184 @@
+"""Attention on CPUs: a few heads and a block of queries at a time, so that scores stay in the caches."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidgen.core.typing import Array, Bool, Float, Int
+
+_BLOCK = 2**21
+"""Scores that are computed at a time: few enough to be in the caches still when they are read again."""
+_HIDDEN = float(np.finfo(np.float32).min)
+
+
+class Masks(NamedTuple):
+    """What says which keys a query may see; None is no limit.
+
+    Attributes:
+      keys: which may be seen by any.
+      query_segments, key_segments: a query sees keys of its own segment.
+    """
+
+    keys: Bool[Array, "b r"] | None = None
+    query_segments: Int[Array, "b s"] | None = None
+    key_segments: Int[Array, "b r"] | None = None
+
+
+class Statistics(NamedTuple):
+    """By what the softmax of each query was normalised: the largest score, and the sum of exponentials."""
+
+    largest: Float[Array, "b s n"]
+    total: Float[Array, "b s n"]
+
+
+def pays(query: Float[Array, "b s n k"], key: Float[Array, "b r n k"]) -> bool:
+    """Whether blocks are faster than all scores at once, which they are not where scores are few."""
+    batch, queries, heads, _ = query.shape
+    return query.dtype == jnp.float32 and batch * heads * queries * key.shape[1] >= _BLOCK
+
+
+def forward(
+    query: Float[Array, "b s n k"],
+    key: Float[Array, "b r n k"],
+    value: Float[Array, "b r n k"],
+    masks: Masks,
+    scale: float,
+) -> tuple[Float[Array, "b s n k"], Statistics]:
+    """Attention and what `backward` needs of it, without an array of all scores.
+
+    All keys of a block are there at once, so nothing is ever rescaled.
+    """
+    cut = _Cut(query, key)
+
+    def of_heads(inputs: Any) -> Any:
+        query, key, value, masks = inputs
+
+        def of_block(inputs: Any) -> Any:
+            query, segments = inputs
+            scores = _masked(_products(query, key), segments, masks, _HIDDEN)
+            largest = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - largest)
+            total = weights.sum(-1, keepdims=True)
+            return jnp.einsum("gsr,grk->gsk", weights, value) / total, largest, total
+
+        return jax.lax.map(of_block, (query, masks.query_segments))
+
+    inputs = (cut.queries(scale * query), cut.keys(key), cut.keys(value), cut.masks(masks))
+    y, largest, total = map(cut.joined, jax.lax.map(of_heads, inputs))
+    return y, Statistics(largest[..., 0], total[..., 0])
+
+
+def backward(
+    query: Float[Array, "b s n k"],
+    key: Float[Array, "b r n k"],
+    value: Float[Array, "b r n k"],
+    masks: Masks,
+    scale: float,
+    y: Float[Array, "b s n k"],
+    statistics: Statistics,
+    gradient: Float[Array, "b s n k"],
+) -> tuple[Float[Array, "b s n k"], Float[Array, "b r n k"], Float[Array, "b r n k"]]:
+    """Gradients of query, key and value, given that of `y`.
+
+    Scores are computed anew (FlashAttention-2; arXiv 2307.08691).
+    """
+    cut = _Cut(query, key)
+    # What divides the weights of a query divides this instead, in which there are fewer numbers.
+    gradient = gradient / statistics.total[..., None]
+    mean = (gradient * y).sum(-1, keepdims=True)
+
+    def of_heads(inputs: Any) -> Any:
+        *blocks, key, value, masks = inputs
+
+        def of_block(sums: Any, inputs: Any) -> Any:
+            query, gradient, largest, mean, segments = inputs
+            scores = _masked(_products(query, key), segments, masks, _HIDDEN)
+            weights = jnp.exp(scores - largest)
+            d_scores = _masked(weights * (_products(gradient, value) - mean), segments, masks, 0.0)
+            # Written once, not computed for each of their uses.
+            weights, d_scores = jax.lax.optimization_barrier((weights, d_scores))
+            d_key = sums[0] + jnp.einsum("gsk,gsr->gkr", query, d_scores)
+            d_value = sums[1] + jnp.einsum("gsk,gsr->gkr", gradient, weights)
+            return (d_key, d_value), jnp.einsum("gsr,grk->gsk", d_scores, key)
+
+        zeros = jnp.zeros_like(jnp.swapaxes(key, 1, 2))
+        sums, d_query = jax.lax.scan(of_block, (zeros, zeros), (*blocks, masks.query_segments))
+        return d_query, *(jnp.swapaxes(x, 1, 2) for x in sums)
+
+    blocks = map(cut.queries, (scale * query, gradient, statistics.largest[..., None], mean))
+    inputs = (*blocks, cut.keys(key), cut.keys(value), cut.masks(masks))
+    d_query, d_key, d_value = jax.lax.map(of_heads, inputs)
+    back = functools.partial(_heads_last, clips=key.shape[0])
+    return scale * cut.joined(d_query), back(d_key), back(d_value)
+
+
+class _Cut:
+    """How arrays of all clips, heads and queries are cut into what is computed at a time.
+
+    Attributes:
+      group: clips' heads at a time.
+      count, rows: blocks of queries, and queries per block; the last block is padded.
+    """
+
+    def __init__(self, query: Array, key: Array):
+        self.clips, self.length, self.heads, _ = query.shape
+        scores, all_heads = self.length * key.shape[1], self.clips * self.heads
+        most = max(1, min(_BLOCK // scores, all_heads))
+        self.group = next(size for size in range(most, 0, -1) if all_heads % size == 0)
+        self.rows = math.ceil(self.length / math.ceil(scores / _BLOCK))
+        self.count = math.ceil(self.length / self.rows)
+
+    def keys(self, x: Array) -> Array:
+        """`b r n k` as groups, heads of a group, keys, channels."""
+        return self._grouped(_heads_first(x))
+
+    def queries(self, x: Array) -> Array:
+        """`b s n k` as groups, blocks, heads of a group, queries of a block, channels."""
+        return self._blocks(_heads_first(x))
+
+    def masks(self, masks: Masks) -> Masks:
+        keys, queries, of_keys = (None if x is None else jnp.repeat(x, self.heads, axis=0) for x in masks)
+        return Masks(
+            None if keys is None else self._grouped(keys),
+            None if queries is None else self._blocks(queries),
+            None if of_keys is None else self._grouped(of_keys),
+        )
+
+    def joined(self, x: Array) -> Array:
+        """Back from `queries`."""
+        x = jnp.swapaxes(x, 1, 2)
+        x = x.reshape(x.shape[0], self.group, self.count * self.rows, -1)[:, :, : self.length]
+        return _heads_last(x, self.clips)
+
+    def _grouped(self, x: Array) -> Array:
+        return x.reshape(-1, self.group, *x.shape[1:])
+
+    def _blocks(self, x: Array) -> Array:
+        missing = self.count * self.rows - self.length
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(-1, self.group, self.count, self.rows, *x.shape[2:])
+        return jnp.swapaxes(x, 1, 2)
+
+
+def _heads_first(x: Array) -> Array:
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _heads_last(x: Array, clips: int) -> Array:
+    return jnp.swapaxes(x.reshape(clips, -1, *x.shape[2:]), 1, 2)
+
+
+def _products(x: Array, y: Array) -> Array:
+    return jnp.einsum("gsk,grk->gsr", x, y)
+
+
+def _masked(scores: Array, query_segments: Array | None, masks: Masks, otherwise: float) -> Array:
+    if masks.keys is not None:
+        scores = jnp.where(masks.keys[:, None], scores, otherwise)
+    if query_segments is not None and masks.key_segments is not None:
+        scores = jnp.where(query_segments[:, :, None] == masks.key_segments[:, None], scores, otherwise)
+    return scores
