@@ -37,6 +37,7 @@ def start(path: str, started: float) -> None:
     from vidgen.core.config import resolve
     from vidgen.data.buckets import training_clips
     from vidgen.data.loader import Loader
+    from vidgen.data.sprites.source import SpritesData
     from vidgen.parallel.processes import global_batch
     from vidgen.train.experiment import Experiment
     from vidgen.train.loop import step_options
@@ -45,6 +46,7 @@ def start(path: str, started: float) -> None:
     from vidgen.train.step import make_train_step
 
     experiment = resolve(Experiment, load_config(path, [f"--config.task.vae={VAE}"]))
+    assert isinstance(experiment.data, SpritesData)
     done("import")
     task, run, mesh = experiment.task, experiment.run, experiment.mesh.build()
     tx = partitioned(experiment.optimizer, task.apart, run.num_steps)

@@ -16,11 +16,20 @@ def interpolate(clean: Latents, noise: Latents, timestep: Float[Array, "b"]) -> 
 
 
 def velocity_loss(
-    network: VelocityNetwork, clean: Latents, noise: Latents, timestep: Float[Array, "b"]
+    network: VelocityNetwork,
+    clean: Latents,
+    noise: Latents,
+    timestep: Float[Array, "b"],
+    counted: Bool[Array, "b tz hz wz"] | None = None,
 ) -> Float[Array, "b"]:
-    """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips evenly."""
+    """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips evenly.
+
+    Args:
+      counted: which latents the mean of a clip is over, at least one of each; None is all.
+    """
     predicted = network(interpolate(clean, noise, timestep), timestep).astype(jnp.float32)
-    return jnp.square(predicted - (noise - clean)).mean((1, 2, 3, 4))
+    where = None if counted is None else counted[..., None]
+    return jnp.square(predicted - (noise - clean)).mean((1, 2, 3, 4), where=where)
 
 
 def packed_velocity_loss(

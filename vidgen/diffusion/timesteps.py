@@ -36,12 +36,17 @@ class _Shifted:
       shift: moves timesteps towards noise, all alike or by the number of tokens of their clips.
       stratified: levels evenly apart over the batch, from one random start (arXiv 2107.00630, section I.1):
         the density of each clip's timestep is the same, and the mean over a batch varies less.
+      between: the part of time that is looked at, for an expert of Wan 2.2's A14B, say: (0.875, 1) or
+        (0, 0.875). Its density there is the whole one's, but for a factor.
     """
 
     shift: float | AnyShift = 1.0
     stratified: bool = False
+    between: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
+        if not 0.0 <= self.between[0] < self.between[1] <= 1.0:
+            raise ValueError(f"between={self.between}: expected 0 <= low < high <= 1")
         if isinstance(self.shift, int | float) and self.shift <= 0:
             raise ValueError(f"shift={self.shift} must be positive; 1 leaves the density as it is")
 
@@ -56,7 +61,24 @@ class _Shifted:
     def quantile(
         self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
     ) -> Float[Array, "..."]:
+        if self.between == (0.0, 1.0):
+            return self._whole(level, num_tokens)
+        low, high = (self._level_at(t, num_tokens) for t in self.between)
+        return jnp.clip(self._whole(low + (high - low) * level, num_tokens), *self.between)
+
+    def _whole(self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]) -> Float[Array, "..."]:
         return shift_timestep(self._unshifted(level), shift_at(self.shift, num_tokens))
+
+    def _level_at(self, timestep: float, num_tokens: int | Int[Array, "..."]) -> Float[Array, "..."]:
+        """The share of timesteps below `timestep`, by bisection."""
+        low = jnp.zeros(jnp.shape(num_tokens))
+        high = low + 1.0
+        for _ in range(24):  # As many as a float32 has bits.
+            middle = 0.5 * (low + high)
+            below = self._whole(middle, num_tokens) < timestep
+            low, high = jnp.where(below, middle, low), jnp.where(below, high, middle)
+        # Ends of the whole range, at which quantiles may be infinite, are not reached.
+        return jnp.clip(0.5 * (low + high), 2.0**-24, 1.0 - 2.0**-24)
 
     def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
         raise NotImplementedError

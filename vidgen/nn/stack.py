@@ -14,8 +14,9 @@ from vidgen.parallel.rules import gathers
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
-"""What the backward pass finds saved: everything, matrix products with what attention gives, the latter alone, or nothing but each
-layer's input; with `offload` that lies in the host's memory. docs/tpu.md has what each takes."""
+"""What the backward pass finds saved: everything; matrix products and what attention gives; the latter alone;
+or nothing but each layer's input. With `offload` that lies in the host's memory. docs/tpu.md has
+what each takes."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:

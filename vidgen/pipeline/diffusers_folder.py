@@ -17,9 +17,7 @@ from vidgen.models.clip import transformers_folder as clip_folder
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.experts import TwoExperts
 from vidgen.models.dit.model import DiT
-from vidgen.models.t5 import transformers_folder as t5_folder
-from vidgen.models.t5.prompts import FeatureCache, T5Prompts, digest
-from vidgen.models.t5.tokenizer import PromptTokenizer
+from vidgen.models.t5.prompts import T5Prompts
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text_to_video import TextToVideo
@@ -30,6 +28,7 @@ from vidgen.sampling.conditioning import FramesEnter, how_frames_enter
 from vidgen.sampling.generate import SamplingOptions
 from vidgen.sampling.steppers import AnyStepper, Euler, UniPC
 from vidgen.sampling.time_grid import TimeGrid
+from vidgen.train.text_features import TextFeatures
 
 __all__ = [
     "INDEX",
@@ -195,14 +194,9 @@ def _byte_encoder(folder: pathlib.Path, mesh: Mesh) -> ByteEncoder | None:
 
 
 def _prompts(folder: pathlib.Path, mesh: Mesh, dtype: _DTYPE, cache: pathlib.Path | str | None) -> T5Prompts:
-    encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
-    kept = None
-    if cache is not None:
-        files = [*encoder.glob("*.json"), *encoder.glob("*.safetensors"), *tokenizer.glob("*.*")]
-        kept = FeatureCache(cache, digest(files, dtype))
-    t5_folder.read_config(encoder)  # What is missing is found before prompts come.
-    load = functools.partial(t5_folder.load_transformers, encoder, mesh, dtype=dtype)
-    return T5Prompts(load, PromptTokenizer(tokenizer), cache=kept)
+    return TextFeatures(path=str(folder), cache=None if cache is None else str(cache), dtype=dtype).prompts(
+        mesh
+    )
 
 
 def _images(

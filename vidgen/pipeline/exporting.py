@@ -22,8 +22,9 @@ from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.params import wan_names
 from vidgen.nn.lora import merge_low_rank
-from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transformers
-from vidgen.pipeline.importing import import_checkpoint, new_folder
+from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transformers, read_index
+from vidgen.pipeline.importing import copy_part, import_checkpoint, new_folder
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
 
@@ -64,31 +65,35 @@ def export(
     if is_checkpoint(source) and format == "diffusers":
         import_checkpoint(source, target, mesh=mesh)
         return
-    model, vae = _parts(source, mesh, step)
+    model, vae, task = _parts(source, mesh, step)
     if format == "lora":
         save_lora(_single(model), target, spelling)
         return
     merge_low_rank(model)
     with new_folder(target) as folder:
         if format == "diffusers":
-            _write_diffusers(model, vae, folder)
+            _write_diffusers(model, vae, task, folder)
         elif format == "safetensors":
             _write_files(model, vae, folder)
         else:
             _write_orbax(model, vae, folder)
 
 
-def _parts(source: pathlib.Path | str, mesh: Mesh, step: int | None) -> tuple[TextToVideo, VideoVAE]:
+def _parts(
+    source: pathlib.Path | str, mesh: Mesh, step: int | None
+) -> tuple[TextToVideo, VideoVAE, TextToVideoTask | None]:
+    """The model, its VAE, and what trained it, if that was here."""
     if is_checkpoint(source):
         vae = vae_folder.load_diffusers(pathlib.Path(source) / "vae")
-        return TextToVideo(load_transformers(source, mesh)), vae
+        return TextToVideo(load_transformers(source, mesh)), vae, None
     experiment, _, model = load_trained(source, mesh, step=step)
     if not isinstance(model, TextToVideo):
         raise ValueError(
             f"{source} is a run of kind {experiment.task.kind!r}; only those of 'text_to_video' are exported "
             "whole (a VAE's weights are in its folder `vae`)"
         )
-    return model, load_vae(source)
+    assert isinstance(experiment.task, TextToVideoTask)
+    return model, load_vae(source), experiment.task
 
 
 def _single(model: TextToVideo) -> DiT:
@@ -97,19 +102,29 @@ def _single(model: TextToVideo) -> DiT:
     return model.dit
 
 
-def _write_diffusers(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> None:
+def _write_diffusers(
+    model: TextToVideo, vae: VideoVAE, task: TextToVideoTask | None, folder: pathlib.Path
+) -> None:
     save_diffusers(_single(model), folder / "transformer")
     vae_folder.save_diffusers(vae, folder / "vae")
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
-        "_class_name": "WanPipeline",
+        "_class_name": "WanPipeline" if task is None or task.images is None else "WanImageToVideoPipeline",
+        "expand_timesteps": task is not None and task.images == "first",
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     }
     if model.text is not None:
         _write_bytes(model.text, folder / "byte_encoder")
+    if task is not None and task.text_encoder is not None:
+        encoder = pathlib.Path(task.text_encoder.path)
+        for name in ("text_encoder", "tokenizer"):
+            copy_part(encoder / name, folder / name)
+        theirs = read_index(encoder) if is_checkpoint(encoder) else {}
+        index["text_encoder"] = theirs.get("text_encoder", ["transformers", "UMT5EncoderModel"])
+        index["tokenizer"] = theirs.get("tokenizer", ["transformers", "T5TokenizerFast"])
     write_json(folder / INDEX, index)
 
 

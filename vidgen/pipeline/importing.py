@@ -19,7 +19,7 @@ from vidgen.parallel import processes
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.diffusers_folder import INDEX, PARTS, is_checkpoint
 
-__all__ = ["import_checkpoint", "new_folder"]
+__all__ = ["copy_part", "import_checkpoint", "new_folder"]
 
 _log = get_logger(__name__)
 
@@ -130,7 +130,7 @@ def _copy_rest(
             vae = vae_folder.load_diffusers(source / name, keep_dtypes=True)
             vae_folder.save_diffusers(jax.device_put(vae, shardings(vae, mesh)), folder / name)
         else:
-            _copy(source / name, folder / name)
+            copy_part(source / name, folder / name)
     two = ["diffusers", "WanTransformer3DModel"] if experts else [None, None]
     kept = index | ({"transformer_2": two} if "transformer_2" in index or experts else {})
     if experts and kept.get("boundary_ratio") is None:
@@ -141,7 +141,8 @@ def _copy_rest(
     write_json(folder / INDEX, kept)
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_part(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the files of a part that is not looked into; refuses pickled weights."""
     files = [path for path in source.iterdir() if path.suffix in _KEPT]
     has_weights = any(path.suffix == ".safetensors" for path in files)
     pickled = [path for path in source.iterdir() if path.suffix in _PICKLES]

@@ -1,5 +1,6 @@
 """Models by the folder that they are in."""
 
+import dataclasses
 import pathlib
 from typing import Literal
 
@@ -8,10 +9,12 @@ from jax.sharding import Mesh
 
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.text_to_video import TextToVideo
+from vidgen.nn.lora import merge_low_rank
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.diffusers_folder import is_checkpoint, load_checkpoint
 from vidgen.pipeline.pipeline import Pipeline
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
 
@@ -50,12 +53,17 @@ def load(
             "give one of kind 'text_to_video' (experiments/dit)"
         )
     vae = load_vae(path)
-    data = experiment.data
+    data, task = experiment.data, experiment.task
+    assert isinstance(task, TextToVideoTask)
+    encoder = task.text_encoder
+    kept = None if encoder is None else str(cache) if cache is not None else encoder.cache
+    merge_low_rank(model)
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
-        BytePrompts(model),
+        BytePrompts(model) if encoder is None else dataclasses.replace(encoder, cache=kept).prompts(mesh),
         size=(data.num_frames, data.height, data.width),
         fps=data.fps,
         mesh=mesh,
+        images=task.images,
     )

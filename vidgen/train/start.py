@@ -13,6 +13,8 @@ from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
+from vidgen.models.dit.diffusers_folder import is_transformer, load_arrays
+from vidgen.nn.lora import ATTRIBUTE
 from vidgen.train.state import TrainState
 from vidgen.train.vae_folder import has_vae, load_vae
 
@@ -30,7 +32,8 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
 
     Args:
       workdir: of the other run, of which the newest checkpoint is read; or where a VAE without a run lies, as
-        `vidgen.train.vae_folder.load_vae` finds it, Wan's in diffusers' layout too.
+        `vidgen.train.vae_folder.load_vae` finds it, Wan's in diffusers' layout too; or a transformer in that
+        layout (of a whole checkpoint `transformer`), where a transformer is trained.
       apart: names of submodules that stay as they are where the other run has none of this shape.
 
     Raises:
@@ -41,15 +44,18 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
     wanted = named_leaves(state.params) | named_leaves(state.buffers)
     if directory.is_dir():
         source, arrays, what = _of_a_run(directory, wanted, apart)
+    elif (transformer := _transformer(workdir)) is not None:
+        source, arrays, what = _of_a_transformer(transformer, wanted)
     elif has_vae(workdir):
         source, arrays, what = _of_a_vae(workdir, wanted, apart)
     else:
         raise CheckpointError(
-            f"{directory} is missing: expected the workdir of a training run, or a folder with a VAE"
+            f"{directory} is missing: expected the workdir of a training run, a VAE, or Wan's weights"
         )
-    fresh = sorted({name.partition(".")[0] for name in wanted.keys() - source.keys()})
+    fresh = sorted({_part(name) for name in wanted.keys() - source.keys()})
     _log.info("weights are those of %s%s%s", workdir, what, f"; new: {fresh}" if fresh else "")
     found = {name: arrays[there] for name, there in source.items()}
+    # A run of updates of low rank begins without any, whatever it begins from.
     params = _replaced(state.params, found)
     return dataclasses.replace(
         state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=_replaced(state.buffers, found)
@@ -107,7 +113,7 @@ def _source(
     Where the rest is not all there, the names are those that it should have.
     """
     places = {name.partition(".")[2]: name for name in saved}
-    required = [name for name in wanted if name.partition(".")[0] not in apart]
+    required = [name for name in wanted if name.partition(".")[0] not in apart and not _is_update(name)]
     inside = sorted({name.partition(".")[0] for name in places})
     renamings: list[Callable[[str], str]] = [
         lambda name: name,
@@ -126,6 +132,36 @@ def _source(
         if all(saved.get(places.get(name, "")) == tuple(wanted[name].shape) for name in names):
             found |= {name: places[name] for name in names}
     return found
+
+
+def _transformer(workdir: pathlib.Path | str) -> pathlib.Path | None:
+    """The folder of a transformer as diffusers keeps it: `workdir` itself, or in it."""
+    folders = (pathlib.Path(workdir), pathlib.Path(workdir) / "transformer")
+    return next((folder for folder in folders if is_transformer(folder)), None)
+
+
+def _of_a_transformer(folder: pathlib.Path, wanted: Mapping[str, Any]) -> _Found:
+    ours = {name: name.removeprefix("dit.") for name in wanted if name.startswith("dit.")}
+    source = {name: inside for name, inside in ours.items() if not _is_update(name)}
+    left_out = {name for name in wanted.keys() - source.keys() if not _is_update(name)}
+    if not source or left_out:
+        raise CheckpointError(
+            f"{folder} is a transformer, and the run trains {sorted(left_out)[:3]} too: give it "
+            "task.text_encoder, the encoder that belongs to these weights"
+        )
+    abstract = {
+        inside: jax.ShapeDtypeStruct(wanted[name].shape, wanted[name].dtype, sharding=wanted[name].sharding)
+        for name, inside in source.items()
+    }
+    return source, load_arrays(folder, abstract), ""
+
+
+def _is_update(name: str) -> bool:
+    return f".{ATTRIBUTE}." in name
+
+
+def _part(name: str) -> str:
+    return "updates of low rank" if _is_update(name) else name.partition(".")[0]
 
 
 def _replaced(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:

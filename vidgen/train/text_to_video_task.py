@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from vidgen.core import pixels, rng
-from vidgen.core.typing import Array, Bool, Float, Int, Metrics
+from vidgen.core.typing import Array, Bool, Float, Int, Latents, Metrics, Video
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
+from vidgen.models.condition import Condition
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
@@ -23,8 +24,12 @@ from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.nn.lora import LoRAOptions, add_low_rank
+from vidgen.nn.variables import freeze
+from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
 from vidgen.train.optimizer import Optimizer
 from vidgen.train.packed_clips import pack_rows
+from vidgen.train.text_features import TextFeatures
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
 
@@ -41,6 +46,11 @@ class TextToVideoTask:
       caption_dropout: share of clips trained with an empty prompt.
       density: where in time training looks.
       weighting: how much errors count there, 1 on average over the density; None is evenly.
+      text_encoder: a large text encoder, which is not trained, in the place of `text`.
+      lora: trains updates of low rank to the transformer, and nothing else; None trains all.
+      images: how the first frame of a clip is given to a transformer that makes videos of images; None gives
+        none.
+      image_share: of the clips whose first frame is given.
       draws_per_clip: noises and timesteps that each clip is seen with in a step. A clip is encoded once for
         all of them: the transformer's batch is this many times the clips'.
     """
@@ -52,15 +62,33 @@ class TextToVideoTask:
     caption_dropout: float = 0.1
     density: AnyDensity = LogitNormal()
     weighting: AnyWeighting | None = None
+    text_encoder: TextFeatures | None = None
+    lora: LoRAOptions | None = None
+    images: FramesEnter | None = None
+    image_share: float = 1.0
     draws_per_clip: int = 1
 
     def __post_init__(self):
+        if self.dit.image_dim is not None:
+            raise ValueError(
+                "dit.image_dim: transformers that take features of images are sampled, not trained"
+            )
+        if not 0 <= self.image_share <= 1 or (self.images == "beside" and self.image_share != 1):
+            raise ValueError(
+                f'image_share is {self.image_share}; expected a share, and 1 with images="beside", '
+                "whose transformers always have an image"
+            )
         if self.draws_per_clip < 1:
             raise ValueError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
-        text = ByteEncoder(self.text, rngs=rngs)
-        return TextToVideo(DiT(self.dit, rngs=rngs), text)
+        text = ByteEncoder(self.text, rngs=rngs) if self.text_encoder is None else None
+        model = TextToVideo(DiT(self.dit, rngs=rngs), text)
+        if self.lora is not None:
+            model = freeze(model)
+            assert isinstance(model.dit, DiT)
+            add_low_rank(model.dit, self.lora, rngs=rngs)
+        return model
 
     @property
     def apart(self) -> dict[str, Optimizer]:
@@ -74,7 +102,13 @@ class TextToVideoTask:
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises ValueError for clips of a size that the VAE or the transformer does not take."""
-        latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
+        vae = vae_config(self.vae)
+        latent_shape(vae, self.dit, (num_frames, height, width))
+        enter = how_frames_enter(self.dit, vae.latent_channels, vae.temporal_factor)
+        if (enter == "beside") != (self.images == "beside"):
+            raise ValueError(
+                f"dit.in_channels={self.dit.in_channels} is for images={enter!r}, found {self.images!r}"
+            )
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Tokens of a clip."""
@@ -106,6 +140,10 @@ class TextToVideoTask:
                 max_bytes=self.text.max_bytes,
             )
             return {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+        if self.text_encoder is not None:
+            features = self.text_encoder.features(["", *batch["caption"]])
+            empty = np.broadcast_to(features[:1], features[1:].shape)
+            return {"video": batch["video"], "text": features[1:], "empty_text": empty}
         tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)
         return {"video": batch["video"], "tokens": tokens, "mask": mask}
 
@@ -121,9 +159,10 @@ class TextToVideoTask:
         if "patches" in batch:
             return self._packed_loss(model, batch, key)
         assert isinstance(frozen, VideoVAE)
-        clean = jax.lax.stop_gradient(frozen.encode(pixels.to_float(batch["video"])))
-        tokens, mask = self._drop_captions(batch["tokens"], batch["mask"], rng.stream(key, "caption"))
-        condition = model.condition(tokens, mask)
+        video = pixels.to_float(batch["video"])
+        clean = jax.lax.stop_gradient(frozen.encode(video))
+        condition = self._condition(model, batch, rng.stream(key, "caption"))
+        condition = self._with_image(condition, frozen, video, clean, rng.stream(key, "image"))
         # Each clip's draws lie side by side: along a sharded batch, no clip leaves its device.
         clean, condition = jax.tree.map(
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
@@ -131,8 +170,31 @@ class TextToVideoTask:
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
         num_tokens = math.prod(self.dit.token_grid(*clean.shape[1:4]))
         timestep, weight = self._timesteps(key, len(clean), num_tokens)
-        losses = velocity_loss(lambda x, t: model.velocity(x, t, condition), clean, noise, timestep)
+        counted = None if condition.is_given is None else ~condition.is_given
+        network = lambda x, t: model.velocity(x, t, condition)  # noqa: E731
+        losses = velocity_loss(network, clean, noise, timestep, counted)
         return (losses * weight).mean(), {"latent_std": clean.std()}
+
+    def _condition(self, model: TextToVideo, batch: Mapping[str, Array], key: Array) -> Condition:
+        """What the transformer is told of the captions that are not dropped."""
+        if self.text_encoder is None:
+            return model.condition(*self._drop_captions(batch["tokens"], batch["mask"], key))
+        drop = jax.random.bernoulli(key, self.caption_dropout, (len(batch["text"]), 1, 1))
+        return Condition(jnp.where(drop, batch["empty_text"], batch["text"]).astype(jnp.float32))
+
+    def _with_image(
+        self, condition: Condition, vae: VideoVAE, video: Video, clean: Latents, key: Array
+    ) -> Condition:
+        """The condition with the first frame of the clips that it is given of."""
+        if self.images is None or (clean.shape[1] == 1 and self.images == "first"):
+            return condition
+        if self.images == "beside":
+            beside = beside_noise(vae, video, jnp.arange(video.shape[1]) == 0)
+            return condition._replace(beside=jax.lax.stop_gradient(beside))
+        chosen = jax.random.bernoulli(key, self.image_share, (len(clean), 1, 1, 1))
+        first = (jnp.arange(clean.shape[1]) == 0)[None, :, None, None]
+        is_given = jnp.broadcast_to(chosen & first, clean.shape[:4])
+        return condition._replace(given=clean, is_given=is_given)
 
     def _timesteps(
         self, key: Array, count: int, num_tokens: int | Int[Array, "b"]

@@ -2,25 +2,30 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.ckpt.pretrained import load_module
-from vidgen.ckpt.weights import save_weights
+from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.params import diffusers_names
 
-__all__ = ["load_diffusers", "read_config", "save_diffusers"]
+__all__ = ["is_transformer", "load_arrays", "load_diffusers", "read_config", "save_diffusers"]
 
 _CLASS, _CONFIG, _WEIGHTS = "WanTransformer3DModel", "config.json", "diffusion_pytorch_model.safetensors"
 
+
+_IGNORED = r".*\.norm_added_q\.weight"
+"""Queries of added projections are in some checkpoints of image to video; nothing reads them."""
 
 _MATRICES = r"(?!condition_embedder\.time).*\.kernel"
 """All but those of the timestep, which are multiplied in float32."""
@@ -65,8 +70,32 @@ def load_diffusers(
         names=functools.partial(diffusers_names, config),
         halved=None if dtype == "float32" else _MATRICES,
         keep_dtypes=keep_dtypes,
-        # Queries of added projections are in some checkpoints of image to video; nothing reads them.
-        ignore=r".*\.norm_added_q\.weight",
+        ignore=_IGNORED,
+    )
+
+
+def is_transformer(folder: pathlib.Path | str) -> bool:
+    """Whether `folder` holds a transformer of Wan."""
+    path = pathlib.Path(folder) / _CONFIG
+    return path.exists() and json.loads(path.read_text()).get("_class_name") == _CLASS
+
+
+def load_arrays(
+    folder: pathlib.Path | str, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of the transformer in `folder`, by our names, laid out as `abstract` says.
+
+    Raises:
+      ValueError, WeightsError: as `load_diffusers`; the tensors do not fit `abstract`.
+    """
+    names = diffusers_names(read_config(folder), abstract)
+    path = pathlib.Path(folder) / _WEIGHTS
+    return load_weights(
+        path,
+        dict(abstract),
+        names=names,
+        ignore=_IGNORED,
+        remedy="set task.dit to the shape of these weights",
     )
 
 

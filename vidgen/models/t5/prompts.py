@@ -1,11 +1,13 @@
 """Features of prompts by a T5 encoder, kept on disk."""
 
+import contextlib
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
 from vidgen.core.logging import get_logger
@@ -34,6 +36,7 @@ class T5Prompts:
         tokenizer: PromptTokenizer,
         *,
         cache: "FeatureCache | None" = None,
+        mesh: Mesh | None = None,
         batch_size: int = 8,
     ):
         """Loads nothing yet.
@@ -41,12 +44,14 @@ class T5Prompts:
         Args:
           load: gives the encoder.
           cache: where features are kept; None keeps none.
+          mesh: over which the encoder is laid; None is one device.
           batch_size: prompts at a time; fewer are filled up to it, except for single ones.
         """
         self.tokenizer = tokenizer
         self._load = load
         self._encoder: T5Encoder | None = None
         self._cache = cache
+        self._mesh = mesh
         self._batch_size = batch_size
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
@@ -82,7 +87,8 @@ class T5Prompts:
         if count > 1:
             fill = ((0, self._batch_size - count), (0, 0))
             tokens, mask = np.pad(tokens, fill, mode="edge"), np.pad(mask, fill, mode="edge")
-        return np.asarray(_encode(self._encoder, tokens, mask))[:count]
+        with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
+            return np.asarray(_encode(self._encoder, tokens, mask))[:count]
 
 
 class FeatureCache:
