@@ -12,6 +12,10 @@ from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.sprites.source import SpritesData
 from vidgen.evals.previews import ReconstructionPreview, SamplePreview
+from vidgen.models.byte_prompts import BytePrompts
+from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.video_vae.model import VideoVAE
+from vidgen.pipeline import Pipeline
 from vidgen.train.evaluator import Evaluator
 from vidgen.train.experiment import Experiment
 from vidgen.train.text_to_video_task import TextToVideoTask
@@ -34,10 +38,7 @@ def evaluators(
     data, every = experiment.data, experiment.run.eval_every
     clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
     if isinstance(experiment.task, TextToVideoTask):
-        size = clips[0]["video"].shape[:3]
-        max_bytes = experiment.task.text.max_bytes
-        prompts = tuple(c["caption"] for c in clips if len(c["caption"].encode()) <= max_bytes)
-        return [SamplePreview(prompts=prompts, size=size, every=every, fps=data.fps)] if prompts else []
+        return _samples(experiment, experiment.task, clips, mesh)
     videos = np.stack([clip["video"] for clip in clips])
     preview = ReconstructionPreview(clips=videos, every=every, fps=data.fps)
     keep = KeepVAE(
@@ -47,6 +48,31 @@ def evaluators(
         mesh=mesh,
     )
     return [preview, keep]
+
+
+def _samples(
+    experiment: Experiment, task: TextToVideoTask, clips: Sequence[dict], mesh: Mesh
+) -> Sequence[Evaluator]:
+    """Samples of the clips' captions, from their first frames where the model is given them."""
+    most = task.text.max_bytes if task.text_encoder is None else None
+    clips = [clip for clip in clips if most is None or len(clip["caption"].encode()) <= most]
+    if not clips:
+        return []
+    prompts = tuple(clip["caption"] for clip in clips)
+    size, fps = clips[0]["video"].shape[:3], experiment.data.fps
+
+    def sample(model: TextToVideo, vae: VideoVAE, prompts: Sequence[str]) -> np.ndarray:
+        encode = BytePrompts(model) if task.text_encoder is None else task.text_encoder.prompts(mesh)
+        pipe = Pipeline(model, vae, encode, size=size, fps=fps, mesh=mesh, images=task.images)
+        if task.images is None:
+            return pipe(prompts)
+        made = [
+            pipe(prompt, image=clip["video"][0], seed=seed)
+            for seed, (prompt, clip) in enumerate(zip(prompts, clips, strict=True))
+        ]
+        return np.stack(made)
+
+    return [SamplePreview(prompts=prompts, sample=sample, every=experiment.run.eval_every, fps=fps)]
 
 
 def heldout_source(experiment: Experiment) -> ClipSource:

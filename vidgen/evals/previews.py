@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +16,6 @@ from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
 from vidgen.parallel.rules import constrain
-from vidgen.sampling.generate import SamplingOptions, generate
 
 __all__ = ["ReconstructionPreview", "SamplePreview", "grid", "reconstruct"]
 
@@ -66,21 +66,23 @@ class ReconstructionPreview:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplePreview:
-    """Samples of fixed prompts and seeds as `samples/step_<n>.mp4`; the prompts are in its metadata."""
+    """Samples of fixed prompts and seeds as `samples/step_<n>.mp4`; the prompts are in its metadata.
+
+    Attributes:
+      sample: makes a clip for each prompt, with a model and its VAE.
+    """
 
     prompts: tuple[str, ...]
-    size: tuple[int, int, int]
+    sample: Callable[[TextToVideo, VideoVAE, Sequence[str]], UInt8[np.ndarray, "b t h w 3"]]
     every: int
     fps: float
-    options: SamplingOptions = SamplingOptions()
     name: str = "samples"
 
     def __call__(
         self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
     ) -> Metrics:
         assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
-        seeds = range(len(self.prompts))
-        videos = generate(model, frozen, self.prompts, size=self.size, seeds=seeds, options=self.options)
+        videos = self.sample(model, frozen, self.prompts)
         if processes.is_main_process():
             metadata = {"prompts": "\n".join(self.prompts), "step": str(step)}
             save_video(_path(workdir, step), grid(videos), fps=self.fps, metadata=metadata)
