@@ -118,7 +118,7 @@ def test_weights_and_options_that_do_not_belong_together(tmp_path, videos, wan):
     from vidgen.core.config import ConfigError
 
     with pytest.raises(CheckpointError, match=r"the run trains \['text.*give it task\.text_encoder"):
-        train(tmp_path / "a", videos, wan, dict.fromkeys(ENCODER))
+        train(tmp_path / "a", videos, wan, dict.fromkeys(ENCODER) | {"task.text.dim": 24})
     with pytest.raises(WeightsError, match=r"set task\.dit to the shape of these weights"):
         train(tmp_path / "b", videos, wan, {"task.dit.ffn_dim": 32})
     with pytest.raises(ConfigError, match=r"dit\.in_channels=10 is for images='beside', found None"):

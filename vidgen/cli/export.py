@@ -9,7 +9,7 @@ from vidgen.cli.main import run
 
 __all__ = ["main"]
 
-_FORMATS = ("diffusers", "safetensors", "orbax", "lora")
+_FORMATS = ("diffusers", "safetensors", "orbax", "lora", "stablehlo")
 
 _EPILOG = """\
 formats:
@@ -17,9 +17,11 @@ formats:
   safetensors  one file for each part, with the names of Wan's own checkpoints, as in ComfyUI
   orbax        a pytree of arrays
   lora         the updates of a run with task.lora, in one file
+  stablehlo    the sampler for one size as a program that a Python with only JAX runs, with its weights
 
 examples:
   vidgen export runs/dit --format diffusers --out models/mine
+  vidgen export runs/dit --format stablehlo --out sampler --steps 30 --num-frames 9 --height 64 --width 64
   vidgen export runs/lora --format lora --spelling comfyui --out mine.safetensors
 """
 
@@ -33,19 +35,42 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
 
     # What needs jax is imported late: --help and wrong options answer at once.
-    from vidgen.parallel.mesh import MeshOptions
-    from vidgen.pipeline.exporting import export
+    if arguments.format == "stablehlo":
+        _export_sampler(arguments)
+    else:
+        from vidgen.parallel.mesh import MeshOptions
+        from vidgen.pipeline.exporting import export
 
-    export(
-        arguments.source,
-        arguments.out,
-        arguments.format,
-        mesh=MeshOptions(data=1, fsdp=-1).build(),
-        step=arguments.step,
-        spelling=arguments.spelling,
-    )
+        export(
+            arguments.source,
+            arguments.out,
+            arguments.format,
+            mesh=MeshOptions(data=1, fsdp=-1).build(),
+            step=arguments.step,
+            spelling=arguments.spelling,
+        )
     print(arguments.out)
     return 0
+
+
+def _export_sampler(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from vidgen.parallel.mesh import MeshOptions
+    from vidgen.pipeline import load
+    from vidgen.pipeline.stablehlo import export_sampler
+
+    pipe = load(arguments.source, mesh=MeshOptions().build(jax.devices()[:1]), dtype=arguments.dtype)
+    given = (arguments.num_frames, arguments.height, arguments.width)
+    frames, height, width = (d if g is None else g for g, d in zip(given, pipe.size, strict=True))
+    export_sampler(
+        pipe,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        size=(frames, height, width),
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spelling", choices=("peft", "comfyui"), default="peft", help="of the names in a LoRA file"
     )
+    sampler = parser.add_argument_group("stablehlo", "what is fixed in the program")
+    sampler.add_argument("--num-frames", type=int)
+    sampler.add_argument("--height", type=int)
+    sampler.add_argument("--width", type=int)
+    sampler.add_argument("--batch-size", type=int, default=1, help="clips at a time")
+    sampler.add_argument("--steps", type=int)
+    sampler.add_argument("--guidance-scale", type=float)
+    sampler.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
     return parser
 
 

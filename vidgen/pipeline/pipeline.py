@@ -130,10 +130,10 @@ class Pipeline:
             raise ValueError("found no prompt: give at least one")
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
-        options = self._options(
-            steps,
-            shift,
-            stepper,
+        options = self.with_options(
+            steps=steps,
+            shift=shift,
+            stepper=stepper,
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,
             guidance=guidance,
@@ -182,10 +182,15 @@ class Pipeline:
             load_lora(target, path, scale=scale)
             merge_low_rank(target)
 
-    def _options(
-        self, steps: int | None, shift: float | AnyShift | None, stepper: AnyStepper | None, **others: Any
+    def with_options(
+        self,
+        *,
+        steps: int | None = None,
+        shift: float | AnyShift | None = None,
+        stepper: AnyStepper | None = None,
+        **others: Any,
     ) -> SamplingOptions:
-        """The model's options but for those that are given."""
+        """The pipeline's options but for those that are given; `others` are fields of `SamplingOptions`."""
         default = self.options
         grid = {"num_steps": steps, "shift": shift}
         if stepper is not None and stepper != default.stepper:

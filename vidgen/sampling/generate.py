@@ -26,7 +26,7 @@ from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import AnyStepper, DPMSolver
 from vidgen.sampling.time_grid import TimeGrid
 
-__all__ = ["SamplingOptions", "denoise", "generate", "seeded_noise"]
+__all__ = ["SamplingOptions", "denoise", "denoise_on_device", "generate", "seeded_noise"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,19 @@ def denoise(
     Raises:
       ValueError: an option that the model has no use for.
     """
+    return np.asarray(denoise_on_device(model, vae, noise, positive, negative, options=options))
+
+
+def denoise_on_device(
+    model: TextToVideo,
+    vae: VideoVAE,
+    noise: Latents,
+    positive: Condition,
+    negative: Condition,
+    *,
+    options: SamplingOptions = SamplingOptions(),
+) -> UInt8[Array, "b t h w 3"]:
+    """`denoise` as one program on the devices, which may be a part of another."""
     experts = isinstance(model.dit, TwoExperts)
     if options.cache is not None and experts:
         raise ValueError("cache: a model with two transformers has none; leave it out")
@@ -139,7 +152,7 @@ def denoise(
     second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
     num_tokens = math.prod(model.dit.config.token_grid(*noise.shape[1:4]))
     guided = (scale, second) != (1.0, 1.0)
-    video = _denoise(
+    return _denoise(
         model,
         vae,
         noise,
@@ -151,7 +164,6 @@ def denoise(
             options, grid=options.grid.for_tokens(num_tokens), guidance_scale=0.0, guidance_scale_2=None
         ),
     )
-    return np.asarray(video)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
