@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 
 import numpy as np
@@ -105,6 +106,39 @@ def test_resume_is_exact_at_every_step_and_with_other_processes():
             state = json.loads(json.dumps(loader.get_state()))
         assert state == {"next_index": 8 * step, "num_clips": 37, "seed": 3}
         assert names(8, state) == whole[step : step + 8]
+
+
+def staged():
+    """Images alone, then images and wide clips by turns, then long clips alone."""
+    buckets = (
+        dataclasses.replace(IMAGES, last_step=9),
+        dataclasses.replace(WIDE, first_step=4, last_step=9),
+        dataclasses.replace(LONG, first_step=10),
+    )
+    return Mixture(tuple((bucket, Named(bucket, 20)) for bucket in buckets))
+
+
+def test_stages_follow_one_another_in_one_run_and_resume_is_exact_in_each():
+    whole = names(16, source=staged())
+    turns = [bucket_of(batch) for batch in whole]
+    assert turns[:4] == ["1 x 4 x 4"] * 4 and turns[10:] == ["9 x 2 x 2"] * 6
+    assert collections.Counter(turns[4:10]) == {"1 x 4 x 4": 2, "5 x 4 x 6": 4}
+    with Loader(staged(), batch_size=4, seed=3) as loader:
+        for step in range(15):
+            assert names(16 - step, loader.get_state(), staged()) == whole[step:]
+            next(loader)
+        assert loader.num_clips == 60
+
+
+def test_stages_leave_no_step_without_a_bucket():
+    late = Mixture(((dataclasses.replace(WIDE, first_step=5), Named(WIDE, 4)),))
+    with pytest.raises(ValueError, match="no bucket takes part in step 0: change first_step"):
+        Loader(late, batch_size=4, seed=0)
+    short = Mixture(((dataclasses.replace(WIDE, last_step=5), Named(WIDE, 4)),))
+    with pytest.raises(ValueError, match="no bucket takes part in step 6"):
+        Loader(short, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="first_step is 6 and last_step 5"):
+        dataclasses.replace(WIDE, first_step=6, last_step=5)
 
 
 def test_broken_clips_are_replaced_by_clips_of_their_bucket():

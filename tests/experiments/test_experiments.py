@@ -29,6 +29,7 @@ def test_docstring_says_how_to_run_it(name):
 
 MIXED = [("experiments.vae.folder", argument) for argument in ("mixed", "mixed,tiny", "mixed,small-8x16x16")]
 MIXED += [("experiments.dit.sprites", argument) for argument in ("packed", "packed,tiny")]
+MIXED += [("experiments.dit.folder", argument) for argument in ("mixed", "stages", "stages,tiny")]
 MIXED += [
     ("experiments.dit.wan", argument)
     for argument in ("lora", "ti2v", "t2v-high", "t2v-low,lora", "i2v-high", "i2v-low", "i2v-low,tiny")

@@ -15,6 +15,8 @@ __all__ = [
     "BucketedData",
     "Mixture",
     "fitting_sizes",
+    "stage_starts",
+    "takes_part",
     "training_clips",
     "training_sizes",
     "with_size",
@@ -36,6 +38,8 @@ class Bucket:
       width: pixels.
       batch_size: clips per step over all devices and processes; None is `run.batch_size`.
       weight: share of the steps, relative to that of the other buckets.
+      first_step, last_step: the steps, counted from 0, among which it has its share; None is to the end. So
+        one run goes from images and small, short clips to larger and longer ones.
 
     Raises:
       ValueError: a number is not possible.
@@ -46,8 +50,15 @@ class Bucket:
     width: int
     batch_size: int | None = None
     weight: float = 1.0
+    first_step: int = 0
+    last_step: int | None = None
 
     def __post_init__(self):
+        if self.first_step < 0 or (self.last_step is not None and self.last_step < self.first_step):
+            raise ValueError(
+                f"bucket {self}: first_step is {self.first_step} and last_step {self.last_step}; expected "
+                "0 or more, and not the first after the last"
+            )
         for name in ("num_frames", "height", "width", "batch_size", "weight"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -55,6 +66,25 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.num_frames} x {self.height} x {self.width}"
+
+
+def stage_starts(buckets: Sequence[Bucket]) -> tuple[int, ...]:
+    """The steps at which the buckets that take part change, the first of them 0.
+
+    Raises:
+      ValueError: there is a step without any.
+    """
+    starts = {0} | {bucket.first_step for bucket in buckets}
+    starts |= {bucket.last_step + 1 for bucket in buckets if bucket.last_step is not None}
+    for start in sorted(starts):
+        if not any(takes_part(bucket, start) for bucket in buckets):
+            raise ValueError(f"no bucket takes part in step {start}: change first_step or last_step of one")
+    return tuple(sorted(starts))
+
+
+def takes_part(bucket: Bucket, step: int) -> bool:
+    """Whether batches of the bucket may be those of `step`."""
+    return bucket.first_step <= step and (bucket.last_step is None or step <= bucket.last_step)
 
 
 @dataclasses.dataclass(frozen=True)

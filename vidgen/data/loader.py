@@ -1,5 +1,6 @@
 """Batches of clips: shuffled, endless, the same whatever the number of processes, and resumable exactly."""
 
+import bisect
 import dataclasses
 import sys
 import threading
@@ -10,7 +11,7 @@ import grain
 import numpy as np
 
 from vidgen.core.logging import get_logger
-from vidgen.data.buckets import Mixture
+from vidgen.data.buckets import Mixture, stage_starts, takes_part
 from vidgen.data.source import BrokenClip, ClipSource
 
 __all__ = ["Loader"]
@@ -32,6 +33,7 @@ class Loader(Iterator[dict[str, Any]]):
 
     Of a `Mixture` each bucket has an endless sequence of its own, and each step takes the next batch of one
     bucket. Which one depends on the weights and the step alone: turns are spread as evenly as they can be.
+    Where the buckets that take part change, a stage ends; each stage has orders of its own.
 
     A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the
     source's other entries, arrays stacked over the batch and anything else as lists.
@@ -74,10 +76,8 @@ class Loader(Iterator[dict[str, Any]]):
         self.broken: dict[str, str] = {}
         self.num_replaced = 0
         self._parts = _parts(source, batch_size, seed, process_count, shuffle=shuffle)
-        self._turns = grain.MapDataset.mix(
-            [grain.MapDataset.range(_ENDLESS).map(part.turn) for part in self._parts],
-            [part.weight for part in self._parts],
-        )
+        self._num_clips = len(source)
+        self._turns = _Turns(self._parts)
         self._seed = seed
         self._positions_per_step = max(part.batch_size for part in self._parts)
         self._rows_per_step = self._positions_per_step // process_count
@@ -101,7 +101,7 @@ class Loader(Iterator[dict[str, Any]]):
     @property
     def num_clips(self) -> int:
         """Clips of the source; of a mixture, of all buckets."""
-        return sum(len(part.source) for part in self._parts)
+        return self._num_clips
 
     def get_state(self) -> dict[str, int]:
         """Where the sequence stands: JSON-able, and equal on all processes.
@@ -180,12 +180,14 @@ class _Part:
     """Clips that make batches of their own.
 
     Attributes:
+      stage: the step from which on it has turns.
       batch_size: over all processes; `rows` of them on each.
       seed: of its order; the first part has the loader's.
       order: the endless sequence of clips, by their indices.
     """
 
     source: ClipSource
+    stage: int
     batch_size: int
     rows: int
     weight: float
@@ -209,32 +211,82 @@ def _parts(
     Raises:
       ValueError: a source is empty, or a batch cannot be shared by the processes.
     """
-    mixed = source.parts if isinstance(source, Mixture) else ((None, source),)
-    parts = []
-    for number, (bucket, clips) in enumerate(mixed):
-        where = f"bucket {number} ({bucket}): " if bucket else ""
-        size = bucket.batch_size or batch_size if bucket else batch_size
-        if len(clips) == 0:
-            raise ValueError(
-                f"{where}the source of clips is empty: {clips!r}. Give it at least one readable clip."
-            )
-        if size < 1 or size % processes:
-            raise ValueError(
-                f"{where}batch_size is {size}, which {processes} processes cannot share equally: "
-                f"make it a positive multiple of {processes}."
-            )
-        indices = grain.MapDataset.range(len(clips)).seed(seed + number)
-        parts.append(
-            _Part(
-                source=clips,
-                batch_size=size,
-                rows=size // processes,
-                weight=bucket.weight if bucket else 1.0,
-                seed=seed + number,
-                order=(indices.shuffle() if shuffle else indices).repeat(),
-            )
+    if not isinstance(source, Mixture):
+        return [_part(source, batch_size, seed, processes, shuffle=shuffle)]
+    buckets = [bucket for bucket, _ in source.parts]
+    numbered = [
+        (stage, bucket, clips)
+        for stage in stage_starts(buckets)
+        for bucket, clips in source.parts
+        if takes_part(bucket, stage)
+    ]
+    return [
+        _part(
+            clips,
+            bucket.batch_size or batch_size,
+            seed + number,
+            processes,
+            stage=stage,
+            weight=bucket.weight,
+            where=f"bucket {buckets.index(bucket)} ({bucket}): ",
+            shuffle=shuffle,
         )
-    return parts
+        for number, (stage, bucket, clips) in enumerate(numbered)
+    ]
+
+
+def _part(
+    clips: ClipSource,
+    size: int,
+    seed: int,
+    processes: int,
+    *,
+    shuffle: bool,
+    stage: int = 0,
+    weight: float = 1.0,
+    where: str = "",
+) -> _Part:
+    if len(clips) == 0:
+        raise ValueError(
+            f"{where}the source of clips is empty: {clips!r}. Give it at least one readable clip."
+        )
+    if size < 1 or size % processes:
+        raise ValueError(
+            f"{where}batch_size is {size}, which {processes} processes cannot share equally: "
+            f"make it a positive multiple of {processes}."
+        )
+    indices = grain.MapDataset.range(len(clips)).seed(seed)
+    return _Part(
+        source=clips,
+        stage=stage,
+        batch_size=size,
+        rows=size // processes,
+        weight=weight,
+        seed=seed,
+        order=(indices.shuffle() if shuffle else indices).repeat(),
+    )
+
+
+class _Turns(grain.MapDataset[tuple[_Part, int]]):
+    """Whose turn it is at each step, and the how manieth of its stage."""
+
+    def __init__(self, parts: Sequence[_Part]):
+        stages = sorted({part.stage for part in parts})
+        mixes = [self._mix([part for part in parts if part.stage == stage]) for stage in stages]
+        super().__init__(mixes)
+        self._stages, self._mixes = stages, mixes
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index):
+        number = bisect.bisect_right(self._stages, index) - 1
+        return self._mixes[number][index - self._stages[number]]
+
+    @staticmethod
+    def _mix(parts: Sequence[_Part]) -> grain.MapDataset[tuple[_Part, int]]:
+        endless = [grain.MapDataset.range(_ENDLESS).map(part.turn) for part in parts]
+        return grain.MapDataset.mix(endless, [part.weight for part in parts])
 
 
 class _ProcessRows(grain.MapDataset[_Row]):

@@ -92,7 +92,7 @@ def _save_arrays(path: pathlib.Path, leaves: list[Array]) -> None:
     """In order. NumPy's format has no bfloat16: its bits are kept as 16-bit integers."""
     arrays = [np.asarray(leaf) for leaf in leaves]
     plain = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
-    np.savez(path, **{f"{index:05}": x for index, x in enumerate(plain)})
+    np.savez(path, allow_pickle=False, **{f"{index:05}": x for index, x in enumerate(plain)})
 
 
 _SAMPLE = '''\
