@@ -2,9 +2,9 @@
 
 Run:       vidgen train --config=experiments/dit/folder.py --config.data.path=DIR --workdir=runs/dit_folder
            --config.task.vae=runs/vae_folder
-Arguments: (none) a small transformer at 64 x 64; `mixed` images and clips by turns; `stages` images alone, then
-           with small, short clips, then larger and longer ones, all in one run; `demo` 32 x 32; `tiny` a few
-           steps, for tests. `mixed` and `stages` are joined with `tiny` by a comma.
+Arguments: (none) a small transformer at 64 x 64; `mixed` images and clips by turns; `stages` images alone,
+           then with small, short clips, then larger and longer ones, all in one run; `demo` 32 x 32; `tiny` a
+           few steps, for tests. `mixed` and `stages` are joined with `tiny` by a comma.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 """
 

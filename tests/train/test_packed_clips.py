@@ -194,7 +194,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
     def expected(model, batch):
         key, shape = jax.random.key(2), batch["patches"].shape
         noise = jax.random.normal(rng.stream(key, "noise"), shape)
-        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G)
+        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G, 1)
         condition = model.packed_condition(batch["tokens"], batch["mask"])
         places = {name: batch[name] for name in ("positions", "segment_ids")}
         losses, _ = packed_velocity_loss(

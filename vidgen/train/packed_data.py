@@ -52,17 +52,17 @@ def check_latents(data: LatentsData, task: Task, batch_size: int, mesh: Mesh) ->
             "leave out config.task.text_encoder and config.task.images, or train on data of one size"
         )
     records = data.source()
+    if records.info.channels != task.dit.in_channels:
+        raise ConfigError(
+            f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.in_channels "
+            f"is {task.dit.in_channels}"
+        )
     try:
         check_rows(batch_size, mesh, "rows")
         task.check_size(data.num_frames, data.height, data.width)
         counts = token_counts(records, task.dit)
     except ValueError as error:
         raise ConfigError(f"config.data: {error}") from error
-    if records.info.channels != task.dit.in_channels:
-        raise ConfigError(
-            f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.in_channels "
-            f"is {task.dit.in_channels}"
-        )
     if encoder_fingerprint(load_vae(task.vae)) != records.info.encoder:
         raise ConfigError(
             f"config.data.path: {data.path} was encoded by {records.info.vae}, which is another VAE than "
