@@ -3,10 +3,10 @@
     python benchmarks/load_memory.py [--dim 1024] [--layers 16]
 
 Writes a random checkpoint in bfloat16, then, in a process with 8 CPU devices, loads it cut over `fsdp` and
-writes it again. On CPUs the devices' memory is the host's, so the bytes of the loaded arrays are taken off the
-peak; pages of the mapped file, which the system takes back when it needs them, are not counted (`RssAnon`).
-The last line is one JSON object: MiB beside the arrays, of the largest tensor, and of one device's part of an
-array; `within` says whether loading stayed within the sum of these two.
+writes it again. On CPUs the devices' memory is the host's, so the bytes of the loaded arrays are taken off
+the peak; pages of the mapped file, which the system takes back when it needs them, are not counted. The last
+line is one JSON object: MiB beside the arrays, of the largest tensor, and of one device's part of an array;
+`within` says whether loading stayed within the sum of these two.
 """
 
 import argparse
