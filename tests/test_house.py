@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import keyword
 import pathlib
 import re
 import statistics
@@ -66,7 +67,8 @@ def test_commands_in_the_documents_exist(page):
     modules = set(re.findall(r"python3? -m (vidgen[\w.]*|launch[\w.]*|benchmarks[\w.]*)", text))
     targets = set(re.findall(r"(?:^ {4}|`|\$ )make ([a-z][\w-]*)", text, flags=re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
-    assert {c for c in commands if not (ROOT / f"vidgen/cli/{c}.py").exists()} == set()
+    files = {command: f"{command}_" if keyword.iskeyword(command) else command for command in commands}
+    assert {c for c, file in files.items() if not (ROOT / f"vidgen/cli/{file}.py").exists()} == set()
     assert {m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()} == set()
     assert {t for t in targets if not re.search(rf"^{t}:", makefile, flags=re.MULTILINE)} == set()
 

@@ -36,8 +36,8 @@ def export_sampler(
     """Writes the sampler of `pipe` for clips of one size as a folder, which appears whole.
 
     In it are the program for CPUs, NVIDIA's GPUs and TPUs, the weights, and `sample.py`, which shows how to
-    call it with nothing but JAX and NumPy. The program takes seeds and, for a model with a byte encoder, the
-    bytes of prompts; for one with another text encoder, its features.
+    call it with nothing but JAX (and flatbuffers, in which JAX writes programs). The program takes seeds and,
+    for a model with a byte encoder, the bytes of prompts; for one with another text encoder, its features.
 
     Args:
       size: frames, height and width; None is the pipeline's.
@@ -96,7 +96,9 @@ def _save_arrays(path: pathlib.Path, leaves: list[Array]) -> None:
 
 
 _SAMPLE = '''\
-"""Runs the sampler in this folder with JAX and NumPy alone: python sample.py "a prompt" [seed]
+"""Runs the sampler in this folder with JAX alone: python sample.py "a prompt" [seed]
+
+Besides JAX and NumPy, which comes with it, it needs flatbuffers, in which jax.export writes its files.
 
 Writes video.npy: uint8 frames [clips, frames, height, width, 3].
 """
