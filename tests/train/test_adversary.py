@@ -147,6 +147,9 @@ def first(model):
 
 def test_one_backward_pass_gives_the_gradients_of_two():
     model = first(module())
+    # Some logits beyond the margin: within it the hinge pulls as many up as down, and the bias nowhere.
+    bias = model.discriminator.out.bias
+    bias.set_value(bias[...] + 1.0 - model.discriminator(pixels.to_float(batch()["video"])).mean())
     _, metrics, grads, after = gradients(ADVERSARIAL, model)
     vae, network, ratio = two_passes(model, batch()["video"])
     expected = {f"vae.{name}": g for name, g in named_leaves(nnx.state(vae, nnx.Param, graph=False)).items()}
@@ -155,9 +158,6 @@ def test_one_backward_pass_gives_the_gradients_of_two():
         for name, g in named_leaves(nnx.state(network, nnx.Param, graph=False)).items()
     }
     assert grads.keys() == expected.keys()
-    # Within the margins the hinge pulls as many logits up as down.
-    balanced = "discriminator.out.bias"
-    assert np.abs(grads.pop(balanced)).max() < 1e-6 and np.abs(expected[balanced]).max() < 1e-6
     for name, gradient in grads.items():
         size = np.abs(expected[name]).max()
         assert size > 0, name
