@@ -7,9 +7,11 @@ A forward pass, and a training step: forward, backward and AdamW's update. On CP
 threads for each; on a GPU the products in bfloat16 with float32 weights, attention by cuDNN here and by
 PyTorch's fused kernel there, and each block computed again in the backward pass. `--remat` is what ours keeps
 for it. diffusers' model runs as it is and by `torch.compile`; AdamW is PyTorch's fused one. Outputs and
-gradients are compared first. Needs the `parity` extra. The last line is one JSON object; ratios are the
-better of diffusers' medians over ours, so that above 1 is better here. `--preset tiny` is for a look at
-whether everything runs.
+gradients are compared first. Each turn is a call that is not timed and one that is, as one training step
+follows another: what ran in between may have taken the memory that the first one touches. Needs the `parity`
+extra. The last line is one JSON object; ratios are the better of diffusers' medians over ours, so that above
+1 is better here. `--preset tiny` is for a look at whether everything runs; `dit_profile.py` says where the
+time goes.
 """
 
 import argparse
@@ -259,6 +261,7 @@ def measure(contenders: dict[str, Calls], rounds: int) -> dict[str, dict[str, fl
     for index in range(rounds):
         for name, calls in contenders.items():
             for call, run in calls.items():
+                run()
                 start = time.perf_counter()
                 run()
                 seconds[name][call].append(time.perf_counter() - start)

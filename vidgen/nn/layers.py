@@ -10,6 +10,7 @@ from flax import nnx
 from vidgen.core.typing import Array, Float
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.convolution import conv3d
+from vidgen.ops.matmul import matmul
 from vidgen.parallel.rules import gathered
 
 Axes = tuple[str | None, ...]
@@ -47,7 +48,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (out_features,), axes[-1:]) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        y = x @ gathered(self.kernel[...].astype(x.dtype), *self.axes)
+        y = matmul(x, gathered(self.kernel[...].astype(x.dtype), *self.axes))
         if (low_rank := getattr(self, "low_rank", None)) is not None:
             y = y + low_rank(x)
         return y if self.bias is None else y + over_last_axis(self.bias[...], y)

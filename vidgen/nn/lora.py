@@ -11,6 +11,7 @@ from flax import nnx
 from vidgen.core.typing import Array, Float
 from vidgen.nn.layers import Linear
 from vidgen.nn.variables import param, zeros
+from vidgen.ops.matmul import matmul
 
 __all__ = ["LoRAOptions", "LowRank", "adapted", "add_low_rank", "linears", "merge_low_rank"]
 
@@ -61,7 +62,7 @@ class LowRank(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         down, up = (variable[...].astype(x.dtype) for variable in (self.down, self.up))
-        return self.scale * ((x @ down) @ up)
+        return self.scale * matmul(matmul(x, down), up)
 
 
 def linears(module: nnx.Module) -> Iterator[tuple[str, Linear]]:

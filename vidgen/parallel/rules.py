@@ -14,6 +14,7 @@ __all__ = [
     "batch_sharding",
     "constrain",
     "constrain_tree",
+    "cuts",
     "gathered",
     "gathers",
     "partition_spec",
@@ -134,8 +135,13 @@ def gathered(x: Array, *axes: str | None) -> Array:
 
 def gathers() -> bool:
     """Whether `gathered` has something to do on the mesh in context."""
+    return cuts("embed")
+
+
+def cuts(name: str) -> bool:
+    """Whether the mesh in context cuts dimensions of this logical name, where it divides them."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in _rule(name))
 
 
 def _rule(name: str | None) -> tuple[str, ...]:

@@ -18,7 +18,14 @@ from vidgen.parallel.rules import constrain
 
 def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array, eps: float) -> Float[Array, "b s d"]:
     """Layer norm without weights, then scale and shift per token or per clip (`b s d` or `b 1 d`)."""
-    return (layer_norm(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+    return (layer_norm(x, eps) * _over_tokens(1.0 + scale, x) + _over_tokens(shift, x)).astype(x.dtype)
+
+
+def _over_tokens(vector: Float[Array, "b s2 d"], x: Float[Array, "b s d"]) -> Array:
+    """One vector for all tokens there are as `over_last_axis` has it, in its own dtype; others unchanged."""
+    if vector.shape[:2] != (1, 1):
+        return vector
+    return jax.lax.broadcast_in_dim(vector[0, 0], x.shape, (2,))
 
 
 class ConditionEmbedder(nnx.Module):
@@ -110,12 +117,12 @@ class Block(nnx.Module):
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, :, 0] for part in parts)
         y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles, segment_ids=own)
-        x = x + (y * gate1).astype(x.dtype)
+        x = x + (y * _over_tokens(gate1, y)).astype(x.dtype)
         x = x + self.cross_attention(
             self.cross_norm(x), text, key_mask=text_mask, segment_ids=segment_ids, second=image
         )
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
-        return x + (y * gate2).astype(x.dtype)
+        return x + (y * _over_tokens(gate2, y)).astype(x.dtype)
 
 
 class Head(nnx.Module):
