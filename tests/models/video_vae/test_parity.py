@@ -11,8 +11,12 @@ from flax import nnx
 
 from vidgen.ckpt.weights import WeightsError
 from vidgen.core.tree import named_leaves
+from vidgen.models.video_vae import diffusers_folder
+from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.diffusers_folder import load_diffusers, save_diffusers
+from vidgen.models.video_vae.model import VideoVAE, first_statistics
 from vidgen.models.video_vae.params import diffusers_names, wan_names
+from vidgen.nn.variables import Buffer
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 AutoencoderKLWan = pytest.importorskip("diffusers", reason="needs the extra `parity`").AutoencoderKLWan
@@ -188,3 +192,25 @@ def test_folders_of_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="'AutoencoderKL'; expected 'AutoencoderKLWan'"):
         load_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("dim_mult", [(1, 2, 4, 4), (1, 2, 4), (1, 1, 3, 3), (4, 2, 1), (8, 1, 1)])
+def test_what_diffusers_refuses_is_written_with_a_warning(dim_mult, tmp_path, monkeypatch, caplog):
+    config = VAEConfig(
+        base_dim=2,
+        latent_channels=2,
+        dim_mult=dim_mult,
+        num_res_blocks=1,
+        temporal_downsample=(True,) * (len(dim_mult) - 1),
+        level_shortcuts=True,
+    )
+    monkeypatch.setattr(diffusers_folder, "save_weights", lambda *_, **__: None)
+    vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
+    vae.latents_mean, vae.latents_variance, _ = map(Buffer, first_statistics(config))
+    save_diffusers(vae, tmp_path)
+    try:
+        AutoencoderKLWan.from_config(json.loads((tmp_path / "config.json").read_text()))
+    except ValueError:
+        assert "diffusers refuses this autoencoder" in caplog.text and str(dim_mult) in caplog.text
+    else:
+        assert not caplog.text

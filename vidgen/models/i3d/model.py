@@ -121,7 +121,8 @@ class I3D(nnx.Module):
         # The average over windows of two frames and all 7 x 7 positions; what follows is linear.
         x = x.mean((2, 3))
         x = (0.5 * (x[:, 1:] + x[:, :-1])).mean(1)
-        return x @ self.logits_kernel[...] + over_last_axis(self.logits_bias[...], x)
+        logits = x @ self.logits_kernel[...]
+        return logits + over_last_axis(self.logits_bias[...], logits)
 
 
 def resize(video: Float[Array, "b t h w 3"]) -> Float[Array, "b t 224 224 3"]:

@@ -10,11 +10,14 @@ from flax import nnx
 
 from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE, first_statistics
 from vidgen.models.video_vae.params import diffusers_names
 from vidgen.nn.variables import Buffer
+
+_log = get_logger(__name__)
 
 __all__ = ["is_diffusers", "load_diffusers", "read_config", "save_diffusers"]
 
@@ -65,13 +68,36 @@ def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> 
 def save_diffusers(vae: VideoVAE, folder: pathlib.Path | str) -> None:
     """Writes what `AutoencoderKLWan.from_pretrained` reads; each file appears whole.
 
-    Only process 0 writes; all of them must call this.
+    Warns of shortcuts that diffusers does not have: this package reads them. Only process 0 writes; all of
+    them must call this.
     """
     folder = pathlib.Path(folder)
+    if not _shortcuts_of_diffusers(vae.config):
+        _log.warning(
+            "%s: diffusers refuses this autoencoder, this package reads it. With level_shortcuts diffusers "
+            "wants each level's channels times the pixels that its step merges to be a multiple of the next "
+            "level's, and no more channels in the last level than before it: dim_mult is %s, Wan's "
+            "(1, 2, 4, 4)",
+            folder,
+            vae.config.dim_mult,
+        )
     params = nnx.state(vae, nnx.Param, graph=False)
     names = diffusers_names(vae.config, named_leaves(params))
     save_weights(folder / _WEIGHTS, params, names=names, metadata={"format": "pt"})
     write_json(folder / _CONFIG, _values(vae))
+
+
+def _shortcuts_of_diffusers(config: VAEConfig) -> bool:
+    """Whether all shortcuts average or repeat whole groups of channels, which ours need not."""
+    if not config.level_shortcuts:
+        return True
+    mults = (1, *config.dim_mult)
+    merged = [8 if temporal else 4 for temporal in config.temporal_downsample]
+    down = zip(mults, mults[1:], [*merged, 1], strict=False)
+    up = zip((mults[-1], *mults[:0:-1]), mults[:0:-1], merged[::-1], strict=False)
+    return not any(dim_in * pixels % dim_out for dim_in, dim_out, pixels in down) and not any(
+        dim_out * pixels % dim_in for dim_in, dim_out, pixels in up
+    )
 
 
 def _config(values: Mapping[str, Any], where: str) -> VAEConfig:
