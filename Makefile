@@ -18,7 +18,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/.base
 	$(BIN)/python -m vidgen.cli.main demo --out demo/
 
-test: lint unit notebooks
+# Side by side: lint and notebooks use one core each.
+test:
+	$(MAKE) --jobs=3 --output-sync=line lint unit notebooks
 
 lint: .venv/.parity
 	$(BIN)/ruff format --check

@@ -32,13 +32,6 @@ def videos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("vae")
-    assert train("experiments/vae/sprites.py", workdir, {}) == 0
-    return workdir
-
-
 def train(path, workdir, overrides, argument="tiny"):
     options = [f"--config.{key}={value}" for key, value in overrides.items()]
     return main([f"--config={ROOT / path}:{argument}", f"--workdir={workdir}", *options])
@@ -58,19 +51,22 @@ def test_images_and_clips_of_several_sizes_by_turns(tmp_path, videos):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_two_steps(path, tmp_path, videos, vae):
+def test_two_steps(path, tmp_path, videos, tiny_runs):
     config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config("tiny")
     overrides = {}
     if config.data.kind == "folder":
         overrides["data.path"] = videos
     if config.task.kind == "text_to_video":
-        overrides["task.vae"] = vae
-    assert train(path, tmp_path, overrides) == 0
+        overrides["task.vae"] = tiny_runs.vae
+    trained = {"experiments/vae/sprites.py": tiny_runs.vae, "experiments/dit/sprites.py": tiny_runs.dit}
+    workdir = trained.get(path, tmp_path)
+    if path not in trained:
+        assert train(path, workdir, overrides) == 0
 
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert losses.keys() == {1, 2}
     assert all(math.isfinite(loss) for loss in losses.values())
-    assert (tmp_path / "checkpoints" / "2").is_dir()
-    assert (tmp_path / "vae" / "model.safetensors").exists()
-    assert list((tmp_path / "samples").glob("*.mp4"))
+    assert (workdir / "checkpoints" / "2").is_dir()
+    assert (workdir / "vae" / "model.safetensors").exists()
+    assert list((workdir / "samples").glob("*.mp4"))
