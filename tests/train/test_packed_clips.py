@@ -13,6 +13,7 @@ from tests.models.random_weights import random_module
 from vidgen.core import rng
 from vidgen.core.tree import named_leaves
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
+from vidgen.models.condition import Condition
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.dit.model import patchify
 from vidgen.models.text.config import ByteEncoderConfig
@@ -22,6 +23,7 @@ from vidgen.parallel import processes
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.train.packed_clips import host_patches, pack_rows
+from vidgen.train.text_features import TextFeatures
 from vidgen.train.text_to_video_task import TextToVideoTask
 
 TASK = TextToVideoTask(
@@ -49,8 +51,11 @@ TIMES = np.linspace(0.1, 0.9, COUNT).astype(np.float32)
 
 
 def packed(rows=ROWS, **changes):
-    options = {"tokens_per_row": S, "clips_per_row": G, "max_bytes": TASK.text.max_bytes} | changes
-    return pack_rows(rows, TASK.dit, **options)
+    return pack_rows(rows, TASK.dit, **{"tokens_per_row": S, "clips_per_row": G} | changes)
+
+
+def arrays_of(task, rows=ROWS):
+    return task.arrays({"rows": rows, "tokens_per_row": S, "clips_per_row": G})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def back(tokens, shape):
 
 
 def loss_of_rows(model, patches, noise):
-    rows = jax.tree.map(jnp.asarray, dataclasses.asdict(packed()))
+    rows = jax.tree.map(jnp.asarray, arrays_of(TASK))
     condition = model.packed_condition(rows["tokens"], rows["mask"])
     times = np.zeros((len(ROWS), G), np.float32)
     times[tuple(zip(*PLACES, strict=True))] = TIMES
@@ -123,8 +128,8 @@ def loss_alone(model, latents, noise, time, tokens, mask):
 
 
 def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
-    rows = packed()
-    assert rows.patches.shape == (3, S, 16) and rows.tokens.shape == (3, G, 17)
+    rows, arrays = packed(), arrays_of(TASK)
+    assert rows.patches.shape == (3, S, 16) and arrays["tokens"].shape == (3, G, 17)
     for (r, g), one in zip(PLACES, CLIPS, strict=True):
         mine = rows.segment_ids[r] == g + 1
         t, h, w, _ = one["latents"].shape
@@ -132,10 +137,11 @@ def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
             rows.patches[r][mine], patchify(jnp.asarray(one["latents"])[None], (1, 2, 2))[0]
         )
         np.testing.assert_array_equal(rows.positions[r][mine], grid_positions(t, h // 2, w // 2))
-        assert bytes(rows.tokens[r, g][rows.mask[r, g]][:-1].tolist()).decode() == one["caption"]
+        written = arrays["tokens"][r, g][arrays["mask"][r, g]][:-1]
+        assert bytes(written.tolist()).decode() == one["caption"] == rows.captions[r][g]
     assert (rows.segment_ids[0] > 0).all() and (rows.segment_ids[1, 12:] == 0).all()
     assert not rows.patches[rows.segment_ids == 0].any()
-    assert rows.mask[1, 1:].sum(-1).tolist() == [1, 1]  # the end mark alone
+    assert rows.captions[1][1:] == ["", ""]
 
 
 @pytest.mark.parametrize("patch", [(2, 1, 2), (1, 2, 1)])
@@ -206,7 +212,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
         )
         return losses.sum() / (2 * COUNT)
 
-    arrays = task.arrays({"rows": ROWS, "tokens_per_row": S, "clips_per_row": G})
+    arrays = arrays_of(task)
     loss, metrics = loss_of_task(model, arrays)
     repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
     np.testing.assert_allclose(loss, expected(model, repeated), rtol=1e-5)
@@ -218,7 +224,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
 
 def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
     """Rows over `data`, tokens over `context`, weights over `fsdp` and `tensor`."""
-    rows = dataclasses.asdict(packed(ROWS + ROWS[:1]))
+    rows = arrays_of(TASK, ROWS + ROWS[:1])
     times = np.linspace(0.1, 0.9, 4 * G, dtype=np.float32).reshape(4, G)
 
     @jax.jit
@@ -242,12 +248,49 @@ def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
 
 def test_captions_are_dropped_clip_by_clip():
     task = dataclasses.replace(TASK, caption_dropout=0.5)
-    arrays = task.arrays({"rows": ROWS * 8, "tokens_per_row": S, "clips_per_row": G})
+    arrays = arrays_of(task, ROWS * 8)
     flat = arrays["tokens"].reshape(-1, 17), arrays["mask"].reshape(-1, 17)
-    tokens, mask = task._drop_captions(*map(jnp.asarray, flat), jax.random.key(0))
+    tokens, mask = task._drop_captions(jnp.asarray(flat[0]), jnp.asarray(flat[1]), jax.random.key(0))
     empty, captioned = np.asarray(mask).sum(-1) == 1, flat[1].sum(-1) > 1
     assert 0.3 < empty[captioned].mean() < 0.7
     np.testing.assert_array_equal(np.asarray(tokens)[~empty], flat[0][~empty])
+
+
+def features_of(_, captions):
+    """What a text encoder makes of captions: numbers of their own for each, zeros beyond it."""
+    features = np.zeros((len(captions), 9, 32), np.float32)
+    for row, caption in zip(features, captions, strict=True):
+        length = 1 + len(caption) % 8
+        row[:length] = np.random.default_rng(len(caption)).normal(size=(length, 32))
+    return features
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dropout):
+    monkeypatch.setattr(TextFeatures, "features", features_of)
+    task = dataclasses.replace(TASK, text_encoder=TextFeatures(path="unused"), caption_dropout=dropout)
+    model = random_module(lambda: task.build(nnx.Rngs(0)))
+    arrays, times = arrays_of(task), np.linspace(0.1, 0.9, COUNT, dtype=np.float32)
+    assert arrays["text"].shape == (3, G, 9, 32) and arrays["empty_text"].shape == (3, 1, 9, 32)
+
+    @jax.jit
+    def of_rows(model, arrays, times):
+        condition = task._packed_condition(model, arrays, jax.random.key(0))
+        places = {name: arrays[name] for name in ("positions", "segment_ids")}
+        return model.packed_velocity(arrays["patches"], times, condition, **places)
+
+    alone = jax.jit(lambda model, latents, time, text: model.velocity(latents, time, Condition(text)))
+    by_clip = np.zeros((3, G + 1), np.float32)
+    for (r, g), time in zip(PLACES, times, strict=True):
+        by_clip[r, g + 1] = time
+    found = of_rows(model, arrays, np.take_along_axis(by_clip, arrays["segment_ids"], axis=1))
+    for (r, g), one, time in zip(PLACES, CLIPS, times, strict=True):
+        text = features_of(None, ["" if dropout else one["caption"]])
+        expected = alone(model, one["latents"][None], time[None], text)[0]
+        mine = np.asarray(found[r])[arrays["segment_ids"][r] == g + 1]
+        np.testing.assert_allclose(back(mine, one["latents"].shape), expected, atol=1e-5)
+    loss = jax.jit(lambda *args: task.loss(args[0], None, args[1], jax.random.key(1), jnp.asarray(0))[0])
+    assert np.isfinite(loss(model, arrays))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
 
-__all__ = ["Condition", "PackedCondition", "PromptEncoder", "with_given"]
+__all__ = ["Condition", "PackedCondition", "PromptEncoder", "packed_condition", "with_given"]
 
 
 class Condition(NamedTuple):
@@ -40,6 +40,15 @@ class PackedCondition(NamedTuple):
     text: Float[Array, "b r e"]
     mask: Bool[Array, "b r"]
     segment_ids: Int[Array, "b r"]
+
+
+def packed_condition(text: Float[Array, "b g l e"], mask: Bool[Array, "b g l"]) -> PackedCondition:
+    """The prompts of up to g clips per row: their features, and which of these may be seen."""
+    rows, clips, length, width = text.shape
+    owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], mask.shape)
+    return PackedCondition(
+        text.reshape(rows, clips * length, width), mask.reshape(rows, -1), owner.reshape(rows, -1)
+    )
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
-from vidgen.models.condition import Condition, PackedCondition, with_given
+from vidgen.models.condition import Condition, PackedCondition, packed_condition, with_given
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.experts import TwoExperts
 from vidgen.models.dit.model import DiT, RunBlocks
@@ -62,10 +62,7 @@ class TextToVideo(nnx.Module):
         assert self.text is not None
         rows, clips, length = tokens.shape
         text = self.text(tokens.reshape(rows * clips, length), mask.reshape(rows * clips, length))
-        owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], tokens.shape)
-        return PackedCondition(
-            text.reshape(rows, clips * length, -1), mask.reshape(rows, -1), owner.reshape(rows, -1)
-        )
+        return packed_condition(text.reshape(rows, clips, length, -1), mask)
 
     def packed_velocity(
         self,

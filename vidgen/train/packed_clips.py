@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vidgen.core.typing import Bool, Float, Int
+from vidgen.core.typing import Float, Int
 from vidgen.models.dit.config import DiTConfig
-from vidgen.models.text.tokenizer import tokenize
 from vidgen.nn.embeddings import grid_positions
 
 __all__ = ["PackedRows", "host_patches", "pack_rows"]
@@ -23,15 +22,13 @@ class PackedRows:
         end, where no clip fitted. In the dtype of the latents.
       positions: time, row and column of each token on the grid of its clip.
       segment_ids: which clip of its row a token belongs to, from 1 on; 0 is padding.
-      tokens: the captions' bytes (`vidgen.models.text.tokenizer`); empty captions where there is no clip.
-      mask: which of them are not padding.
+      captions: of each clip, g for each row; empty where there is no clip.
     """
 
     patches: Float[np.ndarray, "b s p"]
     positions: Int[np.ndarray, "b s 3"]
     segment_ids: Int[np.ndarray, "b s"]
-    tokens: Int[np.ndarray, "b g l"]
-    mask: Bool[np.ndarray, "b g l"]
+    captions: list[list[str]]
 
 
 def pack_rows(
@@ -40,14 +37,12 @@ def pack_rows(
     *,
     tokens_per_row: int,
     clips_per_row: int,
-    max_bytes: int,
 ) -> PackedRows:
     """Lays clips out as rows.
 
     Args:
       rows: the clips of each row, with `latents` [t h w c], `caption` and `name`.
       dit: patches and channels of the transformer.
-      max_bytes: of a caption; longer ones are cut.
 
     Raises:
       ValueError: the clips of a row are too many or too long, or one does not divide into patches or has
@@ -77,15 +72,7 @@ def pack_rows(
             positions[r, start:end] = grid_positions(*grid)
             segment_ids[r, start:end] = segment
             captions[r][segment - 1] = clip["caption"]
-    flat = [caption for row in captions for caption in row]
-    tokens, mask = tokenize(flat, max_bytes, truncate=True)
-    return PackedRows(
-        patches=patches,
-        positions=positions,
-        segment_ids=segment_ids,
-        tokens=tokens.reshape(count, clips_per_row, -1),
-        mask=mask.reshape(count, clips_per_row, -1),
-    )
+    return PackedRows(patches=patches, positions=positions, segment_ids=segment_ids, captions=captions)
 
 
 def host_patches(

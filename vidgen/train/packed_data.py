@@ -46,10 +46,10 @@ def check_latents(data: LatentsData, task: Task, batch_size: int, mesh: Mesh) ->
     """
     if not isinstance(task, TextToVideoTask):
         raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
-    if task.text_encoder is not None or task.images is not None:
+    if task.images is not None:
         raise ConfigError(
-            "config.data.kind is latents, whose rows are trained with the byte encoder and without images: "
-            "leave out config.task.text_encoder and config.task.images, or train on data of one size"
+            "config.data.kind is latents, whose rows are trained without images: leave out "
+            "config.task.images, or train on data of one size"
         )
     records = data.source()
     if records.info.channels != task.dit.in_channels:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ from vidgen.core.typing import Array, Bool, Float, Int, Latents, Metrics, Video
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
-from vidgen.models.condition import Condition
+from vidgen.models.condition import Condition, PackedCondition, packed_condition
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
@@ -131,21 +131,30 @@ class TextToVideoTask:
         return dataclasses.replace(self, dit=dit, text=text)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        if "rows" in batch:
-            packed = pack_rows(
-                batch["rows"],
-                self.dit,
-                tokens_per_row=batch["tokens_per_row"],
-                clips_per_row=batch["clips_per_row"],
-                max_bytes=self.text.max_bytes,
-            )
-            return {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-        if self.text_encoder is not None:
-            features = self.text_encoder.features(["", *batch["caption"]])
-            empty = np.broadcast_to(features[:1], features[1:].shape)
-            return {"video": batch["video"], "text": features[1:], "empty_text": empty}
-        tokens, mask = tokenize(batch["caption"], self.text.max_bytes, truncate=True)
-        return {"video": batch["video"], "tokens": tokens, "mask": mask}
+        if "rows" not in batch:
+            return {"video": batch["video"], **self._text_arrays(batch["caption"])}
+        packed = pack_rows(
+            batch["rows"],
+            self.dit,
+            tokens_per_row=batch["tokens_per_row"],
+            clips_per_row=batch["clips_per_row"],
+        )
+        arrays = {name: getattr(packed, name) for name in ("patches", "positions", "segment_ids")}
+        rows = len(packed.captions)
+        for name, x in self._text_arrays([caption for row in packed.captions for caption in row]).items():
+            one_for_all = name == "empty_text"
+            arrays[name] = x[:rows, None] if one_for_all else x.reshape(rows, -1, *x.shape[1:])
+        return arrays
+
+    def _text_arrays(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """What conditions are made of, a row for each caption."""
+        if self.text_encoder is None:
+            tokens, mask = tokenize(captions, self.text.max_bytes, truncate=True)
+            return {"tokens": tokens, "mask": mask}
+        different = list(dict.fromkeys(["", *captions]))
+        features = self.text_encoder.features(different)
+        text = features[[different.index(caption) for caption in captions]]
+        return {"text": text, "empty_text": np.broadcast_to(features[:1], text.shape)}
 
     def loss(
         self,
@@ -179,8 +188,24 @@ class TextToVideoTask:
         """What the transformer is told of the captions that are not dropped."""
         if self.text_encoder is None:
             return model.condition(*self._drop_captions(batch["tokens"], batch["mask"], key))
-        drop = jax.random.bernoulli(key, self.caption_dropout, (len(batch["text"]), 1, 1))
-        return Condition(jnp.where(drop, batch["empty_text"], batch["text"]).astype(jnp.float32))
+        return Condition(self._drop_features(batch, key))
+
+    def _packed_condition(
+        self, model: TextToVideo, batch: Mapping[str, Array], key: Array
+    ) -> PackedCondition:
+        """The same of the captions of rows of clips, each of which is dropped or not by itself."""
+        if self.text_encoder is None:
+            shape = batch["tokens"].shape
+            tokens, mask = (batch[name].reshape(-1, shape[-1]) for name in ("tokens", "mask"))
+            tokens, mask = self._drop_captions(tokens, mask, key)
+            return model.packed_condition(tokens.reshape(shape), mask.reshape(shape))
+        text = self._drop_features(batch, key)
+        return packed_condition(text, jnp.ones(text.shape[:-1], bool))
+
+    def _drop_features(self, batch: Mapping[str, Array], key: Array) -> Float[Array, "*b l e"]:
+        text = batch["text"]
+        drop = jax.random.bernoulli(key, self.caption_dropout, (*text.shape[:-2], 1, 1))
+        return jnp.where(drop, batch["empty_text"], text).astype(jnp.float32)
 
     def _with_image(
         self, condition: Condition, vae: VideoVAE, video: Video, clean: Latents, key: Array
@@ -210,20 +235,14 @@ class TextToVideoTask:
         self, model: TextToVideo, batch: Mapping[str, Array], key: Array
     ) -> tuple[Float[Array, ""], Metrics]:
         """The mean over clips, however many a row has."""
-        shape = batch["tokens"].shape
-        dropped = self._drop_captions(
-            batch["tokens"].reshape(-1, shape[-1]),
-            batch["mask"].reshape(-1, shape[-1]),
-            rng.stream(key, "caption"),
-        )
-        tokens, mask = (x.reshape(shape) for x in dropped)
-        condition = model.packed_condition(tokens, mask)
+        condition = self._packed_condition(model, batch, rng.stream(key, "caption"))
         clean, positions, segment_ids, condition = jax.tree.map(
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0),
             (batch["patches"].astype(jnp.float32), batch["positions"], batch["segment_ids"], condition),
         )
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
-        clips = jnp.arange(1, shape[1] + 1)
+        places = batch["text" if "text" in batch else "tokens"].shape[1]
+        clips = jnp.arange(1, places + 1)
         num_tokens = (segment_ids[:, :, None] == clips[None, None]).sum(1).reshape(-1)
         # Of places without a clip as for one token: their losses do not count.
         timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1))
@@ -231,7 +250,7 @@ class TextToVideoTask:
             lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
             clean,
             noise,
-            timestep.reshape(-1, shape[1]),
+            timestep.reshape(-1, places),
             segment_ids,
         )
         filled = segment_ids > 0
