@@ -1,0 +1,1 @@
+"""Exact softmax attention by Pallas kernels, forward and backward."""
