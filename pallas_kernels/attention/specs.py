@@ -1,0 +1,133 @@
+"""Sizes of blocks per TPU generation, and what each generation is like."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, Literal, cast
+
+__all__ = ["GENERATIONS", "BlockSizes", "Generation", "block_sizes", "generation_of"]
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One core of a TPU generation.
+
+    Attributes:
+      kind: how jax's `device_kind` begins.
+      vmem_bytes: that a kernel may use of its vector memory, somewhat less than there is.
+      transposed_gradients: gradients are summed with the head dimension first. An MXU of 256 x 256 is half
+        empty otherwise where heads have 128 channels; one of 128 x 128 is not.
+    """
+
+    kind: str
+    vmem_bytes: int
+    transposed_gradients: bool
+
+
+GENERATIONS: dict[str, Generation] = {
+    "v5e": Generation(kind="TPU v5 lite", vmem_bytes=100 << 20, transposed_gradients=False),
+    "v5p": Generation(kind="TPU v5", vmem_bytes=80 << 20, transposed_gradients=False),
+    "v6e": Generation(kind="TPU v6 lite", vmem_bytes=100 << 20, transposed_gradients=True),
+    "tpu7x": Generation(kind="TPU7x", vmem_bytes=56 << 20, transposed_gradients=True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """How one pass is cut.
+
+    Attributes:
+      queries, keys: tokens of a block, which is what one step of the grid computes; multiples of the next two.
+      query_unit, key_unit: tokens of a unit of the pipeline within a block; multiples of 128.
+      ahead, lag: of the pipeline (`pipeline.pipelined`).
+    """
+
+    queries: int
+    keys: int
+    query_unit: int
+    key_unit: int
+    ahead: int = 1
+    lag: int = 1
+
+    def __post_init__(self):
+        for block, unit in ((self.queries, self.query_unit), (self.keys, self.key_unit)):
+            if unit % 128 or block % unit:
+                raise ValueError(f"{self}: units must be multiples of 128, and blocks multiples of units")
+
+    def within(self, queries: int, keys: int) -> "BlockSizes":
+        """These sizes, less where there are fewer tokens."""
+        return dataclasses.replace(
+            self,
+            queries=(q := _fit(self.queries, queries)),
+            keys=(k := _fit(self.keys, keys)),
+            query_unit=_divisor(self.query_unit, q),
+            key_unit=_divisor(self.key_unit, k),
+        )
+
+    def dividing(self, queries: int | None, keys: int | None) -> "BlockSizes":
+        """These sizes, less where they do not divide a mask's blocks of queries and keys."""
+        q = self.queries if queries is None else _divisor(self.queries, queries)
+        k = self.keys if keys is None else _divisor(self.keys, keys)
+        return dataclasses.replace(
+            self, queries=q, keys=k, query_unit=_divisor(self.query_unit, q), key_unit=_divisor(self.key_unit, k)
+        )
+
+
+def generation_of(device_kind: str) -> str:
+    """The name of a generation by jax's `device_kind`.
+
+    Raises:
+      NotImplementedError: it is not a TPU, or one that no sizes are known for.
+    """
+    found = [name for name, one in GENERATIONS.items() if device_kind.startswith(one.kind)]
+    if not found:
+        raise NotImplementedError(f"attention: no TPU kernel for the device {device_kind!r}")
+    return max(found, key=lambda name: len(GENERATIONS[name].kind))
+
+
+def block_sizes(generation: str, which: Pass, *, head_dim: int, bits: int, masked: bool) -> BlockSizes:
+    """What `python -m pallas_kernels.attention.tune` found best.
+
+    Args:
+      generation: of `GENERATIONS`.
+      head_dim: 64 or a multiple of 128, at most 256.
+      bits: of an element of the inputs.
+      masked: there are segments or the like, for which smaller blocks leave out more.
+    """
+    return BlockSizes(**_table()[generation][which][entry(head_dim, bits, masked)])
+
+
+def entry(head_dim: int, bits: int, masked: bool) -> str:
+    """The name of a line of the table."""
+    if bits == 32:
+        return "float32"
+    return f"{head_dim}{' masked' if masked else ''}"
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(pathlib.Path(__file__).with_name("block_sizes.json").read_text()))
+
+
+def _fit(size: int, length: int) -> int:
+    """The block size of which the fewest tokens lie beyond the end, among `size` and its halves."""
+    if length >= 4 * size:
+        return size
+    whole = -(-length // 128) * 128
+    if whole <= size:
+        return whole
+    candidates = []
+    while size >= 128:
+        candidates.append((-(-length // size) * size + size // 8, -size))
+        if size % 256:
+            break
+        size //= 2
+    return -min(candidates)[1]
+
+
+def _divisor(size: int, of: int) -> int:
+    """The largest multiple of 128 that divides `of` and is at most `size`."""
+    return next(n for n in range(min(size, of) // 128 * 128, 0, -128) if of % n == 0)

@@ -1,0 +1,151 @@
+"""Attention on TPUs: `b s n k` in, `b s n k` out."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.attention import specs
+from pallas_kernels.attention.masks import BlockMask, KeyRanges
+from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from pallas_kernels.attention.tpu_backward import BackwardKernel
+from pallas_kernels.attention.tpu_forward import ForwardKernel
+from pallas_kernels.attention.tpu_layout import Heads, masking
+
+__all__ = ["backward", "forward"]
+
+
+def forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float | None = None,
+    ranges: KeyRanges | None = None,
+    block_mask: BlockMask | None = None,
+    generation: str | None = None,
+    blocks: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """Softmax attention; as `reference.forward`, for any scores that float32 holds.
+
+    Args:
+      query, key, value: `b s n k`, `b r n k`, `b r n k`, bfloat16 or float32.
+      scale, ranges, block_mask: as of `reference.forward`.
+      generation: of `specs.GENERATIONS`; by default that of the device.
+      blocks: in place of those of the table.
+      interpret: of `pallas_call`.
+
+    Returns:
+      The mean of the values, `b s n k`, and the log-sum-exp, float32, `b n s`.
+
+    Raises:
+      NotImplementedError: heads of more than 256 channels, another dtype, a mask of too many blocks.
+    """
+    call = _Call.of(query, key, value, "forward", ranges, block_mask, generation, blocks)
+    masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
+    sizes = {"queries": query.shape[1], "keys": key.shape[1], "heads": call.heads, "scale": _scale(query, scale)}
+    inputs = tuple(map(call.heads.merged, (query, key, value)))
+    options = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
+    results = ForwardKernel(blocks=call.blocks, masking=masks, **sizes)(*inputs, **options)
+
+    def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
+        """Computes the blocks with marked rows exactly."""
+        small = dataclasses.replace(call.blocks, ahead=1, lag=1).dividing(512, 1024)
+        marked = jnp.isnan(log_sum_exp).any((1, 2))
+        marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
+        marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
+        masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
+        kernel = ForwardKernel(blocks=small, masking=masks, exact=True, **sizes)
+        return kernel(*inputs, (output, log_sum_exp), **options)
+
+    output, log_sum_exp = lax.cond(
+        jnp.isnan(results[1]).any(), again, lambda *results: results, *results
+    )
+    return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
+
+
+def backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    output: Array,
+    log_sum_exp: Array,
+    cotangent: Array,
+    *,
+    scale: float | None = None,
+    ranges: KeyRanges | None = None,
+    block_mask: BlockMask | None = None,
+    generation: str | None = None,
+    blocks: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[Array, Array, Array]:
+    """Gradients of query, key and value; as `reference.backward`.
+
+    Args:
+      output, log_sum_exp: of `forward`; or of more keys than these: gradients of parts then add up.
+      cotangent: of the output, `b s n k`.
+
+    Raises:
+      NotImplementedError: as of `forward`; or more queries than the gradient of fits in vector memory.
+    """
+    call = _Call.of(query, key, value, "backward", ranges, block_mask, generation, blocks)
+    kernel = BackwardKernel(
+        heads=call.heads,
+        blocks=call.blocks,
+        masking=masking(query, key, call.blocks, ranges, block_mask, queries_outside=False),
+        queries=query.shape[1],
+        keys=key.shape[1],
+        scale=_scale(query, scale),
+        transposed=GENERATIONS[call.generation].transposed_gradients,
+    )
+    merged = call.heads.merged
+    rows = log_sum_exp.reshape(query.shape[0], call.heads.groups, call.heads.together, -1)
+    gradients = kernel(
+        *map(merged, (query, key, value, output)),
+        rows,
+        merged(cotangent.astype(query.dtype)),
+        vmem_bytes=call.vmem_bytes,
+        interpret=interpret,
+    )
+    return tuple(map(call.heads.split, gradients))  # pyright: ignore[reportReturnType]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What a call's shapes and device decide."""
+
+    heads: Heads
+    blocks: BlockSizes
+    generation: str
+
+    @property
+    def vmem_bytes(self) -> int:
+        return GENERATIONS[self.generation].vmem_bytes
+
+    @classmethod
+    def of(cls, query, key, value, which: specs.Pass, ranges, block_mask, generation, blocks) -> "_Call":
+        if query.dtype not in (jnp.bfloat16, jnp.float32) or {query.dtype} != {key.dtype, value.dtype}:
+            raise NotImplementedError(
+                f"attention: query {query.dtype}, key {key.dtype}, value {value.dtype}; the kernel takes "
+                "bfloat16 or float32, all alike"
+            )
+        heads = Heads.of(query)
+        generation = generation or specs.generation_of(jax.devices()[0].device_kind)
+        if blocks is None:
+            blocks = specs.block_sizes(
+                generation,
+                which,
+                head_dim=heads.padded,
+                bits=jnp.finfo(query.dtype).bits,
+                masked=ranges is not None,
+            ).within(query.shape[1], key.shape[1])
+        if block_mask is not None:
+            blocks = blocks.dividing(block_mask.query_size, block_mask.key_size)
+        return cls(heads=heads, blocks=blocks, generation=generation)
+
+
+def _scale(query: Array, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale

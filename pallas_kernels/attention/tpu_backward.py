@@ -1,0 +1,286 @@
+"""Attention's backward pass on a TPU, fused: one kernel gives the gradients of query, key and value.
+
+Blocks of keys are the outer loop. The gradients of keys and values are summed while a block of keys is there;
+that of the queries is kept in vector memory, for all queries, until the last block of keys has been met, so
+that no partial sums travel. Scores are computed anew from the log-sum-exp (arXiv 2205.14135), transposed,
+keys by queries. Where the MXU is 256 x 256 the gradients are summed transposed too, channels first, which
+fills it; they are turned as they leave.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.pipeline import pipelined
+from pallas_kernels.attention.specs import BlockSizes
+from pallas_kernels.attention.tpu_layout import LANES, LOG2_E, NEGATIVE, Heads, Masking, dot, visible
+from pallas_kernels.attention.visits import Visit
+
+__all__ = ["BackwardKernel"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardKernel:
+    """The kernel of one call.
+
+    Attributes:
+      queries, keys: tokens.
+      scale: of the products.
+      transposed: gradients are summed channels first.
+    """
+
+    heads: Heads
+    blocks: BlockSizes
+    masking: Masking
+    queries: int
+    keys: int
+    scale: float
+    transposed: bool
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        output: Array,
+        log_sum_exp: Array,
+        cotangent: Array,
+        *,
+        vmem_bytes: int,
+        interpret: Any = False,
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of query, key and value; all are `b s (n k)`, but `log_sum_exp`: `b groups heads s`."""
+        visits, blocks, heads = self.masking.visits, self.blocks, self.heads
+        tokens = functools.partial(self._spec, heads.lanes)
+        of_queries = tokens(blocks.queries, lambda b, g, outer, inner, _: (b, inner, g))
+        of_keys = tokens(blocks.keys, lambda b, g, outer, inner, _: (b, outer, g))
+        # Leaves when all blocks of keys have been met.
+        leaving = tokens(blocks.queries, lambda b, g, outer, inner, flushed: (b, flushed, g))
+        of_rows = pl.BlockSpec(
+            (None, None, heads.together, blocks.queries),
+            visits.map(lambda b, g, outer, inner, _: (b, g, 0, inner)),
+        )
+        grid = visits.grid(query.shape[0], heads.groups)
+        return pl.pallas_call(
+            self._body,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(visits.prefetch),
+                grid=grid,
+                in_specs=[
+                    *(of_queries, of_keys, of_keys, of_queries, of_rows, of_queries),
+                    *self.masking.specs(blocks, queries_outside=False),
+                ],
+                out_specs=[leaving, of_keys, of_keys],
+                scratch_shapes=self._scratch(query.dtype),
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2),
+                disable_bounds_checks=True,
+                vmem_limit_bytes=vmem_bytes,
+            ),
+            name="attention_backward",
+            interpret=interpret,
+        )(
+            *visits.prefetch,
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp,
+            cotangent,
+            *self.masking.arrays,
+        )
+
+    def _spec(self, lanes: int, size: int, index) -> pl.BlockSpec:
+        return pl.BlockSpec((None, size, lanes), self.masking.visits.map(index))
+
+    def _scratch(self, dtype: Any) -> list[Any]:
+        blocks, heads = self.blocks, self.heads
+        count = -(-self.queries // blocks.queries)
+        turn = lambda size: (heads.lanes, size) if self.transposed else (size, heads.lanes)  # noqa: E731
+        own = lambda size: pltpu.VMEM((heads.together, size, heads.lanes), dtype)  # noqa: E731
+        return [
+            pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
+            pltpu.VMEM(turn(blocks.keys), jnp.float32),
+            pltpu.VMEM(turn(blocks.keys), jnp.float32),
+            pltpu.VMEM((count, heads.together, blocks.queries), jnp.float32),
+            pltpu.VMEM((heads.together, blocks.queries), jnp.float32),
+            own(blocks.queries),
+            own(blocks.queries),
+            own(blocks.keys),
+            pltpu.VMEM((blocks.keys, heads.lanes), dtype),
+            pltpu.VMEM((blocks.keys, LANES), jnp.int32),
+        ]
+
+    def _body(self, *refs: Any) -> None:
+        count = len(self.masking.visits.prefetch)
+        words, refs = refs[:count], refs[count:]
+        inputs, refs = refs[:6], refs[6:]
+        masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
+        visit = self.masking.visits.visit(0, words)
+        step = _Step(self, visit, inputs, (*masks, None, None)[:3], refs[:3], refs[3:])
+        pl.when(visit.first)(step.begin_keys)
+        pl.when(visit.first_inner)(step.begin_queries)
+        if not masks:
+            pl.when(visit.active)(lambda: step.absorb(masked=False))
+        else:
+            pl.when(visit.active & visit.full)(lambda: step.absorb(masked=False))
+            pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
+        pl.when(visit.last_inner)(step.finish_queries)
+        pl.when(visit.last)(step.finish_keys)
+
+
+class _Step:
+    """One block of keys meets one of queries."""
+
+    def __init__(self, kernel: BackwardKernel, visit: Visit, inputs, masks, gradients, scratch):
+        self.kernel, self.visit = kernel, visit
+        self.heads, self.blocks = kernel.heads, kernel.blocks
+        self.query, self.key, self.value, self.output, self.log_sum_exp, self.cotangent = inputs
+        self.masks = masks
+        self.d_query, self.d_key, self.d_value = gradients
+        self.of_query, self.of_key, self.of_value, self.mean, self.offset, *own = scratch
+        self.own_query, self.own_cotangent, self.own_key, self.whole_value, self.codes = own
+        # What is read beyond the end of a sequence may be anything, and is made zero.
+        self.ragged_queries = kernel.queries % kernel.blocks.queries != 0
+        self.ragged_keys = kernel.keys % kernel.blocks.keys != 0
+        # The operands are copied only where they are not what the products need.
+        self.copied_queries = self.ragged_queries or self.heads.together > 1
+        self.copied_keys = self.ragged_keys or self.heads.together > 1
+
+    # What lies before and after the products.
+
+    def begin_keys(self) -> None:
+        """A block of keys is met for the first time."""
+        self.of_key[...] = jnp.zeros_like(self.of_key)
+        self.of_value[...] = jnp.zeros_like(self.of_value)
+        if self.copied_keys:
+            left = self.kernel.keys - self.visit.outer * self.blocks.keys
+            there = self._valid(self.ragged_keys, left, self.key.shape, 0)
+            self._copy(self.key, self.own_key, there)
+            if self.ragged_keys:
+                self.whole_value[...] = jnp.where(there, self.value[...], 0)
+
+    def begin_queries(self) -> None:
+        """A block of queries is met for the first time."""
+        inner, heads = self.visit.inner, self.heads
+        self.of_query[inner] = jnp.zeros_like(self.of_query[inner])
+        product = self.output[...].astype(jnp.float32) * self.cotangent[...].astype(jnp.float32)
+        product = product.T
+        for head in range(heads.together):
+            mean = product[heads.rows(head)].sum(0, keepdims=True)
+            if self.ragged_queries:
+                mean = jnp.where(self._valid(True, self._queries_left(), mean.shape, 1), mean, 0)
+            self.mean[inner, head : head + 1, :] = mean
+
+    def finish_queries(self) -> None:
+        """A block of queries has met all its keys."""
+        gradient = self.kernel.scale * self.of_query[self.visit.inner]
+        self.d_query[...] = self._turned(gradient.astype(self.d_query.dtype))
+
+    def finish_keys(self) -> None:
+        """A block of keys has met all its queries."""
+        self.d_key[...] = self._turned((self.kernel.scale * self.of_key[...]).astype(self.d_key.dtype))
+        self.d_value[...] = self._turned(self.of_value[...].astype(self.d_value.dtype))
+
+    def _turned(self, x: Array) -> Array:
+        return x.T if self.kernel.transposed else x
+
+    def _queries_left(self) -> Any:
+        return self.kernel.queries - self.visit.inner * self.blocks.queries
+
+    @staticmethod
+    def _valid(ragged: bool, left: Any, shape: tuple[int, ...], axis: int) -> Array:
+        if not ragged:
+            return jnp.ones(shape, bool)
+        return lax.broadcasted_iota(jnp.int32, shape, axis) < left
+
+    def _copy(self, block, own, there: Array) -> None:
+        """A block for each head, the other heads' channels being zero: products over all channels then serve."""
+        for head in range(self.heads.together):
+            keep = there
+            if self.heads.together > 1:
+                keep = keep & self.heads.own(head, there.shape, 1)
+            own[head] = jnp.where(keep, block[...], 0)
+
+    # Products.
+
+    def absorb(self, *, masked: bool) -> None:
+        """All units of this pair of blocks."""
+        blocks = self.blocks
+        logarithm = self.log_sum_exp[...] * LOG2_E
+        seen = logarithm > NEGATIVE
+        if self.ragged_queries:
+            seen &= self._valid(True, self._queries_left(), logarithm.shape, 1)
+        # Of a query that sees nothing, or is none, every weight is zero.
+        self.offset[...] = jnp.where(seen, logarithm, -NEGATIVE)
+        if self.copied_queries:
+            there = self._valid(self.ragged_queries, self._queries_left(), self.query.shape, 0)
+            self._copy(self.query, self.own_query, there)
+            self._copy(self.cotangent, self.own_cotangent, there)
+        if masked:
+            self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
+        units = [
+            (head, slice(q, q + blocks.query_unit), slice(k, k + blocks.key_unit))
+            for head in range(self.heads.together)
+            for q in range(0, blocks.queries, blocks.query_unit)
+            for k in range(0, blocks.keys, blocks.key_unit)
+        ]
+        pipelined(
+            units,
+            self._products,
+            functools.partial(self._weights, masked),
+            self._add,
+            ahead=blocks.ahead,
+            lag=blocks.lag,
+        )
+
+    def _queries_of(self, head: int, rows: slice) -> tuple[Array, Array]:
+        """Query and cotangent."""
+        if self.copied_queries:
+            return self.own_query[head, rows, :], self.own_cotangent[head, rows, :]
+        return self.query[rows, :], self.cotangent[rows, :]
+
+    def _products(self, unit) -> tuple[Array, Array]:
+        head, queries, keys = unit
+        query, cotangent = self._queries_of(head, queries)
+        # The other head's channels are zero in the query already.
+        key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, :]
+        value = self.whole_value[keys, :] if self.ragged_keys else self.value[keys, :]
+        return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
+
+    def _weights(self, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Weights, and the gradient of the scores but for the scale, in the dtype of the inputs."""
+        head, queries, keys = unit
+        scores, of_weights = products
+        scores = scores * (self.kernel.scale * LOG2_E)
+        if masked:
+            _, low, high = self.masks
+            high = None if high is None else high[0:1, queries]
+            mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
+            scores = jnp.where(mask, scores, NEGATIVE)
+        weights = jnp.exp2(scores - self.offset[head : head + 1, queries])
+        mean = self.mean[self.visit.inner, head : head + 1, queries]
+        of_scores = weights * (of_weights - mean)
+        return weights.astype(self.value.dtype), of_scores.astype(self.query.dtype)
+
+    def _add(self, unit, transformed: tuple[Array, Array]) -> None:
+        (head, queries, keys), (weights, of_scores) = unit, transformed
+        query, cotangent = self._queries_of(head, queries)
+        key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, :]
+        inner = self.visit.inner
+        if self.kernel.transposed:
+            self.of_value[:, keys] += dot(cotangent, weights, (0, 1))
+            self.of_key[:, keys] += dot(query, of_scores, (0, 1))
+            self.of_query[inner, :, queries] += dot(key, of_scores, (0, 0))
+        else:
+            self.of_value[keys, :] += dot(weights, cotangent, (1, 0))
+            self.of_key[keys, :] += dot(of_scores, query, (1, 0))
+            self.of_query[inner, queries, :] += dot(of_scores, key, (0, 0))

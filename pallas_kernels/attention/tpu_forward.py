@@ -1,0 +1,268 @@
+"""Attention's forward pass on a TPU.
+
+Scores are computed transposed, keys by queries: softmax then reduces along sublanes, by elementwise
+operations alone, and the product with the values fills an MXU of 256 x 256 though a head has only 128
+channels. The output is transposed as it leaves.
+
+A row's exponentials are taken relative to a reference rather than to the largest score: float32 has room for
+2**127 either way. The reference begins as the largest score among a few keys, and is raised between blocks
+where the sum has passed 2**64. No maximum is taken of what is computed. A row for which that was not enough
+(its sum overflowed within one block, or nothing was left of it) is marked, by a log-sum-exp of NaN, and
+computed once more by the exact variant, which takes the largest score of every unit (online softmax, arXiv
+1805.02867): see `tpu.forward`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.pipeline import pipelined
+from pallas_kernels.attention.specs import BlockSizes
+from pallas_kernels.attention.tpu_layout import LANES, LOG2_E, NEGATIVE, Heads, Masking, dot, visible
+from pallas_kernels.attention.visits import Visit
+
+__all__ = ["ForwardKernel"]
+
+_SAMPLE = 128
+"""Keys from which the first reference is taken."""
+_RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
+"""Sums of a row: beyond the first the reference is raised; beyond the others the row is computed anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardKernel:
+    """The kernel of one call.
+
+    Attributes:
+      queries, keys: tokens.
+      scale: of the products.
+      exact: takes the largest score of every unit.
+    """
+
+    heads: Heads
+    blocks: BlockSizes
+    masking: Masking
+    queries: int
+    keys: int
+    scale: float
+    exact: bool = False
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        previous: tuple[Array, Array] | None = None,
+        *,
+        vmem_bytes: int,
+        interpret: Any = False,
+    ) -> tuple[Array, Array]:
+        """`b s (n k)` of query, key, value to that of the output, and the log-sum-exp, `b groups heads s`.
+
+        Args:
+          previous: both results, of which only the blocks of queries that are met are replaced.
+        """
+        visits, blocks, heads = self.masking.visits, self.blocks, self.heads
+        batch = query.shape[0]
+        of_queries = pl.BlockSpec(
+            (None, blocks.queries, heads.lanes), visits.map(lambda b, g, outer, inner, _: (b, outer, g))
+        )
+        of_keys = pl.BlockSpec(
+            (None, blocks.keys, heads.lanes), visits.map(lambda b, g, outer, inner, _: (b, inner, g))
+        )
+        of_rows = pl.BlockSpec(
+            (None, None, heads.together, blocks.queries),
+            visits.map(lambda b, g, outer, inner, _: (b, g, 0, outer)),
+        )
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        shapes = (
+            jax.ShapeDtypeStruct(query.shape, value.dtype),
+            jax.ShapeDtypeStruct((batch, heads.groups, heads.together, self.queries), jnp.float32),
+        )
+        mask_specs = self.masking.specs(blocks, queries_outside=True)
+        inputs = (*visits.prefetch, query, key, value, *self.masking.arrays)
+        aliases = {} if previous is None else {len(inputs): 0, len(inputs) + 1: 1}
+        statistics = pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32)
+        grid = visits.grid(batch, heads.groups)
+        return pl.pallas_call(
+            functools.partial(self._body, previous is not None),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(visits.prefetch),
+                grid=grid,
+                in_specs=[of_queries, of_keys, of_keys, *mask_specs, *[anywhere] * len(aliases)],
+                out_specs=[of_queries, of_rows],
+                scratch_shapes=[
+                    pltpu.VMEM((heads.together, heads.lanes, blocks.queries), query.dtype),
+                    pltpu.VMEM((heads.lanes, blocks.keys), value.dtype),
+                    statistics,
+                    statistics,
+                    pltpu.VMEM((heads.lanes, blocks.queries), jnp.float32),
+                    pltpu.VMEM((blocks.keys, LANES), jnp.int32),
+                ],
+            ),
+            out_shape=shapes,
+            input_output_aliases=aliases,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(grid) - 2),
+                disable_bounds_checks=True,
+                vmem_limit_bytes=vmem_bytes,
+            ),
+            name="attention_forward_exact" if self.exact else "attention_forward",
+            interpret=interpret,
+        )(*inputs, *(previous or ()))
+
+    def _body(self, has_previous: bool, *refs: Any) -> None:
+        count = len(self.masking.visits.prefetch)
+        words, refs = refs[:count], refs[count:]
+        query, key, value, *refs = refs
+        masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
+        output, log_sum_exp, *scratch = refs[2:] if has_previous else refs
+        visit = self.masking.visits.visit(0, words)
+        step = _Step(self, visit, key, value, (*masks, None, None)[:3], *scratch)
+        pl.when(visit.first)(lambda: step.begin(query))
+        if not masks:
+            pl.when(visit.active)(lambda: step.absorb(masked=False))
+        else:
+            pl.when(visit.active & visit.full)(lambda: step.absorb(masked=False))
+            pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
+        pl.when(visit.last)(lambda: step.finish(output, log_sum_exp))
+
+
+class _Step:
+    """One block of queries meets one of keys."""
+
+    def __init__(
+        self, kernel: ForwardKernel, visit: Visit, key, value, masks, query_t, value_t, reference, total, sums, codes
+    ):
+        self.kernel, self.visit = kernel, visit
+        self.heads, self.blocks = kernel.heads, kernel.blocks
+        self.factor = kernel.scale * LOG2_E
+        self.key, self.value, self.masks = key, value, masks
+        self.query_t, self.value_t = query_t, value_t
+        self.reference, self.total, self.sums, self.codes = reference, total, sums, codes
+
+    def begin(self, query) -> None:
+        """Before the first block of keys."""
+        blocks, heads = self.blocks, self.heads
+        turned = query[...].T
+        if self.kernel.queries % blocks.queries:
+            # What is read beyond the end may be anything.
+            column = lax.broadcasted_iota(jnp.int32, turned.shape, 1)
+            turned = jnp.where(column < self.kernel.queries - self.visit.outer * blocks.queries, turned, 0)
+        for head in range(heads.together):
+            own = turned if heads.together == 1 else jnp.where(heads.own(head, turned.shape, 0), turned, 0)
+            self.query_t[head] = own
+            if self.kernel.exact:
+                self.reference[head] = jnp.full_like(self.reference[head], NEGATIVE)
+            else:
+                self.reference[head] = jnp.broadcast_to(self._sampled(head), self.reference.shape[1:])
+        self.total[...] = jnp.zeros_like(self.total)
+        self.sums[...] = jnp.zeros_like(self.sums)
+
+    def _sampled(self, head: int) -> Array:
+        scores = self.factor * dot(self.key[:_SAMPLE, :], self.query_t[head], (1, 0))
+        if self.kernel.keys % self.blocks.keys:
+            row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            there = row < self.kernel.keys - self.visit.inner * self.blocks.keys
+            scores = jnp.where(there, scores, NEGATIVE)
+        return jnp.round(scores.max(0, keepdims=True))
+
+    def absorb(self, *, masked: bool) -> None:
+        """All units of this block."""
+        blocks, heads = self.blocks, self.heads
+        values = self.value[...].T
+        if self.kernel.keys % blocks.keys:
+            column = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+            values = jnp.where(column < self.kernel.keys - self.visit.inner * blocks.keys, values, 0)
+        self.value_t[...] = values
+        if masked:
+            self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
+        units = [
+            (head, slice(q, q + blocks.query_unit), slice(k, k + blocks.key_unit))
+            for head in range(heads.together)
+            for q in range(0, blocks.queries, blocks.query_unit)
+            for k in range(0, blocks.keys, blocks.key_unit)
+        ]
+        pipelined(
+            units,
+            self._scores,
+            functools.partial(self._weights, masked),
+            self._add,
+            ahead=blocks.ahead,
+            lag=blocks.lag,
+        )
+        if not self.kernel.exact:
+            for head in range(heads.together):
+                pl.when(jnp.max(self.total[head]) > _RAISE)(functools.partial(self._raise, head))
+
+    def _scores(self, unit) -> Array:
+        head, queries, keys = unit
+        return dot(self.key[keys, :], self.query_t[head, :, queries], (1, 0))
+
+    def _weights(self, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
+        """Exponentials, in the dtype of the values, and by what earlier sums are to be multiplied."""
+        head, queries, keys = unit
+        scores = products * self.factor
+        mask = None
+        if masked:
+            _, low, high = self.masks
+            high = None if high is None else high[0:1, queries]
+            mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
+            scores = jnp.where(mask, scores, NEGATIVE)
+        shrink = None
+        if self.kernel.exact:
+            before = self.reference[head, 0:1, queries]
+            largest = jnp.maximum(before, scores.max(0, keepdims=True))
+            shrink = jnp.exp2(before - largest)
+            self.reference[head, :, queries] = jnp.broadcast_to(largest, (8, largest.shape[1]))
+            self.total[head, :, queries] *= shrink
+        weights = jnp.exp2(scores - self.reference[head, 0:1, queries])
+        if self.kernel.exact and mask is not None:
+            # Of a query that has seen nothing yet, the largest score is none.
+            weights = jnp.where(mask, weights, 0.0)
+        # Eight sums per query, one per sublane: additions only.
+        self.total[head, :, queries] += weights.reshape(-1, 8, weights.shape[1]).sum(0)
+        return weights.astype(self.value_t.dtype), shrink
+
+    def _add(self, unit, transformed: tuple[Array, Array | None]) -> None:
+        (head, queries, keys), (weights, shrink) = unit, transformed
+        rows = self.heads.rows(head)
+        added = dot(self.value_t[rows, keys], weights, (1, 0))
+        if shrink is None:
+            self.sums[rows, queries] += added
+        else:
+            self.sums[rows, queries] = self.sums[rows, queries] * shrink + added
+
+    def _raise(self, head: int) -> None:
+        """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""
+        total = self.total[head].sum(0, keepdims=True)
+        up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
+        shrink = jnp.where(total < _OVERFLOW, jnp.exp2(-up), jnp.nan)
+        self.reference[head] += up
+        self.total[head] *= shrink
+        rows = self.heads.rows(head)
+        self.sums[rows, :] *= shrink
+
+    def finish(self, output, log_sum_exp) -> None:
+        """After the last block of keys."""
+        for head in range(self.heads.together):
+            total = self.total[head].sum(0, keepdims=True)
+            logarithm = self.reference[head, 0:1] + jnp.log2(total)
+            if self.kernel.exact:
+                seen = total != 0
+                total = jnp.where(seen, total, 1.0)
+                logarithm = jnp.where(seen, logarithm, -jnp.inf)
+            else:
+                good = (total > _UNDERFLOW) & (total < _OVERFLOW)
+                logarithm = jnp.where(good, logarithm, jnp.nan)
+            log_sum_exp[head : head + 1, :] = logarithm * math.log(2)
+            rows = self.heads.rows(head)
+            self.sums[rows, :] *= 1 / total
+        output[...] = self.sums[...].astype(output.dtype).T

@@ -1,0 +1,192 @@
+"""How heads lie in the arrays that the TPU kernels read, and what both kernels share."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges
+from pallas_kernels.attention.specs import BlockSizes
+from pallas_kernels.attention.visits import Dense, Sparse, seen_blocks
+
+__all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "masking"]
+
+LANES = 128
+LOG2_E = math.log2(math.e)
+NEGATIVE = -1e30
+"""A score that counts for nothing, finite so that differences of two are not NaN."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Heads as lanes of `b s (n k)`, which is `b s n k` without a transpose.
+
+    A kernel's block is `lanes` wide and holds one head, or two of 64 channels side by side.
+
+    Attributes:
+      count: heads.
+      dim: channels of a head.
+      padded: channels that a head is given; more than `dim` only where it does not fit otherwise.
+    """
+
+    count: int
+    dim: int
+    padded: int
+
+    @classmethod
+    def of(cls, query: Array) -> "Heads":
+        """Of `b s n k`.
+
+        Raises:
+          NotImplementedError: a head has more than 256 channels.
+        """
+        *_, count, dim = query.shape
+        if dim > 256:
+            raise NotImplementedError(f"attention: heads of {dim} channels; the kernel has at most 256")
+        in_pairs = dim == LANES // 2 and count % 2 == 0
+        return cls(count=count, dim=dim, padded=dim if in_pairs else -(-dim // LANES) * LANES)
+
+    @property
+    def together(self) -> int:
+        """Heads of one block."""
+        return max(1, LANES // self.padded)
+
+    @property
+    def lanes(self) -> int:
+        return max(LANES, self.padded)
+
+    @property
+    def groups(self) -> int:
+        return self.count // self.together
+
+    def merged(self, x: Array) -> Array:
+        """`b s n k` as `b s (n k)`."""
+        if self.padded != self.dim:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.padded - self.dim)))
+        return x.reshape(*x.shape[:2], self.count * self.padded)
+
+    def split(self, x: Array) -> Array:
+        """Back from `merged`."""
+        x = x.reshape(*x.shape[:2], self.count, self.padded)
+        return x[..., : self.dim] if self.padded != self.dim else x
+
+    def rows(self, head: int) -> slice:
+        """Channels of one of the heads of a block."""
+        return slice(head * self.padded, (head + 1) * self.padded)
+
+    def own(self, head: int, shape: tuple[int, ...], axis: int) -> Array:
+        """Which elements of a block, along an axis of channels, are of this head."""
+        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (channel >= head * self.padded) & (channel < (head + 1) * self.padded)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masking:
+    """What a kernel is told about what is seen.
+
+    Attributes:
+      visits: `Dense` or `Sparse`.
+      codes, low, high: int32, `b 1 r` and `b 1 s` (b may be 1), padded to whole blocks; None where nothing is
+        masked, and no `high` where it is `low`.
+    """
+
+    visits: Dense | Sparse
+    codes: Array | None
+    low: Array | None
+    high: Array | None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(x for x in (self.codes, self.low, self.high) if x is not None)
+
+    def specs(self, blocks: BlockSizes, *, queries_outside: bool) -> list[pl.BlockSpec]:
+        """Of `arrays`; `queries_outside` where blocks of queries are the outer ones."""
+
+        def spec(x: Array, size: int, outside: bool) -> pl.BlockSpec:
+            one = x.shape[0] == 1
+            index = lambda b, g, outer, inner, _: (0 if one else b, 0, outer if outside else inner)  # noqa: E731
+            return pl.BlockSpec((None, 1, size), self.visits.map(index))
+
+        of_queries = functools.partial(spec, size=blocks.queries, outside=queries_outside)
+        of_keys = functools.partial(spec, size=blocks.keys, outside=not queries_outside)
+        return [of_keys(x) if x is self.codes else of_queries(x) for x in self.arrays]
+
+
+def masking(
+    query: Array,
+    key: Array,
+    blocks: BlockSizes,
+    ranges: KeyRanges | None,
+    block_mask: BlockMask | None,
+    *,
+    queries_outside: bool,
+    only: Array | None = None,
+) -> Masking:
+    """Plans a kernel's visits.
+
+    Args:
+      only: bool, `b q`: blocks of queries that are to be met at all.
+    """
+    (batch, queries, *_), keys = query.shape, key.shape[1]
+    counts = -(-queries // blocks.queries), -(-keys // blocks.keys)
+    ragged = keys % blocks.keys != 0
+    if ranges is None and ragged:
+        zeros = jnp.zeros((1, queries), jnp.int32)
+        codes, low, high = jnp.zeros((1, keys), jnp.int32), zeros, zeros
+    elif ranges is not None:
+        codes, low, high = ranges
+    if ranges is None and block_mask is None and only is None:
+        outer, inner = counts if queries_outside else counts[::-1]
+        partial = {"partial_inner" if queries_outside else "partial_outer": ragged}
+        visits = Dense(outer=outer, inner=inner, **partial)
+    else:
+        sizes = {"query_block": blocks.queries, "key_block": blocks.keys}
+        some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
+        if only is not None:
+            # An output block that is met is written: where nothing is to be done, the first is done again.
+            only = only | ((lax.broadcasted_iota(jnp.int32, only.shape, 1) == 0) & ~only.any(1, keepdims=True))
+            some = jnp.broadcast_to(some, (batch, *counts)) & only[:, :, None]
+            visits = Sparse(some, jnp.broadcast_to(whole, some.shape), inner_once=False, listed=only)
+        elif queries_outside:
+            visits = Sparse(some, whole, inner_once=False)
+        else:
+            visits = Sparse(some.swapaxes(1, 2), whole.swapaxes(1, 2), inner_once=True)
+    if ranges is None and not ragged:
+        return Masking(visits=visits, codes=None, low=None, high=None)
+    to_blocks = lambda x, size: (0, -x.shape[1] % size)  # noqa: E731
+    codes = jnp.pad(codes, ((0, 0), to_blocks(codes, blocks.keys)), constant_values=HIDDEN)
+    # Queries beyond the end see what the last one sees: that a row sees nothing is then of that row's making.
+    wide = lambda x: jnp.pad(x, ((0, 0), to_blocks(x, blocks.queries)), mode="edge")[:, None]  # noqa: E731
+    return Masking(
+        visits=visits, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
+    )
+
+
+def dot(x: Array, y: Array, contracted: tuple[int, int]) -> Array:
+    """Product of two matrices over one dimension of each, in float32; of float32 to float32's precision."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x,
+        y,
+        (((contracted[0],), (contracted[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def visible(codes: Any, low: Any, high: Any, shape: tuple[int, int]) -> Array:
+    """The mask of a unit, keys by queries.
+
+    Args:
+      codes: of keys, the same in all of 128 lanes.
+      low, high: of queries, `1 q`; `high` may be None.
+    """
+    codes = jnp.tile(codes, (1, shape[1] // LANES))
+    if high is None:
+        return codes == low
+    return (codes >= low) & (codes <= high)
