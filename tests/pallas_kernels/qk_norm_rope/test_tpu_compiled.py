@@ -40,8 +40,8 @@ def check(generations, cases):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line[:2] for line in lines] == [list(pair) for pair in itertools.product(generations, cases)]
     assert [line for line in lines if line[2]["kernels"] != 2] == []
-    # An array of one token lies otherwise in a program's arguments than in its kernels.
-    assert [line for line in lines if line[1]["length"] > 1 and line[2]["moves"]] == []
+    # XLA chooses another layout for arguments of a program whose length is no multiple of a tile.
+    assert [line for line in lines if line[1]["length"] % 8 == 0 and line[2]["moves"]] == []
 
 
 def test_compiles_for_all_generations():
