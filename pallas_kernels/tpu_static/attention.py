@@ -1,0 +1,134 @@
+"""The attention kernels' cycles per tile of 1024 queries by 1024 keys, and the table that they are held to.
+
+Figures are of one core and of the whole jitted call, from `b s n k` to `b s n k` in bfloat16 with b = 1: the
+kernels and all that XLA adds around them.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from pallas_kernels.tpu_static.generations import GENERATIONS
+from pallas_kernels.tpu_static.measure import Job, measure
+from pallas_kernels.tpu_static.report import Report
+
+__all__ = [
+    "HEAD_DIMS",
+    "PASSES",
+    "TABLE",
+    "Shape",
+    "backward",
+    "forward",
+    "measure_passes",
+    "row",
+    "update_table",
+]
+
+PASSES = ("forward", "backward")
+HEAD_DIMS = (64, 128)
+TABLE = pathlib.Path(__file__).with_suffix(".json")
+"""Cycles per tile of each pass by generation and head dim; written by `update_table`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What is attended to.
+
+    Attributes:
+      sequence: queries, and as many keys.
+      head_dim: of queries, keys and values.
+      heads: by default as many as fill the 128 lanes of a register.
+    """
+
+    sequence: int = 8192
+    head_dim: int = 128
+    heads: int = 0
+
+    def __post_init__(self):
+        if not self.heads:
+            object.__setattr__(self, "heads", max(1, 128 // self.head_dim))
+
+    @property
+    def tiles(self) -> float:
+        """Of 1024 by 1024 scores."""
+        return self.heads * (self.sequence / 1024) ** 2
+
+
+def forward(*, generation: str, sequence: int, heads: int, head_dim: int) -> tuple[Any, Sequence[Any]]:
+    """The forward pass, and its arguments."""
+    from pallas_kernels.attention import tpu
+
+    def call(query: Any, key: Any, value: Any) -> Any:
+        return tpu.forward(query, key, value, generation=generation)
+
+    return call, [_tokens(sequence, heads, head_dim)] * 3
+
+
+def backward(*, generation: str, sequence: int, heads: int, head_dim: int) -> tuple[Any, Sequence[Any]]:
+    """The backward pass, given what the forward pass returned, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.attention import tpu
+
+    def call(query: Any, key: Any, value: Any, output: Any, log_sum_exp: Any, cotangent: Any) -> Any:
+        return tpu.backward(query, key, value, output, log_sum_exp, cotangent, generation=generation)
+
+    tokens = _tokens(sequence, heads, head_dim)
+    sums = jax.ShapeDtypeStruct((1, heads, sequence), jnp.float32)
+    return call, [tokens, tokens, tokens, tokens, sums, tokens]
+
+
+def _tokens(sequence: int, heads: int, head_dim: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return jax.ShapeDtypeStruct((1, sequence, heads, head_dim), jnp.bfloat16)
+
+
+def measure_passes(
+    shape: Shape,
+    *,
+    generation: str,
+    evaluate: bool = True,
+    limit: float = 900.0,
+    passes: Sequence[str] = PASSES,
+) -> dict[str, Report]:
+    """Reports of passes, by name; see `measure`."""
+    keywords = {"generation": generation, **dataclasses.asdict(shape)}
+    # What is computed again, exactly, is what almost no input needs.
+    jobs = [Job(build=f"{__name__}:{name}", keywords=keywords, branch="least") for name in passes]
+    reports = measure(jobs, generation=generation, evaluate=evaluate, limit=limit)
+    return dict(zip(passes, reports, strict=True))
+
+
+def row(report: Report, shape: Shape) -> dict[str, Any]:
+    """A pass of the table.
+
+    Returns:
+      `cycles` per tile of the whole call, the `method` that they are by, and `stall model`: those of the
+      kernels alone by the stall model, which runs everywhere. None where something is not known.
+    """
+    per_tile = lambda cycles: None if cycles is None else round(cycles / shape.tiles, 1)  # noqa: E731
+    return {
+        "cycles": per_tile(report.cycles()),
+        "method": report.method,
+        "stall model": per_tile(report.kernel_cycles("stall model")),
+    }
+
+
+def update_table(limit: float = 900.0) -> dict[str, Any]:
+    """Measures all generations and head dims and writes `TABLE`."""
+    import libtpu
+
+    table: dict[str, Any] = {"libtpu": libtpu.__version__, "sequence": Shape().sequence}
+    for generation in GENERATIONS:
+        table[generation] = {}
+        for head_dim in HEAD_DIMS:
+            shape = Shape(head_dim=head_dim)
+            reports = measure_passes(shape, generation=generation, limit=limit)
+            table[generation][str(head_dim)] = {name: row(reports[name], shape) for name in PASSES}
+    TABLE.write_text(json.dumps(table, indent=2) + "\n")
+    return table

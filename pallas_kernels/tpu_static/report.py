@@ -1,0 +1,217 @@
+"""What a compiled job's dumps say: its kernels, what XLA adds around them, and the cycles of both."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+
+from pallas_kernels.tpu_static.dumps import DumpError, Listing, read_listing
+from pallas_kernels.tpu_static.generations import GENERATIONS
+from pallas_kernels.tpu_static.interior import Choice, Interior, interior_step
+from pallas_kernels.tpu_static.program import Branch, Instruction, instructions
+from pallas_kernels.tpu_static.stalls import stall_cycles
+
+__all__ = ["Hint", "Kernel", "Operation", "Report", "read_report"]
+
+_PLAUSIBLE = 0.8
+"""Of the stall model's cycles: an evaluator that finds less has skipped a part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hint:
+    """What the dumps of a kernel do not say.
+
+    Attributes:
+      steps: of its grid that do the work of an interior step; by default all of them.
+      choice: what a step does where the kernel branches.
+    """
+
+    steps: int | None = None
+    choice: Choice = Choice()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A Pallas kernel of the program.
+
+    Attributes:
+      instruction: its call, with the evaluator's cycles of the whole kernel, and the bytes of scoped VMEM.
+      interior: one interior step; `interior.bundles` is its length.
+      stalled: cycles of that step with the stalls of the MXUs.
+      steps: how many there are, if known.
+      use: slots that the step uses, by unit; VLOAD:FILL and VSTORE:SPILL are parts of VLOAD and VSTORE.
+      least: cycles that the step would take if a unit were the only limit, by unit.
+    """
+
+    instruction: Instruction
+    interior: Interior
+    stalled: int
+    steps: int | None
+    use: Mapping[str, int]
+    least: Mapping[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The unit that needs the most cycles."""
+        return max((unit for unit in self.least if ":" not in unit), key=lambda unit: self.least[unit])
+
+    @property
+    def modelled(self) -> int | None:
+        """The stall model's cycles of the whole kernel, or None if its steps are not known."""
+        return None if self.steps is None else self.steps * self.stalled
+
+    @property
+    def evaluated(self) -> int | None:
+        """The evaluator's cycles of the whole kernel, or None if it did not run or skipped a part."""
+        cycles = self.instruction.evaluated
+        skipped = cycles is not None and cycles < _PLAUSIBLE * (self.modelled or 0)
+        return None if skipped else cycles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation:
+    """What XLA adds around the kernels, e.g. a transposition.
+
+    Attributes:
+      instruction: with the evaluator's cycles, if it ran.
+      transfer: cycles that its bytes take from and to HBM, at least.
+    """
+
+    instruction: Instruction
+    transfer: int
+
+    @property
+    def cycles(self) -> int:
+        """The evaluator's, or else those of the transfer."""
+        return self.instruction.evaluated or self.transfer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is known of a job.
+
+    Attributes:
+      kernels: Pallas kernels in the order of the program.
+      operations: what XLA adds around them.
+      failure: why there is nothing more, or empty.
+      unevaluated: why the evaluator did not run, or empty.
+    """
+
+    kernels: tuple[Kernel, ...] = ()
+    operations: tuple[Operation, ...] = ()
+    failure: str = ""
+    unevaluated: str = ""
+
+    @property
+    def method(self) -> str:
+        """What `cycles` goes by: "evaluator" if it ran all kernels, else "stall model"."""
+        run = [kernel for kernel in self.kernels if kernel.instruction.count]
+        return "evaluator" if all(kernel.evaluated for kernel in run) else "stall model"
+
+    def kernel_cycles(self, method: str | None = None) -> int | None:
+        """Of all kernels, by "evaluator", "stall model", or the report's `method`; None if one is unknown."""
+        evaluator = (method or self.method) == "evaluator"
+        run = [kernel for kernel in self.kernels if kernel.instruction.count]
+        cycles = [kernel.evaluated if evaluator else kernel.modelled for kernel in run]
+        counts = [kernel.instruction.count for kernel in run]
+        known = [count * own for count, own in zip(counts, cycles, strict=True) if own is not None]
+        return sum(known) if len(known) == len(cycles) and not self.failure else None
+
+    def operation_cycles(self) -> int:
+        """Of all other operations."""
+        return sum(operation.instruction.count * operation.cycles for operation in self.operations)
+
+    def cycles(self, method: str | None = None) -> int | None:
+        """Of the whole call; see `kernel_cycles`."""
+        kernels = self.kernel_cycles(method)
+        return None if kernels is None else kernels + self.operation_cycles()
+
+    def without(self, kernel: str) -> "Report":
+        """Leaves out kernels whose name, without its number, matches a regular expression."""
+        kept = [k for k in self.kernels if not re.fullmatch(kernel, _base(k.instruction.name))]
+        return dataclasses.replace(self, kernels=tuple(kept))
+
+
+def read_report(folder: pathlib.Path, hints: Mapping[str, Hint], branch: Branch, generation: str) -> Report:
+    """Of a folder that the worker has filled.
+
+    Args:
+      folder: holds the program's text, the grids of its kernels, and libtpu's dumps, or an error.
+      hints: by a regular expression that a kernel's whole name matches; the first counts.
+      branch: of a conditional, that is taken.
+      generation: of `GENERATIONS`.
+    """
+    if (folder / "error").exists():
+        return Report(failure=(folder / "error").read_text())
+    timing = GENERATIONS[generation]
+    grids: dict[str, set[int]] = collections.defaultdict(set)
+    for name, steps in json.loads((folder / "grids.json").read_text()):
+        grids[name].add(steps)
+    kernels, operations = [], []
+    try:
+        for found in instructions((folder / "program.txt").read_text(), branch):
+            if not found.kernel:
+                transfer = round(found.traffic / timing.hbm_bytes)
+                operations.append(Operation(instruction=found, transfer=transfer))
+                continue
+            base = _base(found.name)
+            hint = next((hint for name, hint in hints.items() if re.fullmatch(name, base)), Hint())
+            steps = hint.steps or _steps(base, grids)
+            kernels.append(_kernel(found, _listing(folder, found.name), steps, hint.choice, generation))
+    except DumpError as error:
+        return Report(failure=str(error))
+    return Report(kernels=tuple(kernels), operations=tuple(operations))
+
+
+def _kernel(
+    instruction: Instruction, listing: Listing, steps: int | None, choice: Choice, generation: str
+) -> Kernel:
+    timing = GENERATIONS[generation]
+    interior = interior_step(listing, timing.delay_slots, choice)
+    use = interior.use(listing)
+    slots = zip(listing.units, listing.capacity, strict=True)
+    return Kernel(
+        instruction=instruction,
+        interior=interior,
+        stalled=stall_cycles(listing.bundles, interior.spans, timing),
+        steps=steps,
+        use=use,
+        least={unit: use[unit] / capacity for unit, capacity in slots},
+    )
+
+
+def _listing(folder: pathlib.Path, name: str) -> Listing:
+    """Dumps of a kernel, or of one with the same name but for its number: equal kernels are compiled once."""
+    dumps = {}
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(r"(\d+-(.+))-\d+-final_bundles\.txt", path.name)
+        if match:
+            dumps[match[2]] = match[1]
+    same = sorted(dump for dump in dumps if _base(dump) == _base(name))
+    if not same:
+        raise DumpError(f"kernel {name}: libtpu wrote no bundles; there are {sorted(dumps)}")
+    prefix = dumps[name if name in dumps else same[0]]
+    texts = []
+    for kind in ("final_bundles", "final_hlo-static-per-bundle-utilization"):
+        files = [
+            path
+            for path in folder.iterdir()
+            if re.fullmatch(rf"{re.escape(prefix)}-\d+-{kind}\.txt", path.name)
+        ]
+        if not files:
+            raise DumpError(f"kernel {name}: libtpu wrote no {prefix}-*-{kind}.txt")
+        texts.append(files[0].read_text(errors="replace"))
+    return read_listing(*texts)
+
+
+def _steps(base: str, grids: Mapping[str, set[int]]) -> int | None:
+    """Of the kernel of a name, or of the only kernel; None if kernels of one name differ."""
+    sizes = grids.get(base) or (next(iter(grids.values())) if len(grids) == 1 else set())
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _base(name: str) -> str:
+    """A kernel's name without the number that tells its calls apart."""
+    return re.sub(r"(\.\d+)+$", "", name)
