@@ -23,7 +23,7 @@ class MultiHeadAttention(nnx.Module):
         second_context: bool = False,
         sequence: SequenceParallel | None = None,
         eps: float = 1e-6,
-        implementation: Implementation = "xla",
+        implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ):
         """Makes the projections.

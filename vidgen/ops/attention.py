@@ -1,21 +1,23 @@
 """Attention dispatch: one function for every model, the backend chosen by platform and shape."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops import attention_cpu
 from vidgen.ops.attention_blocks import ATTENTION
 from vidgen.ops.attention_cpu import Masks, Statistics
-from vidgen.parallel.rules import partition_spec
+from vidgen.ops.attention_kernels import Kernels, device_kind, kernel_attention, over_mesh
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"]
+
+_MASK_BYTES = 2**28
+"""A mask of all scores that is larger than this is not given to cuDNN, which reads it from memory."""
 
 
 def attention(
@@ -27,30 +29,73 @@ def attention(
     segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
     bias: Float[Array, "#b n s r"] | None = None,
     scale: float | None = None,
-    implementation: Implementation = "xla",
+    implementation: Implementation = "auto",
 ) -> Float[Array, "b s n k"]:
     """Softmax attention, scores and softmax in float32.
 
-    Where scores are many, and inputs float32, the backward pass computes them anew; CPUs go through them in
-    blocks (`vidgen.ops.attention_cpu`). There is no forward-mode derivative (`jax.jvp`) then.
+    The backward pass computes scores anew, but where they are few. There is no forward-mode derivative
+    (`jax.jvp`) then.
 
     Args:
       key_mask: which keys may be attended to; at least one per row.
-      segment_ids: of queries and keys; a query attends to keys of its own segment only.
+      segment_ids: of queries and keys, 0 or more; a query attends to keys of its own segment only.
       bias: added to the scores.
       scale: of the products, 1 / sqrt(k) by default.
-      implementation: `xla` is plain products and a softmax; `cudnn` is NVIDIA's fused kernel, for 16 bits.
+      implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted on
+        CPUs, to test them); `cudnn` is NVIDIA's fused kernel, for 16 bits; `xla` is plain products and a softmax,
+        in blocks on CPUs where there are many scores (`vidgen.ops.attention_cpu`). `auto` takes the first that
+        there is for the device, the shapes and the dtype.
+
+    Raises:
+      NotImplementedError: the implementation that was named takes no such shapes or dtypes.
     """
     masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    if implementation != "auto":
+        return _attend(implementation, query, key, value, masks, bias, factor)
+    for candidate in _candidates(query, key, masks):
+        try:
+            return _attend(candidate, query, key, value, masks, bias, factor)
+        except NotImplementedError:
+            pass
+    return _attend("xla", query, key, value, masks, bias, factor)
+
+
+def _candidates(query: Array, key: Array, masks: Masks) -> Iterator[Implementation]:
+    """What is tried before `xla`, the fastest first."""
+    platform, _ = device_kind()
+    if platform == "tpu":
+        yield "pallas_tpu"
+    elif platform in ("gpu", "cuda"):
+        batch, queries, _, channels = query.shape
+        masked = masks.keys is not None or masks.query_segments is not None
+        if masked and batch * queries * key.shape[1] > _MASK_BYTES:
+            yield "pallas_gpu"
+        elif query.dtype in (jnp.bfloat16, jnp.float16) and channels <= 128 and channels % 8 == 0:
+            yield "cudnn"
+
+
+def _attend(
+    implementation: Implementation,
+    query: Array,
+    key: Array,
+    value: Array,
+    masks: Masks,
+    bias: Array | None,
+    scale: float,
+) -> Array:
+    if implementation == "pallas_tpu" or implementation == "pallas_gpu":
+        if bias is not None:
+            raise NotImplementedError(f"attention: {implementation} takes no bias of the scores; use `xla`")
+        return kernel_attention(query, key, value, masks, scale, Kernels.of(implementation))
     if implementation == "cudnn":
         y = jax.nn.dot_product_attention(
-            query, key, value, bias, _mask(masks), scale=factor, implementation="cudnn"
+            query, key, value, bias, _mask(masks), scale=scale, implementation="cudnn"
         )
         return checkpoint_name(y, ATTENTION)
     if bias is None and attention_cpu.pays(query, key):
-        return _recomputing(query, key, value, masks, factor)
-    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, factor), ATTENTION)
+        return _recomputing(query, key, value, masks, scale)
+    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), ATTENTION)
 
 
 def _mask(masks: Masks) -> Array | None:
@@ -87,7 +132,11 @@ def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float)
         return _reference(query, key, value, _mask(masks), None, scale), Statistics(zeros, zeros)
 
     inputs = (query, key, value, masks)
-    blocked = functools.partial(_over_mesh, lambda _, *arrays: attention_cpu.forward(*arrays, scale=scale))
+    blocked = functools.partial(
+        over_mesh,
+        lambda _, *arrays: attention_cpu.forward(*arrays, scale=scale),
+        outputs="qq",
+    )
     y, statistics = checkpoint_name(
         jax.lax.platform_dependent(*inputs, cpu=blocked, default=plain), ATTENTION
     )
@@ -106,33 +155,11 @@ def _backward(scale: float, residuals: Any, gradient: Array) -> tuple[Array, Arr
         call = functools.partial(_reference, mask=_mask(masks), bias=None, scale=scale)
         return jax.vjp(call, query, key, value)[1](gradient)
 
+    blocked_over_mesh = functools.partial(over_mesh, blocked, outputs="qkk")
     d_query, d_key, d_value = jax.lax.platform_dependent(
-        *inputs, y, statistics, gradient, cpu=functools.partial(_over_mesh, blocked), default=plain
+        *inputs, y, statistics, gradient, cpu=blocked_over_mesh, default=plain
     )
     return d_query, d_key, d_value, None
 
 
 _recomputing.defvjp(_forward, _backward)
-
-
-def _over_mesh(
-    local: Callable[..., Any], query: Array, key: Array, value: Array, masks: Masks, *others: Any
-) -> Any:
-    """`local(axes, ...)`, each device its clips, heads and queries: a loop gathers what is cut along it.
-
-    Args:
-      local: is given the mesh axes over which queries are cut; `others` and its first output are cut as
-        queries are, further outputs as `others` where there are none, else as keys.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return local(None, query, key, value, masks, *others)
-    clips, tokens, heads, _ = partition_spec(("batch", "tokens", "heads", None), query.shape, mesh)
-    of_queries, of_keys = PartitionSpec(clips, tokens, heads), PartitionSpec(clips, None, heads)
-    of_masks = Masks(PartitionSpec(clips), PartitionSpec(clips, tokens), PartitionSpec(clips))  # pyright: ignore
-    return jax.shard_map(
-        functools.partial(local, tokens),
-        in_specs=(of_queries, of_keys, of_keys, of_masks, *[of_queries] * len(others)),
-        out_specs=(of_queries, of_keys, of_keys) if others else of_queries,
-        check_vma=False,
-    )(query, key, value, masks, *others)

@@ -82,7 +82,7 @@ def sequence_attention(
     options: SequenceParallel = SequenceParallel(),
     key_mask: Bool[Array, "b s"] | None = None,
     segment_ids: Int[Array, "b s"] | None = None,
-    implementation: Implementation = "xla",
+    implementation: Implementation = "auto",
 ) -> Float[Array, "b s n k"]:
     """Softmax self-attention; on a mesh in context, of tokens that lie over the axis `context`.
 

@@ -48,7 +48,7 @@ class DiTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     sequence: SequenceParallel = SequenceParallel()
-    attention: Implementation = "xla"
+    attention: Implementation = "auto"
 
     def __post_init__(self):
         if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:
