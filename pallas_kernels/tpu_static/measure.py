@@ -73,7 +73,8 @@ def measure(
     Args:
       jobs: what to compile.
       generation: of `GENERATIONS`.
-      evaluate: run libtpu's evaluator, whose time grows with the steps of the grid.
+      evaluate: run libtpu's evaluator, whose time and memory grow with all bundles that a program issues:
+        some minutes and gigabytes for ten million.
       limit: seconds for one compilation.
 
     Raises:

@@ -51,7 +51,10 @@ class Instruction:
 
 
 def instructions(text: str, branch: Branch = "most") -> list[Instruction]:
-    """Of `compiled.as_text()`: what the entry runs, and what loops, calls and conditionals in it run."""
+    """Of `compiled.as_text()`: what the entry runs, and what loops, calls and conditionals in it run.
+
+    What runs beside other operations is left out: copies in the background, and what SparseCores do.
+    """
     computations, entry = _computations(text)
     return list(_reached(computations, entry, 1, branch)) if entry else []
 
@@ -123,7 +126,7 @@ def _read(line: str, match: re.Match[str], types: Mapping[str, str], count: int)
     if not kernel and '"estimated_cycles"' not in line:
         return None
     evaluated, scoped = _EVALUATED.search(line), _SCOPED.search(line)
-    operands = [name.strip().lstrip("%") for name in match["operands"].split(",")]
+    operands = re.findall(r"%([\w.-]+)", match["operands"])
     return Instruction(
         name=match["name"],
         opcode=match["opcode"],

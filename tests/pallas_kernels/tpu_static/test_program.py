@@ -43,7 +43,7 @@ ENTRY %main.1 (a: bf16[8,256]) -> bf16[8,256] {{
   %a = bf16[8,256]{{1,0:T(8,128)(2,1)}} parameter(0), metadata={{op_name="a"}}
   %copy.1 = bf16[8,256]{{0,1:T(8,128)(2,1)}} copy(%a), {config(30, 90, 64)}
   %bitcast = bf16[2048]{{0}} bitcast(%copy.1)
-  %reduce.3 = bf16[8]{{0:T(256)}} reduce(%copy.1, %a), dimensions={{1}}, {config(0)}
+  %reduce.3 = bf16[8]{{0:T(256)}} reduce(%copy.1, /*index=1*/%a), dimensions={{1}}, {config(0)}
   %attend.1 = (f32[8,128]{{1,0:T(8,128)}}, bf16[8,256]{{1,0:T(8,128)(2,1)}}) custom-call(%copy.1),
  custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
 "xprof_metadata":"{{}}"
@@ -89,6 +89,7 @@ def test_traffic_is_of_operands_and_results():
     # Eight channels last: padded to 128 lanes.
     assert found["copy.1"] == size + 256 * 128 * 2
     assert found["fusion.2"] == 2 * size
+    assert found["reduce.3"] == 256 * 128 * 2 + size + 256 * 2
     assert found["attend.1"] == 256 * 128 * 2 + 8 * 128 * 4 + size
 
 
