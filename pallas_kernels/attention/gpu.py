@@ -48,8 +48,11 @@ _TILES = {
 """By head dimension, for 16 bits on Hopper: 227 KiB of shared memory, 64 Ki registers, and two groups of four
 warps, of which one multiplies while the other takes exponentials. Of the tiles whose products Triton compiles
 to asynchronous `wgmma`, these issue the fewest instructions per score."""
-_WIDE = _Tiles(_Tile(64, 32, warps=4), _Tile(16, 64, warps=4), _Tile(64, 16, warps=4))
-"""For float32, whose products take three passes and twice the registers."""
+_WIDE = {
+    **dict.fromkeys((64, 96, 128), _Tiles(_Tile(64, 16, 4), _Tile(16, 64, 4), _Tile(64, 16, 4))),
+    **dict.fromkeys((192, 256), _Tiles(_Tile(64, 16, 4), _Tile(16, 32), _Tile(32, 16))),
+}
+"""For float32, whose products take three passes and twice the registers: to be exact, not to be fast."""
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _LAYOUTS = {
     "query": "bsnk",
@@ -177,7 +180,7 @@ def _check(query: Array, key: Array, value: Array, scale: float | None, block_ma
 
 
 def _tiles(query: Array) -> _Tiles:
-    return _WIDE if query.dtype == jnp.float32 else _TILES[query.shape[-1]]
+    return (_WIDE if query.dtype == jnp.float32 else _TILES)[query.shape[-1]]
 
 
 def _call(

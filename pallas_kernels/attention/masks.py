@@ -1,4 +1,4 @@
-"""Which keys a query may see: one comparison that covers padding, packing, causality and windows over time."""
+"""Which keys a query may see: one comparison for padding, packing, causality and windows over time."""
 
 import dataclasses
 from typing import NamedTuple

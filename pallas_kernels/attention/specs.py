@@ -57,6 +57,14 @@ class BlockSizes:
             if unit % 128 or block % unit:
                 raise ValueError(f"{self}: units must be multiples of 128, and blocks multiples of units")
 
+    def units(self) -> list[tuple[slice, slice]]:
+        """Queries and keys of each unit of a block."""
+        return [
+            (slice(q, q + self.query_unit), slice(k, k + self.key_unit))
+            for q in range(0, self.queries, self.query_unit)
+            for k in range(0, self.keys, self.key_unit)
+        ]
+
     def within(self, queries: int, keys: int) -> "BlockSizes":
         """These sizes, less where there are fewer tokens."""
         return dataclasses.replace(

@@ -19,7 +19,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.pipeline import pipelined
 from pallas_kernels.attention.specs import BlockSizes
-from pallas_kernels.attention.tpu_layout import LANES, LOG2_E, NEGATIVE, Heads, Masking, dot, visible
+from pallas_kernels.attention.tpu_layout import (
+    LANES,
+    LOG2_E,
+    NEGATIVE,
+    Heads,
+    Masking,
+    dot,
+   
+    visible,
+)
 from pallas_kernels.attention.visits import Visit
 
 __all__ = ["BackwardKernel"]
@@ -110,8 +119,8 @@ class BackwardKernel:
             pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
             pltpu.VMEM(turn(blocks.keys), jnp.float32),
             pltpu.VMEM(turn(blocks.keys), jnp.float32),
-            pltpu.VMEM((count, heads.together, blocks.queries), jnp.float32),
-            pltpu.VMEM((heads.together, blocks.queries), jnp.float32),
+            pltpu.VMEM((count, heads.together, 1, blocks.queries), jnp.float32),
+            pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
             own(blocks.queries),
             own(blocks.queries),
             own(blocks.keys),
@@ -178,7 +187,7 @@ class _Step:
             mean = product[heads.rows(head)].sum(0, keepdims=True)
             if self.ragged_queries:
                 mean = jnp.where(self._valid(True, self._queries_left(), mean.shape, 1), mean, 0)
-            self.mean[inner, head : head + 1, :] = mean
+            self.mean[inner, head] = mean
 
     def finish_queries(self) -> None:
         """A block of queries has met all its keys."""
@@ -220,26 +229,26 @@ class _Step:
         if self.ragged_queries:
             seen &= self._valid(True, self._queries_left(), logarithm.shape, 1)
         # Of a query that sees nothing, or is none, every weight is zero.
-        self.offset[...] = jnp.where(seen, logarithm, -NEGATIVE)
+        offset = jnp.where(seen, logarithm, -NEGATIVE)
+        for head in range(self.heads.together):
+            self.offset[head] = offset[head : head + 1]
         if self.copied_queries:
             there = self._valid(self.ragged_queries, self._queries_left(), self.query.shape, 0)
             self._copy(self.query, self.own_query, there)
             self._copy(self.cotangent, self.own_cotangent, there)
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
-        units = [
-            (head, slice(q, q + blocks.query_unit), slice(k, k + blocks.key_unit))
-            for head in range(self.heads.together)
-            for q in range(0, blocks.queries, blocks.query_unit)
-            for k in range(0, blocks.keys, blocks.key_unit)
-        ]
+        for head in range(self.heads.together):
+            self._absorb_head(masked, head)
+
+    def _absorb_head(self, masked: bool, head: int) -> None:
         pipelined(
-            units,
-            self._products,
-            functools.partial(self._weights, masked),
-            self._add,
-            ahead=blocks.ahead,
-            lag=blocks.lag,
+            self.blocks.units(),
+            functools.partial(self._products, head),
+            functools.partial(self._weights, head, masked),
+            functools.partial(self._add, head),
+            ahead=self.blocks.ahead,
+            lag=self.blocks.lag,
         )
 
     def _queries_of(self, head: int, rows: slice) -> tuple[Array, Array]:
@@ -248,17 +257,17 @@ class _Step:
             return self.own_query[head, rows, :], self.own_cotangent[head, rows, :]
         return self.query[rows, :], self.cotangent[rows, :]
 
-    def _products(self, unit) -> tuple[Array, Array]:
-        head, queries, keys = unit
+    def _products(self, head: int, unit) -> tuple[Array, Array]:
+        queries, keys = unit
         query, cotangent = self._queries_of(head, queries)
         # The other head's channels are zero in the query already.
         key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, :]
         value = self.whole_value[keys, :] if self.ragged_keys else self.value[keys, :]
         return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
 
-    def _weights(self, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
+    def _weights(self, head: int, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores but for the scale, in the dtype of the inputs."""
-        head, queries, keys = unit
+        queries, keys = unit
         scores, of_weights = products
         scores = scores * (self.kernel.scale * LOG2_E)
         if masked:
@@ -266,13 +275,13 @@ class _Step:
             high = None if high is None else high[0:1, queries]
             mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
             scores = jnp.where(mask, scores, NEGATIVE)
-        weights = jnp.exp2(scores - self.offset[head : head + 1, queries])
-        mean = self.mean[self.visit.inner, head : head + 1, queries]
+        weights = jnp.exp2(scores - self.offset[head, :, queries])
+        mean = self.mean[self.visit.inner, head, :, queries]
         of_scores = weights * (of_weights - mean)
         return weights.astype(self.value.dtype), of_scores.astype(self.query.dtype)
 
-    def _add(self, unit, transformed: tuple[Array, Array]) -> None:
-        (head, queries, keys), (weights, of_scores) = unit, transformed
+    def _add(self, head: int, unit, transformed: tuple[Array, Array]) -> None:
+        (queries, keys), (weights, of_scores) = unit, transformed
         query, cotangent = self._queries_of(head, queries)
         key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, :]
         inner = self.visit.inner

@@ -25,7 +25,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.pipeline import pipelined
 from pallas_kernels.attention.specs import BlockSizes
-from pallas_kernels.attention.tpu_layout import LANES, LOG2_E, NEGATIVE, Heads, Masking, dot, visible
+from pallas_kernels.attention.tpu_layout import (
+    LANES,
+    LOG2_E,
+    NEGATIVE,
+    Heads,
+    Masking,
+    dot,
+   
+    visible,
+)
 from pallas_kernels.attention.visits import Visit
 
 __all__ = ["ForwardKernel"]
@@ -184,31 +193,28 @@ class _Step:
         self.value_t[...] = values
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
-        units = [
-            (head, slice(q, q + blocks.query_unit), slice(k, k + blocks.key_unit))
-            for head in range(heads.together)
-            for q in range(0, blocks.queries, blocks.query_unit)
-            for k in range(0, blocks.keys, blocks.key_unit)
-        ]
+        for head in range(heads.together):
+            self._absorb_head(masked, head)
+
+    def _absorb_head(self, masked: bool, head: int) -> None:
         pipelined(
-            units,
-            self._scores,
-            functools.partial(self._weights, masked),
-            self._add,
-            ahead=blocks.ahead,
-            lag=blocks.lag,
+            self.blocks.units(),
+            functools.partial(self._scores, head),
+            functools.partial(self._weights, head, masked),
+            functools.partial(self._add, head),
+            ahead=self.blocks.ahead,
+            lag=self.blocks.lag,
         )
         if not self.kernel.exact:
-            for head in range(heads.together):
-                pl.when(jnp.max(self.total[head]) > _RAISE)(functools.partial(self._raise, head))
+            pl.when(jnp.max(self.total[head]) > _RAISE)(functools.partial(self._raise, head))
 
-    def _scores(self, unit) -> Array:
-        head, queries, keys = unit
+    def _scores(self, head: int, unit) -> Array:
+        queries, keys = unit
         return dot(self.key[keys, :], self.query_t[head, :, queries], (1, 0))
 
-    def _weights(self, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
+    def _weights(self, head: int, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
         """Exponentials, in the dtype of the values, and by what earlier sums are to be multiplied."""
-        head, queries, keys = unit
+        queries, keys = unit
         scores = products * self.factor
         mask = None
         if masked:
@@ -231,8 +237,8 @@ class _Step:
         self.total[head, :, queries] += weights.reshape(-1, 8, weights.shape[1]).sum(0)
         return weights.astype(self.value_t.dtype), shrink
 
-    def _add(self, unit, transformed: tuple[Array, Array | None]) -> None:
-        (head, queries, keys), (weights, shrink) = unit, transformed
+    def _add(self, head: int, unit, transformed: tuple[Array, Array | None]) -> None:
+        (queries, keys), (weights, shrink) = unit, transformed
         rows = self.heads.rows(head)
         added = dot(self.value_t[rows, keys], weights, (1, 0))
         if shrink is None:

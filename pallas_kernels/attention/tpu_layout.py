@@ -5,7 +5,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -14,7 +13,7 @@ from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges
 from pallas_kernels.attention.specs import BlockSizes
 from pallas_kernels.attention.visits import Dense, Sparse, seen_blocks
 
-__all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "masking"]
+__all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "masking", "visible"]
 
 LANES = 128
 LOG2_E = math.log2(math.e)
