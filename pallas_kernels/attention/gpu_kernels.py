@@ -78,7 +78,7 @@ def forward(refs: Refs, output_ref: Any, log_sum_exp_ref: Any, *, sizes: Sizes) 
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     inside = start + jnp.arange(sizes.query_block) < sizes.queries
-    log_sum_exp = jnp.where(some, (largest * sizes.rate + jnp.log2(safe)) * _LOG_2, -jnp.inf)
+    log_sum_exp = jnp.where(some, largest * sizes.rate * _LOG_2 + jnp.log(safe), -jnp.inf)
     triton.store(log_sum_exp_ref, log_sum_exp, mask=inside)
     _store(output_ref, [x / safe[:, None] for x in sums], inside)
 

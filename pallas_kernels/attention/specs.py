@@ -80,7 +80,11 @@ class BlockSizes:
         q = self.queries if queries is None else _divisor(self.queries, queries)
         k = self.keys if keys is None else _divisor(self.keys, keys)
         return dataclasses.replace(
-            self, queries=q, keys=k, query_unit=_divisor(self.query_unit, q), key_unit=_divisor(self.key_unit, k)
+            self,
+            queries=q,
+            keys=k,
+            query_unit=_divisor(self.query_unit, q),
+            key_unit=_divisor(self.key_unit, k),
         )
 
 

@@ -46,7 +46,12 @@ def forward(
     """
     call = _Call.of(query, key, value, "forward", ranges, block_mask, generation, blocks)
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
-    sizes = {"queries": query.shape[1], "keys": key.shape[1], "heads": call.heads, "scale": _scale(query, scale)}
+    sizes = {
+        "queries": query.shape[1],
+        "keys": key.shape[1],
+        "heads": call.heads,
+        "scale": _scale(query, scale),
+    }
     inputs = tuple(map(call.heads.merged, (query, key, value)))
     options = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
     results = ForwardKernel(blocks=call.blocks, masking=masks, **sizes)(*inputs, **options)
@@ -61,9 +66,7 @@ def forward(
         kernel = ForwardKernel(blocks=small, masking=masks, exact=True, **sizes)
         return kernel(*inputs, (output, log_sum_exp), **options)
 
-    output, log_sum_exp = lax.cond(
-        jnp.isnan(results[1]).any(), again, lambda *results: results, *results
-    )
+    output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
 
 

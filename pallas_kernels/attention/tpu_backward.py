@@ -26,7 +26,6 @@ from pallas_kernels.attention.tpu_layout import (
     Heads,
     Masking,
     dot,
-   
     visible,
 )
 from pallas_kernels.attention.visits import Visit

@@ -32,7 +32,6 @@ from pallas_kernels.attention.tpu_layout import (
     Heads,
     Masking,
     dot,
-   
     visible,
 )
 from pallas_kernels.attention.visits import Visit
@@ -41,6 +40,9 @@ __all__ = ["ForwardKernel"]
 
 _SAMPLE = 128
 """Keys from which the first reference is taken."""
+_ONES = 16
+"""Rows of ones below the transposed values, whose product is the sum of the weights as they are multiplied:
+rounded. A query that sees one key then has exactly its value."""
 _RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
 """Sums of a row: beyond the first the reference is raised; beyond the others the row is computed anew."""
 
@@ -98,7 +100,6 @@ class ForwardKernel:
         mask_specs = self.masking.specs(blocks, queries_outside=True)
         inputs = (*visits.prefetch, query, key, value, *self.masking.arrays)
         aliases = {} if previous is None else {len(inputs): 0, len(inputs) + 1: 1}
-        statistics = pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32)
         grid = visits.grid(batch, heads.groups)
         return pl.pallas_call(
             functools.partial(self._body, previous is not None),
@@ -109,10 +110,9 @@ class ForwardKernel:
                 out_specs=[of_queries, of_rows],
                 scratch_shapes=[
                     pltpu.VMEM((heads.together, heads.lanes, blocks.queries), query.dtype),
-                    pltpu.VMEM((heads.lanes, blocks.keys), value.dtype),
-                    statistics,
-                    statistics,
-                    pltpu.VMEM((heads.lanes, blocks.queries), jnp.float32),
+                    pltpu.VMEM((heads.together, heads.padded + _ONES, blocks.keys), value.dtype),
+                    pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32),
+                    pltpu.VMEM((heads.together, heads.padded + _ONES, blocks.queries), jnp.float32),
                     pltpu.VMEM((blocks.keys, LANES), jnp.int32),
                 ],
             ),
@@ -148,14 +148,18 @@ class _Step:
     """One block of queries meets one of keys."""
 
     def __init__(
-        self, kernel: ForwardKernel, visit: Visit, key, value, masks, query_t, value_t, reference, total, sums, codes
+        self, kernel: ForwardKernel, visit: Visit, key, value, masks, query_t, value_t, reference, sums, codes
     ):
         self.kernel, self.visit = kernel, visit
         self.heads, self.blocks = kernel.heads, kernel.blocks
         self.factor = kernel.scale * LOG2_E
         self.key, self.value, self.masks = key, value, masks
         self.query_t, self.value_t = query_t, value_t
-        self.reference, self.total, self.sums, self.codes = reference, total, sums, codes
+        self.reference, self.sums, self.codes = reference, sums, codes
+        self.channels, self.ones = (
+            slice(0, self.heads.padded),
+            slice(self.heads.padded, self.heads.padded + 1),
+        )
 
     def begin(self, query) -> None:
         """Before the first block of keys."""
@@ -172,7 +176,6 @@ class _Step:
                 self.reference[head] = jnp.full_like(self.reference[head], NEGATIVE)
             else:
                 self.reference[head] = jnp.broadcast_to(self._sampled(head), self.reference.shape[1:])
-        self.total[...] = jnp.zeros_like(self.total)
         self.sums[...] = jnp.zeros_like(self.sums)
 
     def _sampled(self, head: int) -> Array:
@@ -181,7 +184,7 @@ class _Step:
             row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             there = row < self.kernel.keys - self.visit.inner * self.blocks.keys
             scores = jnp.where(there, scores, NEGATIVE)
-        return jnp.round(scores.max(0, keepdims=True))
+        return scores.max(0, keepdims=True)
 
     def absorb(self, *, masked: bool) -> None:
         """All units of this block."""
@@ -190,7 +193,9 @@ class _Step:
         if self.kernel.keys % blocks.keys:
             column = lax.broadcasted_iota(jnp.int32, values.shape, 1)
             values = jnp.where(column < self.kernel.keys - self.visit.inner * blocks.keys, values, 0)
-        self.value_t[...] = values
+        for head in range(heads.together):
+            self.value_t[head, self.channels] = values[heads.rows(head)]
+            self.value_t[head, heads.padded :] = jnp.ones((_ONES, blocks.keys), values.dtype)
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
         for head in range(heads.together):
@@ -206,7 +211,7 @@ class _Step:
             lag=self.blocks.lag,
         )
         if not self.kernel.exact:
-            pl.when(jnp.max(self.total[head]) > _RAISE)(functools.partial(self._raise, head))
+            pl.when(jnp.max(self.sums[head, self.ones]) > _RAISE)(functools.partial(self._raise, head))
 
     def _scores(self, head: int, unit) -> Array:
         queries, keys = unit
@@ -228,38 +233,33 @@ class _Step:
             largest = jnp.maximum(before, scores.max(0, keepdims=True))
             shrink = jnp.exp2(before - largest)
             self.reference[head, :, queries] = jnp.broadcast_to(largest, (8, largest.shape[1]))
-            self.total[head, :, queries] *= shrink
         weights = jnp.exp2(scores - self.reference[head, 0:1, queries])
         if self.kernel.exact and mask is not None:
             # Of a query that has seen nothing yet, the largest score is none.
             weights = jnp.where(mask, weights, 0.0)
-        # Eight sums per query, one per sublane: additions only.
-        self.total[head, :, queries] += weights.reshape(-1, 8, weights.shape[1]).sum(0)
         return weights.astype(self.value_t.dtype), shrink
 
     def _add(self, head: int, unit, transformed: tuple[Array, Array | None]) -> None:
         (queries, keys), (weights, shrink) = unit, transformed
-        rows = self.heads.rows(head)
-        added = dot(self.value_t[rows, keys], weights, (1, 0))
+        added = dot(self.value_t[head, :, keys], weights, (1, 0))
         if shrink is None:
-            self.sums[rows, queries] += added
+            self.sums[head, :, queries] += added
         else:
-            self.sums[rows, queries] = self.sums[rows, queries] * shrink + added
+            self.sums[head, :, queries] = self.sums[head, :, queries] * shrink + added
 
     def _raise(self, head: int) -> None:
         """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""
-        total = self.total[head].sum(0, keepdims=True)
+        total = self.sums[head, self.ones]
         up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
         shrink = jnp.where(total < _OVERFLOW, jnp.exp2(-up), jnp.nan)
         self.reference[head] += up
-        self.total[head] *= shrink
-        rows = self.heads.rows(head)
-        self.sums[rows, :] *= shrink
+        self.sums[head] *= shrink
 
     def finish(self, output, log_sum_exp) -> None:
         """After the last block of keys."""
+        means = []
         for head in range(self.heads.together):
-            total = self.total[head].sum(0, keepdims=True)
+            total = self.sums[head, self.ones]
             logarithm = self.reference[head, 0:1] + jnp.log2(total)
             if self.kernel.exact:
                 seen = total != 0
@@ -269,6 +269,5 @@ class _Step:
                 good = (total > _UNDERFLOW) & (total < _OVERFLOW)
                 logarithm = jnp.where(good, logarithm, jnp.nan)
             log_sum_exp[head : head + 1, :] = logarithm * math.log(2)
-            rows = self.heads.rows(head)
-            self.sums[rows, :] *= 1 / total
-        output[...] = self.sums[...].astype(output.dtype).T
+            means.append((self.sums[head, self.channels] * (1 / total)).astype(output.dtype))
+        output[...] = jnp.concatenate(means, axis=0).T

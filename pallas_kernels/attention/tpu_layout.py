@@ -148,7 +148,9 @@ def masking(
         some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
         if only is not None:
             # An output block that is met is written: where nothing is to be done, the first is done again.
-            only = only | ((lax.broadcasted_iota(jnp.int32, only.shape, 1) == 0) & ~only.any(1, keepdims=True))
+            only = only | (
+                (lax.broadcasted_iota(jnp.int32, only.shape, 1) == 0) & ~only.any(1, keepdims=True)
+            )
             some = jnp.broadcast_to(some, (batch, *counts)) & only[:, :, None]
             visits = Sparse(some, jnp.broadcast_to(whole, some.shape), inner_once=False, listed=only)
         elif queries_outside:

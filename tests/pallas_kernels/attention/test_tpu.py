@@ -1,0 +1,174 @@
+"""The TPU kernels, interpreted: all cases on small blocks, and the shipped blocks in a slow test."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import reference, specs, tpu
+from pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
+from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from tests.pallas_kernels.attention.cases import AttentionCases, error, exact
+
+SMALL = BlockSizes(queries=128, keys=256, query_unit=128, key_unit=128)
+
+
+def jitted(function, **options):
+    """Compiled: the interpreter is slow otherwise."""
+
+    @functools.wraps(function)
+    def call(*arrays, scale=None, ranges=None, block_mask=None):
+        run = jax.jit(lambda arrays, masks: function(*arrays, scale=scale, **masks, **options))
+        return run(arrays, {"ranges": ranges, "block_mask": block_mask})
+
+    return call
+
+
+class TestReference(AttentionCases):
+    """What explains the kernels is tested as they are."""
+
+    forward = staticmethod(jitted(reference.forward))
+    backward = staticmethod(jitted(reference.backward))
+    unsupported_head_dims = ()
+
+
+class TestWideMXU(AttentionCases):
+    options = {"generation": "v6e", "blocks": SMALL, "interpret": True}  # noqa: RUF012
+    forward = staticmethod(jitted(tpu.forward, **options))
+    backward = staticmethod(jitted(tpu.backward, **options))
+    unsupported_head_dims = (512,)
+    lengths = ((128, 256), (100, 37), (1, 200), (130, 1), (67, 259))
+
+
+class TestNarrowMXU(AttentionCases):
+    """Gradients are summed tokens first."""
+
+    options = {"generation": "v5e", "blocks": SMALL, "interpret": True}  # noqa: RUF012
+    forward = staticmethod(jitted(tpu.forward, **options))
+    backward = staticmethod(jitted(tpu.backward, **options))
+    unsupported_head_dims = ()
+    head_dims = (64, 128)
+    lengths = ((100, 300),)
+
+
+def inputs(queries, keys, heads=1, dim=128, dtype="float32", batch=1):
+    rng = np.random.default_rng(0)
+    shapes = ((batch, n, heads, dim) for n in (queries, keys, keys, queries))
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def test_rows_of_which_the_sum_overflows_are_computed_anew():
+    """One key of the second unit lies 2**150 above those from which the reference is taken."""
+    query, key, value, _ = inputs(128, 512)
+    query = query.at[..., 0].set(10.0).at[:, 64:, :, 0].set(0.0)
+    key = key.at[..., 0].set(0.0).at[:, 300, :, 0].set(150.0)
+    scores = np.einsum("bsnk,brnk->bnsr", query, key) / np.sqrt(128) * np.log2(np.e)
+    assert scores[0, 0, :64].max() - scores[0, 0, :64, :128].max() > 128
+    call = {"generation": "v6e", "interpret": True, "blocks": SMALL}
+    output, log_sum_exp = jax.jit(functools.partial(tpu.forward, **call))(query, key, value)
+    expected = exact(query, key, value, query, np.ones((1, 128, 512), bool))
+    assert error(output, expected[0]) <= 2e-6
+    np.testing.assert_allclose(log_sum_exp, expected[1], rtol=1e-6)
+
+
+def test_the_mark_of_a_row_is_what_calls_for_the_exact_kernel(monkeypatch):
+    """Without the second pass, the rows of the test above are NaN: the guard is what saves them."""
+    query, key, value, _ = inputs(128, 512)
+    query = query.at[..., 0].set(10.0)
+    key = key.at[..., 0].set(0.0).at[:, 300, :, 0].set(150.0)
+    monkeypatch.setattr(tpu.lax, "cond", lambda _, again, keep, *results: keep(*results))
+    log_sum_exp = tpu.forward(query, key, value, generation="v6e", interpret=True, blocks=SMALL)[1]
+    assert np.isnan(log_sum_exp).all()
+
+
+def test_a_reference_is_raised_between_blocks_without_the_exact_kernel(monkeypatch):
+    query, key, value, _ = inputs(128, 1024)
+    query = query.at[..., 0].set(10.0)
+    steps = jnp.repeat(jnp.arange(4.0), 256)[None, :, None]
+    key = key.at[..., 0].set(75.0 * steps)  # 2**95 from block to block
+    monkeypatch.setattr(tpu.lax, "cond", lambda _, again, keep, *results: keep(*results))
+    output, log_sum_exp = tpu.forward(query, key, value, generation="v6e", interpret=True, blocks=SMALL)
+    expected = exact(query, key, value, query, np.ones((1, 128, 1024), bool))
+    assert error(output, expected[0]) <= 1e-4
+    np.testing.assert_allclose(log_sum_exp, expected[1], rtol=1e-6)
+
+
+def test_no_races():
+    """In the interpreter that has a chip's memories, DMAs and semaphores; dense, and with masks."""
+    query, key, value, cotangent = inputs(200, 300, heads=2, dim=64)
+    own = jnp.asarray(np.arange(200)[None] // 70, jnp.int32)
+    theirs = jnp.asarray(np.arange(300)[None] // 100, jnp.int32)
+    mask = np.asarray(segment_ranges(own, theirs).visible())
+    for ranges in (None, segment_ranges(own, theirs)):
+        options = {
+            "generation": "v6e",
+            "blocks": SMALL,
+            "ranges": ranges,
+            "interpret": pltpu.InterpretParams(
+                detect_races=True, out_of_bounds_reads="uninitialized", buffer_bounds="padded"
+            ),
+        }
+        results = tpu.forward(query, key, value, **options)
+        gradients = tpu.backward(query, key, value, *results, cotangent, **options)
+        seen = np.ones_like(mask) if ranges is None else mask
+        expected = exact(query, key, value, cotangent, seen)
+        found = (*results, *gradients)
+        assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
+        assert not interpret_races()
+
+
+def interpret_races() -> bool:
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.races.races_found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("kind", ["all", "segments", "frames", "blocks"])
+@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (96, 1), (128, 1), (192, 1), (256, 1)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_at_the_block_sizes_that_are_shipped(generation, kind, dim, heads, dtype):
+    """With more than one block each way, and a last one that is not full."""
+    padded = dim if dim == 64 else -(-dim // 128) * 128
+    bits = jnp.finfo(dtype).bits
+    masked = kind in ("segments", "frames")
+    sizes = [
+        specs.block_sizes(generation, which, head_dim=padded, bits=bits, masked=masked)
+        for which in ("forward", "backward")
+    ]
+    queries, keys = (
+        max(sizes, key=lambda size: getattr(size, name)).__getattribute__(name) + 200
+        for name in ("queries", "keys")
+    )
+    arrays = inputs(queries, keys, heads=heads, dim=dim, dtype=dtype)
+    options = {}
+    if kind == "segments":
+        own, theirs = (jnp.arange(n)[None] * 3 // n for n in (queries, keys))
+        options["ranges"] = segment_ranges(own, theirs)
+    if kind == "frames":
+        own, theirs = (jnp.arange(n)[None] * 7 // n for n in (queries, keys))
+        options["ranges"] = causal_ranges(own, theirs)
+    if kind == "blocks":
+        size = sizes[0].queries
+        blocks = jnp.eye(-(-queries // size), -(-keys // size), dtype=bool)
+        options["block_mask"] = BlockMask(blocks=blocks, query_size=size, key_size=size)
+    mask = np.ones((1, queries, keys), bool)
+    if "ranges" in options:
+        mask &= np.asarray(options["ranges"].visible())
+    if "block_mask" in options:
+        mask &= np.asarray(options["block_mask"].visible(queries, keys))[None]
+    kernel = {"generation": generation, "interpret": True, **options}
+    forward = jax.jit(functools.partial(tpu.forward, **kernel))
+    backward = jax.jit(functools.partial(tpu.backward, **kernel))
+    results = forward(*arrays[:3])
+    gradients = backward(*arrays[:3], *results, arrays[3])
+    expected = exact(*arrays, mask)
+    tolerance = 4e-3 if dtype == "bfloat16" else 2e-6
+    errors = [
+        error(a, b) for a, b in zip((results[0], *gradients), (expected[0], *expected[2:]), strict=True)
+    ]
+    assert max(errors) <= tolerance, errors
