@@ -1,14 +1,16 @@
-"""Attention to keys that arrive block by block: memory grows with the sequence, not with its square."""
+"""Attention to parts of the keys, whose results merge: memory grows with the sequence, not its square."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from pallas_kernels.attention.masks import KeyRanges
+from vidgen.core.typing import Array, Float
 
-__all__ = ["ATTENTION", "Partial", "Sight", "attend", "begin", "finish", "gradients"]
+__all__ = ["ATTENTION", "Attended", "Blocks", "PartAttention", "merge"]
 
 ATTENTION = "attention"
 """The name, for policies of what is saved, of what attention gives and its backward pass takes from it."""
@@ -19,128 +21,155 @@ _LARGEST = 512
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class Partial(NamedTuple):
-    """Attention to the keys met so far, in float32 (online softmax, arXiv 1805.02867).
+class Attended(NamedTuple):
+    """Attention to some of the keys.
 
     Attributes:
-      total: sum of the values, each times exp(score - largest).
-      weight: sum of exp(score - largest).
-      largest: score so far.
+      mean: of the values, by their weights exp(score); zeros for a query that sees no key. Channels of all
+        heads are one axis, as TPU kernels have them: to split it there is a copy to another layout.
+      log_sum_exp: logarithm of the summed weights, float32; -inf for a query that sees no key.
     """
 
-    total: Float[Array, "b s n k"]
-    weight: Float[Array, "b n s"]
-    largest: Float[Array, "b n s"]
+    mean: Float[Array, "b s d"]
+    log_sum_exp: Float[Array, "b n s"]
 
 
-class Sight(NamedTuple):
-    """Which keys of a block may be attended to, as `vidgen.ops.attention.attention` has it; None is all."""
+@runtime_checkable
+class PartAttention(Protocol):
+    """Attention of queries to a part of their keys: `Blocks`, or `vidgen.ops.attention_kernels.Kernels`.
 
-    query_segments: Int[Array, "b s"] | None = None
-    key_segments: Int[Array, "b r"] | None = None
-    key_mask: Bool[Array, "b r"] | None = None
-
-
-def begin(query: Float[Array, "b s n k"]) -> Partial:
-    """Before any key is met."""
-    # From the query's own numbers: within `shard_map` they then vary over the same mesh axes.
-    rows = jnp.zeros_like(query[..., 0].swapaxes(1, 2), jnp.float32)
-    return Partial(jnp.zeros_like(query, jnp.float32), rows, rows + jnp.finfo(jnp.float32).min)
-
-
-def attend(
-    partial: Partial,
-    query: Float[Array, "b s n k"],
-    key: Float[Array, "b r n k"],
-    value: Float[Array, "b r n k"],
-    sight: Sight,
-) -> Partial:
-    """`partial`, and these keys met too."""
-
-    def absorb(partial: Partial, block: tuple) -> tuple[Partial, None]:
-        key, value, *seen = block
-        scores, mask = _scores(query, key, Sight(sight.query_segments, *seen))
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        largest = jnp.maximum(partial.largest, scores.max(-1))
-        weights = jnp.exp(scores - largest[..., None])
-        if mask is not None:  # A query that has met none of its keys yet: its largest score is not one.
-            weights = jnp.where(mask, weights, 0.0)
-        shrink = jnp.exp(partial.largest - largest)
-        total = _product("bnsr,brnk->bsnk", weights.astype(value.dtype), value)
-        total += partial.total * shrink.swapaxes(1, 2)[..., None]
-        return Partial(total, partial.weight * shrink + weights.sum(-1), largest), None
-
-    return jax.lax.scan(absorb, partial, _blocks(key, value, sight))[0]
-
-
-def finish(partial: Partial) -> tuple[Float[Array, "b s n k"], Float[Array, "b n s"]]:
-    """The mean of the values, zeros for a query that met no key, and the logarithm of the summed weights."""
-    weight = jnp.where(partial.weight > 0, partial.weight, 1.0)
-    return partial.total / weight.swapaxes(1, 2)[..., None], partial.largest + jnp.log(weight)
-
-
-def gradients(
-    query: Float[Array, "b s n k"],
-    key: Float[Array, "b r n k"],
-    value: Float[Array, "b r n k"],
-    sight: Sight,
-    *,
-    log_weight: Float[Array, "b n s"],
-    cotangent: Float[Array, "b s n k"],
-    mean_cotangent: Float[Array, "b n s"],
-) -> tuple[Float[Array, "b s n k"], Float[Array, "b r n k"], Float[Array, "b r n k"]]:
-    """What a block of keys adds to the gradient of the query, and the gradients of the keys and values.
-
-    Weights are computed again from scores (FlashAttention, arXiv 2205.14135). In float32.
-
-    Args:
-      log_weight: of `finish`, after all blocks.
-      cotangent: of the attention's result.
-      mean_cotangent: products of the cotangent with the attention's result, summed over the head's channels.
+    Both passes raise NotImplementedError where they take no such shapes or dtypes.
     """
-    scale = query.shape[-1] ** -0.5
 
-    def one(sum_query: Array, block: tuple) -> tuple[Array, tuple[Array, Array]]:
-        key, value, *seen = block
-        scores, mask = _scores(query, key, Sight(sight.query_segments, *seen))
-        weights = jnp.exp(scores - log_weight[..., None])
-        if mask is not None:
-            weights = jnp.where(mask, weights, 0.0)
-        of_value = _product("bnsr,bsnk->brnk", weights.astype(value.dtype), cotangent)
-        of_weights = _product("bsnk,brnk->bnsr", cotangent, value)
-        of_scores = (scale * weights * (of_weights - mean_cotangent[..., None])).astype(query.dtype)
-        sum_query += _product("bnsr,brnk->bsnk", of_scores, key)
-        return sum_query, (_product("bnsr,bsnk->brnk", of_scores, query), of_value)
+    def forward(
+        self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
+    ) -> tuple[Array, Array]:
+        """As `Attended`, but the mean is `b s n k`, in the dtype of the values or in float32."""
+        ...
 
-    blocks = _blocks(key, value, sight)
-    of_query, (of_key, of_value) = jax.lax.scan(one, jnp.zeros_like(query, jnp.float32), blocks)
-    return of_query, _joined(of_key), _joined(of_value)
+    def backward(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        output: Array,
+        log_sum_exp: Array,
+        cotangent: Array,
+        *,
+        scale: float,
+        ranges: KeyRanges | None,
+    ) -> tuple[Array, Array, Array]:
+        """What the part adds to the gradient of the query, and the gradients of its keys and values.
+
+        Args:
+          output, log_sum_exp: of attention to all keys, not only to this part.
+          cotangent: of that output.
+        """
+        ...
 
 
-def _scores(query: Array, key: Array, sight: Sight) -> tuple[Array, Array | None]:
-    scores = _product("bsnk,brnk->bnsr", query, key)
-    mask = None if sight.key_mask is None else sight.key_mask[:, None, None, :]
-    if sight.query_segments is not None:
-        assert sight.key_segments is not None
-        same = (sight.query_segments[:, :, None] == sight.key_segments[:, None, :])[:, None]
-        mask = same if mask is None else mask & same
-    return query.shape[-1] ** -0.5 * scores, mask
+def merge(one: Attended, other: Attended) -> Attended:
+    """Attention to the keys of both, in float32."""
+    log_sum_exp = jnp.logaddexp(one.log_sum_exp, other.log_sum_exp)
+    finite = jnp.maximum(log_sum_exp, jnp.finfo(jnp.float32).min)
+    heads = log_sum_exp.shape[1]
+    # A product repeats the head's share for each of its channels: it is exact, and in the layout of the mean.
+    channels = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), one.mean.shape[-1] // heads, axis=1)
+
+    def weighted(part: Attended) -> Array:
+        shares = jnp.exp(part.log_sum_exp - finite)
+        return jnp.einsum("bns,nd->bsd", shares, channels, precision="highest") * part.mean.astype(
+            jnp.float32
+        )
+
+    return Attended(weighted(one) + weighted(other), log_sum_exp)
 
 
-def _blocks(key: Array, value: Array, sight: Sight) -> tuple[Array | None, ...]:
-    """Keys, values, and the keys' part of `sight`, in equal blocks along a new first axis."""
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """In plain JAX, block by block of the keys; results in float32."""
+
+    def forward(
+        self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
+    ) -> tuple[Array, Array]:
+        """As `PartAttention` has it, by an online softmax (arXiv 1805.02867)."""
+        lowest = jnp.finfo(jnp.float32).min
+
+        def absorb(carry: tuple[Array, Array, Array], block: tuple):
+            total, weight, largest_before = carry
+            key, value, codes = block
+            scores, mask = _scores(query, key, scale, ranges, codes)
+            if mask is not None:
+                scores = jnp.where(mask, scores, lowest)
+            largest = jnp.maximum(largest_before, scores.max(-1))
+            weights = jnp.exp(scores - largest[..., None])
+            if mask is not None:  # A query that has met none of its keys yet: its largest score is not one.
+                weights = jnp.where(mask, weights, 0.0)
+            shrink = jnp.exp(largest_before - largest)
+            added = _product("bnsr,brnk->bsnk", weights.astype(value.dtype), value)
+            total = total * shrink.swapaxes(1, 2)[..., None] + added
+            return (total, weight * shrink + weights.sum(-1), largest), None
+
+        rows = jnp.zeros_like(query[..., 0].swapaxes(1, 2), jnp.float32)
+        start = (jnp.zeros_like(query, jnp.float32), rows, rows + lowest)
+        (total, weight, largest), _ = jax.lax.scan(absorb, start, _blocks(key, value, ranges))
+        seen = weight > 0
+        weight = jnp.where(seen, weight, 1.0)
+        mean = total / weight.swapaxes(1, 2)[..., None]
+        return mean, jnp.where(seen, largest + jnp.log(weight), -jnp.inf)
+
+    def backward(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        output: Array,
+        log_sum_exp: Array,
+        cotangent: Array,
+        *,
+        scale: float,
+        ranges: KeyRanges | None,
+    ) -> tuple[Array, Array, Array]:
+        """As `PartAttention` has it; weights are computed again from scores (arXiv 2205.14135)."""
+        mean_cotangent = _product("bsnk,bsnk->bns", output, cotangent)
+
+        def one(sum_query: Array, block: tuple) -> tuple[Array, tuple[Array, Array]]:
+            key, value, codes = block
+            scores, mask = _scores(query, key, scale, ranges, codes)
+            weights = jnp.exp(scores - log_sum_exp[..., None])
+            if mask is not None:
+                weights = jnp.where(mask, weights, 0.0)
+            of_value = _product("bnsr,bsnk->brnk", weights.astype(value.dtype), cotangent)
+            of_weights = _product("bsnk,brnk->bnsr", cotangent, value)
+            of_scores = (scale * weights * (of_weights - mean_cotangent[..., None])).astype(query.dtype)
+            sum_query += _product("bnsr,brnk->bsnk", of_scores, key)
+            return sum_query, (_product("bnsr,bsnk->brnk", of_scores, query), of_value)
+
+        start = jnp.zeros_like(query, jnp.float32)
+        of_query, (of_key, of_value) = jax.lax.scan(one, start, _blocks(key, value, ranges))
+        return of_query, _joined(of_key), _joined(of_value)
+
+
+def _scores(
+    query: Array, key: Array, scale: float, ranges: KeyRanges | None, codes: Array | None
+) -> tuple[Array, Array | None]:
+    scores = scale * _product("bsnk,brnk->bnsr", query, key)
+    if ranges is None or codes is None:
+        return scores, None
+    return scores, KeyRanges(codes, ranges.low, ranges.high).visible()[:, None]
+
+
+def _blocks(key: Array, value: Array, ranges: KeyRanges | None) -> tuple[Array, Array, Array | None]:
+    """Keys, values, and the keys' codes, in equal blocks along a new first axis."""
     length = key.shape[1]
     size = max(n for n in range(1, min(length, _LARGEST) + 1) if length % n == 0)
     if size < _LARGEST // 8:  # No good divisor: all at once is better than a few at a time.
         size = length
 
-    def cut(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+    def cut(x: Array) -> Array:
         return x.reshape(x.shape[0], length // size, size, *x.shape[2:]).swapaxes(0, 1)
 
-    return cut(key), cut(value), cut(sight.key_segments), cut(sight.key_mask)
+    return cut(key), cut(value), None if ranges is None else cut(ranges.codes)
 
 
 def _joined(x: Array) -> Array:

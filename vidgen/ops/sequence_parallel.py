@@ -10,16 +10,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import Implementation, attention
-from vidgen.ops.attention_blocks import ATTENTION, Partial, Sight, attend, begin, finish, gradients
+from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.ring_attention import Ring, ring_attention
 from vidgen.parallel.rules import constrain, partition_spec
 
 __all__ = ["SequenceParallel", "sequence_attention"]
@@ -92,10 +92,12 @@ def sequence_attention(
     Args:
       key_mask: which tokens may be attended to; at least one per row.
       segment_ids: a token attends to those of its own segment only.
-      implementation: of attention on each device, but in rings.
+      implementation: of attention on each device. In rings it is a Pallas kernel, that of TPUs for `auto` on
+        TPUs, or plain JAX in blocks, which `cudnn` too stands for there.
 
     Raises:
       ValueError: the tokens, or the heads, do not divide as the method asks.
+      NotImplementedError: the implementation that was named takes no such shapes or dtypes.
     """
     plain = functools.partial(attention, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
@@ -112,9 +114,10 @@ def sequence_attention(
     layout = _Layout(context, options.degree(context, heads))
     whole = PartitionSpec(spec[0], None)  # Numbers of tokens are few: every device has those of all.
     y = jax.shard_map(
-        functools.partial(_on_each_device, layout, plain),
+        functools.partial(_on_each_device, layout, implementation),
         in_specs=(spec, spec, spec, whole, whole),
         out_specs=spec,
+        check_vma=False,  # Kernels do not say over which axes their results vary.
     )(query, key, value, key_mask, segment_ids)
     return checkpoint_name(y, ATTENTION)
 
@@ -129,10 +132,6 @@ class _Layout(NamedTuple):
     def ring(self) -> int:
         return self.context // self.ulysses
 
-    def group(self) -> Array:
-        """Which group, and so which part of the sequence after the exchange, this device is of."""
-        return jax.lax.axis_index(_AXIS) // self.ulysses
-
     def exchange(self, x: Array, split: int, joined: int) -> Array:
         """Cuts dimension `split` within the group, and joins what the others send along `joined`."""
         if self.ulysses == 1:
@@ -141,11 +140,6 @@ class _Layout(NamedTuple):
         return jax.lax.all_to_all(
             x, _AXIS, split, joined, tiled=True, axis_index_groups=None if self.ring == 1 else groups
         )
-
-    def pass_on(self, *arrays: Array) -> tuple[Array, ...]:
-        """Sends to the device of the next group, receives from the one before."""
-        to_next = [(i, (i + self.ulysses) % self.context) for i in range(self.context)]
-        return tuple(jax.lax.ppermute(x, _AXIS, to_next) for x in arrays)
 
 
 def _gathered(
@@ -167,7 +161,7 @@ def _gathered(
 
 def _on_each_device(
     layout: _Layout,
-    plain: Callable[..., Array],
+    implementation: Implementation,
     query: Array,
     key: Array,
     value: Array,
@@ -175,83 +169,13 @@ def _on_each_device(
     segment_ids: Array | None,
 ) -> Array:
     query, key, value = (layout.exchange(x, 2, 1) for x in (query, key, value))
-    y: Any
     if layout.ring == 1:
         both = None if segment_ids is None else (segment_ids, segment_ids)
-        y = plain(query, key, value, key_mask=key_mask, segment_ids=both)
+        y = attention(query, key, value, key_mask=key_mask, segment_ids=both, implementation=implementation)
     else:
-        y = _ring(layout, query, key, value, key_mask, segment_ids)
+        ring = Ring(axis=_AXIS, devices=layout.context, stride=layout.ulysses)
+        y = ring_attention(ring, implementation, query, key, value, key_mask, segment_ids)
     return layout.exchange(y, 1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(
-    layout: _Layout, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
-) -> Array:
-    return _ring_forward(layout, query, key, value, key_mask, segments)[0]
-
-
-def _ring_forward(
-    layout: _Layout, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
-):
-    sight = functools.partial(_sight, layout, query.shape[1], key_mask, segments)
-
-    def turn(carry, step: Array):
-        partial, key, value = carry
-        partial = attend(partial, query, key, value, sight(step))
-        return (partial, *layout.pass_on(key, value)), None
-
-    state: tuple[Partial, Array, Array] = (begin(query), key, value)
-    (partial, last_key, last_value), _ = jax.lax.scan(turn, state, jnp.arange(layout.ring - 1))
-    mean, log_weight = finish(attend(partial, query, last_key, last_value, sight(layout.ring - 1)))
-    y, log_weight = (checkpoint_name(x, ATTENTION) for x in (mean.astype(query.dtype), log_weight))
-    return y, (query, key, value, key_mask, segments, y, log_weight)
-
-
-def _ring_backward(layout: _Layout, saved, cotangent: Array):
-    """Keys and values travel again; the sums of their gradients travel with them, and end at home."""
-    query, key, value, key_mask, segments, y, log_weight = saved
-    sight = functools.partial(_sight, layout, query.shape[1], key_mask, segments)
-    mean_cotangent = jnp.einsum("bsnk,bsnk->bns", y, cotangent, preferred_element_type=jnp.float32)
-
-    def turn(carry, step: Array | int):
-        of_query, of_key, of_value, key, value = carry
-        query_part, key_part, value_part = gradients(
-            query,
-            key,
-            value,
-            sight(step),
-            log_weight=log_weight,
-            cotangent=cotangent,
-            mean_cotangent=mean_cotangent,
-        )
-        return of_query + query_part, of_key + key_part, of_value + value_part, key, value
-
-    def turn_and_pass(carry, step: Array):
-        of_query, *travelling = turn(carry, step)
-        return (of_query, *layout.pass_on(*travelling)), None
-
-    zeros = (jnp.zeros_like(x, jnp.float32) for x in (query, key, value))
-    carry, _ = jax.lax.scan(turn_and_pass, (*zeros, key, value), jnp.arange(layout.ring - 1))
-    of_query, *of_others = turn(carry, layout.ring - 1)[:3]
-    grads = (of_query, *layout.pass_on(*of_others))
-    return (*(grad.astype(query.dtype) for grad in grads), None, None)
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
-
-
-def _sight(
-    layout: _Layout, length: int, key_mask: Array | None, segments: Array | None, step: Array | int
-) -> Sight:
-    """What this device's tokens see of the keys that have come to it after so many steps."""
-    here = layout.group()
-    whose = (here - step) % layout.ring
-
-    def part(x: Array | None, group: Array) -> Array | None:
-        return None if x is None else jax.lax.dynamic_slice_in_dim(x, group * length, length, axis=1)
-
-    return Sight(part(segments, here), part(segments, whose), part(key_mask, whose))
 
 
 def _not_divisible(tokens: int, context: int, method: str) -> str:
