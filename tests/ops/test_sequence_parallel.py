@@ -115,6 +115,25 @@ def test_with_kernels_result_and_gradients_are_those_of_one_device(options, cont
     jax.tree.map(close, found, expected)
 
 
+def test_a_ring_falls_back_from_kernels_only_where_none_were_named(qkv, monkeypatch):
+    # Kernels of a TPU, which are interpreted here.
+    monkeypatch.setattr("vidgen.ops.ring_attention.device_kind", lambda: ("tpu", "TPU v6 lite"))
+
+    def trace(dtype, implementation):
+        function = functools.partial(
+            sequence_attention, options=METHODS["ring"], implementation=implementation
+        )
+        return str(with_gradients(function, dtype).trace(qkv).jaxpr)
+
+    with jax.set_mesh(MESH.build()):
+        for name in ("attention_forward", "attention_backward"):
+            assert name in trace(jnp.float32, "auto")
+        assert "pallas_call" not in trace(jnp.float32, "xla")
+        assert "pallas_call" not in trace(jnp.float16, "auto")
+        with pytest.raises(NotImplementedError, match="float16"):
+            trace(jnp.float16, "pallas_tpu")
+
+
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
