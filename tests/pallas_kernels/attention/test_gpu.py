@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import compilation_cache
-from jax._src.lib.mlir import ir
-from jax._src.lib.triton import dialect
 from jax.experimental import topologies
 
 from pallas_kernels.attention import gpu
 from pallas_kernels.attention.gpu_visits import list_visits
 from pallas_kernels.attention.masks import BlockMask, KeyRanges, causal_ranges, segment_ranges
+from tests.pallas_kernels.attention import triton_numpy
 from tests.pallas_kernels.attention.cases import AttentionCases
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -40,6 +39,33 @@ class TestGpu(AttentionCases):
             self.forward(query, key, value, block_mask=blocks)
         with pytest.raises(ValueError, match="b r n k"):
             self.forward(query, key[..., :1, :], value[..., :1, :])
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """What is lowered for a GPU is computed, in NumPy."""
+    instead = functools.partial(triton_numpy.pallas_call, original=gpu.pl.pallas_call)
+    monkeypatch.setattr(gpu.pl, "pallas_call", instead)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("lowered")
+class TestGpuLowered(AttentionCases):
+    """All numbers once more, of the programs that a GPU would run."""
+
+    forward, backward = staticmethod(gpu.forward), staticmethod(gpu.backward)
+    dtypes = ("bfloat16", "float16", "float32")
+    heads = 1
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_lowered_for_a_gpu_computes_attention(masked):
+    """Where it reads and writes, too: strides, tails and parts of a head dimension."""
+    cases = TestGpuLowered()
+    own, theirs = (jnp.broadcast_to((jnp.arange(n) // 20)[None], (2, n)) for n in (67, 150))
+    ranges = causal_ranges(own, theirs, past=1) if masked else None
+    cases.check(cases.inputs(67, 150, 96, "bfloat16"), ranges=ranges)
 
 
 def segments(queries, keys):
@@ -102,24 +128,6 @@ def abstract(head_dim, dtype="bfloat16", sharding=None, masked=False):
     return (x, x, x), (x, x, x, x, shaped((1, 12, 32760), jnp.float32), x), ranges
 
 
-def triton_modules(lowered):
-    """Of the Triton calls in a lowered program, in order."""
-    calls, modules = [], []
-
-    def visit(op):
-        if op.operation.name == "stablehlo.custom_call":
-            calls.append(ir.DictAttr(op.operation.attributes["mhlo.backend_config"]))
-        return ir.WalkResult.ADVANCE
-
-    lowered.compiler_ir().operation.walk(visit)
-    for call in calls:
-        context = ir.Context()
-        dialect.register_dialect(context)
-        context.load_all_available_dialects()
-        modules.append(str(ir.Module.parse(ir.StringAttr(call["ir"]).value_bytes, context=context)))
-    return modules
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_lowers_for_a_gpu(head_dim, masked):
@@ -132,7 +140,7 @@ def test_lowers_for_a_gpu(head_dim, masked):
         )
         lowered = traced.lower(lowering_platforms=("cuda",))
         assert not re.search(r"stablehlo.transpose.*bf16", lowered.as_text())
-        found += triton_modules(lowered)
+        found += [str(triton_numpy.parse(config)) for config in triton_numpy.configs(lowered)]
     parts = bin(head_dim).count("1")
     loops = 2 if masked else 1  # Blocks that are seen whole, and others.
     assert len(found) == 3
