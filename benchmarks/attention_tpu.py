@@ -15,8 +15,8 @@ The others take the best of a handful of block sizes by the stall model (`SWEEPS
 gradient without the kernel of the forward pass. Where the evaluator does not run, or skips a kernel's body as
 it does jax's (its mask reads as zero), its column is empty. `ratio` divides our cycles of the call by those
 of the better of the others, by the evaluator if all have it, else by the stall model. The evaluator's time
-grows with the square of the sequence: beyond `--evaluated` tokens it does not run, and operations of XLA count
-as the transfer of their bytes. The last line is one JSON object. Needs the `tpu` extra (libtpu), and tokamax
+grows with the square of the sequence: beyond `--evaluated` tokens it does not run, and what XLA adds counts
+as the transfer of its bytes. The last line is one JSON object. Needs the `tpu` extra (libtpu), and tokamax
 (`pip install tokamax`) for its rows.
 """
 
@@ -39,29 +39,20 @@ from pallas_kernels.tpu_static.report import Report
 OURS, JAX, TOKAMAX = "vidgen", "jax", "tokamax"
 SWEEPS: dict[tuple[str, str], list[list[int]]] = {
     (JAX, "forward"): [
-        [1024, 1024, 1024],
         [1024, 2048, 1024],
         [2048, 2048, 1024],
-        [1024, 2048, 512],
+        [2048, 4096, 1024],
+        [512, 4096, 1024],
     ],
     (TOKAMAX, "forward"): [
-        [1024, 2048, 1024, 0],
-        [2048, 2048, 1024, 0],
-        [1024, 2048, 512, 1],
         [2048, 2048, 512, 1],
+        [2048, 4096, 512, 1],
+        [1024, 4096, 1024, 1],
+        [512, 8192, 1024, 0],
+        [512, 8192, 1024, 1],
     ],
-    (JAX, "backward"): [
-        [1024, 1024, 512],
-        [1024, 1024, 1024],
-        [1024, 2048, 512],
-        [2048, 1024, 512],
-    ],
-    (TOKAMAX, "backward"): [
-        [1024, 1024, 512, 0],
-        [1024, 2048, 512, 0],
-        [1024, 1024, 512, 1],
-        [2048, 1024, 512, 1],
-    ],
+    (JAX, "backward"): [[1024, 2048, 512], [2048, 1024, 512], [2048, 2048, 512]],
+    (TOKAMAX, "backward"): [[1024, 2048, 512, 0], [2048, 1024, 512, 0], [2048, 2048, 512, 0]],
 }
 """Blocks of queries, of keys, and of keys at a time; for tokamax, whether its own scheduler is asked for."""
 

@@ -9,7 +9,6 @@ import types
 import pytest
 
 from pallas_kernels.tpu_static import measure as measuring
-from pallas_kernels.tpu_static import worker
 from pallas_kernels.tpu_static.measure import Job, MeasureError, measure
 
 FATAL = (
@@ -95,16 +94,6 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(measuring.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MeasureError, match=r'libtpu.* is not installed: pip install "jax\[tpu\]"'):
         measure([], generation="v6e")
-
-
-def test_a_worker_has_its_own_flags(monkeypatch, tmp_path):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    found = worker.environment(tmp_path, evaluate=True)
-    assert not {"XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"} & set(found)
-    assert found["JAX_ENABLE_COMPILATION_CACHE"] == "false" and found["JAX_PLATFORMS"] == "cpu"
-    assert f"--xla_jf_dump_to={tmp_path}/dumps" in found["LIBTPU_INIT_ARGS"].split()
-    assert "profile" not in worker.environment(tmp_path, evaluate=False)["LIBTPU_INIT_ARGS"]
 
 
 def matmul(*, size, transposed=False):
