@@ -17,7 +17,7 @@ def pipelined(
 ) -> None:
     """Three stages of every unit, written out so that different units' stages lie side by side.
 
-    The compiler schedules within straight code; matrix products of one unit fill the time of another's softmax.
+    The compiler schedules within straight code; products of one unit fill the time of another's softmax.
 
     Args:
       produce: matrix products of a unit.

@@ -26,8 +26,8 @@ def forward(
       ranges, block_mask: what is seen; both, where both are given.
 
     Returns:
-      The mean of the values, `b s n k`, in the dtype of the values; and the logarithm of the sum of exp(score),
-      float32, `b n s`, -inf for a query that sees no key.
+      The mean of the values, `b s n k`, in their dtype; and the log-sum-exp of the scores, float32, `b n s`,
+      -inf for a query that sees no key.
     """
     scores, mask = _scores(query, key, scale, ranges, block_mask)
     largest = scores.max(-1, keepdims=True)

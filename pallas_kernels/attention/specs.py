@@ -18,20 +18,20 @@ class Generation:
     Attributes:
       kind: how jax's `device_kind` begins.
       vmem_bytes: that a kernel may use of its vector memory, somewhat less than there is.
-      transposed_gradients: gradients are summed with the head dimension first. An MXU of 256 x 256 is half
-        empty otherwise where heads have 128 channels; one of 128 x 128 is not.
+      wide_mxu: 256 x 256, which is half empty where heads have 128 channels, unless products are transposed;
+        one of 128 x 128 is not.
     """
 
     kind: str
     vmem_bytes: int
-    transposed_gradients: bool
+    wide_mxu: bool
 
 
 GENERATIONS: dict[str, Generation] = {
-    "v5e": Generation(kind="TPU v5 lite", vmem_bytes=100 << 20, transposed_gradients=False),
-    "v5p": Generation(kind="TPU v5", vmem_bytes=80 << 20, transposed_gradients=False),
-    "v6e": Generation(kind="TPU v6 lite", vmem_bytes=100 << 20, transposed_gradients=True),
-    "tpu7x": Generation(kind="TPU7x", vmem_bytes=56 << 20, transposed_gradients=True),
+    "v5e": Generation(kind="TPU v5 lite", vmem_bytes=100 << 20, wide_mxu=False),
+    "v5p": Generation(kind="TPU v5", vmem_bytes=80 << 20, wide_mxu=False),
+    "v6e": Generation(kind="TPU v6 lite", vmem_bytes=100 << 20, wide_mxu=True),
+    "tpu7x": Generation(kind="TPU7x", vmem_bytes=56 << 20, wide_mxu=True),
 }
 
 
@@ -40,7 +40,7 @@ class BlockSizes:
     """How one pass is cut.
 
     Attributes:
-      queries, keys: tokens of a block, which is what one step of the grid computes; multiples of the next two.
+      queries, keys: tokens of a block, what one step of the grid computes; multiples of the next two.
       query_unit, key_unit: tokens of a unit of the pipeline within a block; multiples of 128.
       ahead, lag: of the pipeline (`pipeline.pipelined`).
     """
@@ -125,19 +125,17 @@ def _table() -> dict[str, Any]:
 
 
 def _fit(size: int, length: int) -> int:
-    """The block size of which the fewest tokens lie beyond the end, among `size` and its halves."""
-    if length >= 4 * size:
-        return size
+    """The size among `size` and its halves with the least work: tokens, those beyond the end too, and steps.
+
+    A step of the grid costs about what 128 tokens do.
+    """
     whole = -(-length // 128) * 128
     if whole <= size:
         return whole
-    candidates = []
-    while size >= 128:
-        candidates.append((-(-length // size) * size + size // 8, -size))
-        if size % 256:
-            break
-        size //= 2
-    return -min(candidates)[1]
+    sizes = [size]
+    while sizes[-1] % 256 == 0:
+        sizes.append(sizes[-1] // 2)
+    return min(sizes, key=lambda one: -(-length // one) * (one + 128))
 
 
 def _divisor(size: int, of: int) -> int:

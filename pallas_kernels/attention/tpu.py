@@ -1,6 +1,7 @@
 """Attention on TPUs: `b s n k` in, `b s n k` out."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,15 +47,17 @@ def forward(
     """
     call = _Call.of(query, key, value, "forward", ranges, block_mask, generation, blocks)
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
-    sizes = {
-        "queries": query.shape[1],
-        "keys": key.shape[1],
-        "heads": call.heads,
-        "scale": _scale(query, scale),
-    }
+    kernel = functools.partial(
+        ForwardKernel,
+        heads=call.heads,
+        queries=query.shape[1],
+        keys=key.shape[1],
+        scale=_scale(query, scale),
+        ones=GENERATIONS[call.generation].wide_mxu,
+    )
     inputs = tuple(map(call.heads.merged, (query, key, value)))
     options = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
-    results = ForwardKernel(blocks=call.blocks, masking=masks, **sizes)(*inputs, **options)
+    results = kernel(blocks=call.blocks, masking=masks)(*inputs, **options)
 
     def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
         """Computes the blocks with marked rows exactly."""
@@ -63,8 +66,7 @@ def forward(
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
         masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
-        kernel = ForwardKernel(blocks=small, masking=masks, exact=True, **sizes)
-        return kernel(*inputs, (output, log_sum_exp), **options)
+        return kernel(blocks=small, masking=masks, exact=True)(*inputs, (output, log_sum_exp), **options)
 
     output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
@@ -102,7 +104,7 @@ def backward(
         queries=query.shape[1],
         keys=key.shape[1],
         scale=_scale(query, scale),
-        transposed=GENERATIONS[call.generation].transposed_gradients,
+        transposed=GENERATIONS[call.generation].wide_mxu,
     )
     merged = call.heads.merged
     rows = log_sum_exp.reshape(query.shape[0], call.heads.groups, call.heads.together, -1)

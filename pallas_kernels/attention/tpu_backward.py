@@ -211,7 +211,7 @@ class _Step:
         return lax.broadcasted_iota(jnp.int32, shape, axis) < left
 
     def _copy(self, block, own, there: Array) -> None:
-        """A block for each head, the other heads' channels being zero: products over all channels then serve."""
+        """A block for each head, the other heads' channels zero: products over all channels then serve."""
         for head in range(self.heads.together):
             keep = there
             if self.heads.together > 1:

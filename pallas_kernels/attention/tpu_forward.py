@@ -40,9 +40,8 @@ __all__ = ["ForwardKernel"]
 
 _SAMPLE = 128
 """Keys from which the first reference is taken."""
-_ONES = 16
-"""Rows of ones below the transposed values, whose product is the sum of the weights as they are multiplied:
-rounded. A query that sees one key then has exactly its value."""
+_TOTALS = 16
+"""Rows below the sums of the values, for the sums of the weights."""
 _RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
 """Sums of a row: beyond the first the reference is raised; beyond the others the row is computed anew."""
 
@@ -54,6 +53,9 @@ class ForwardKernel:
     Attributes:
       queries, keys: tokens.
       scale: of the products.
+      ones: weights are summed by the matrix product, with rows of ones below the transposed values: where an
+        MXU of 256 x 256 has the time. Otherwise by additions, eight sums per query. Either way they are
+        summed as they are multiplied, rounded: a query that sees one key has exactly its value.
       exact: takes the largest score of every unit.
     """
 
@@ -63,6 +65,7 @@ class ForwardKernel:
     queries: int
     keys: int
     scale: float
+    ones: bool
     exact: bool = False
 
     def __call__(
@@ -110,9 +113,9 @@ class ForwardKernel:
                 out_specs=[of_queries, of_rows],
                 scratch_shapes=[
                     pltpu.VMEM((heads.together, heads.lanes, blocks.queries), query.dtype),
-                    pltpu.VMEM((heads.together, heads.padded + _ONES, blocks.keys), value.dtype),
+                    pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.keys), value.dtype),
                     pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32),
-                    pltpu.VMEM((heads.together, heads.padded + _ONES, blocks.queries), jnp.float32),
+                    pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.queries), jnp.float32),
                     pltpu.VMEM((blocks.keys, LANES), jnp.int32),
                 ],
             ),
@@ -156,10 +159,8 @@ class _Step:
         self.key, self.value, self.masks = key, value, masks
         self.query_t, self.value_t = query_t, value_t
         self.reference, self.sums, self.codes = reference, sums, codes
-        self.channels, self.ones = (
-            slice(0, self.heads.padded),
-            slice(self.heads.padded, self.heads.padded + 1),
-        )
+        self.channels = slice(0, self.heads.padded)
+        self.totals = slice(self.heads.padded, self.heads.padded + (1 if kernel.ones else 8))
 
     def begin(self, query) -> None:
         """Before the first block of keys."""
@@ -195,7 +196,7 @@ class _Step:
             values = jnp.where(column < self.kernel.keys - self.visit.inner * blocks.keys, values, 0)
         for head in range(heads.together):
             self.value_t[head, self.channels] = values[heads.rows(head)]
-            self.value_t[head, heads.padded :] = jnp.ones((_ONES, blocks.keys), values.dtype)
+            self.value_t[head, heads.padded :] = jnp.ones((_TOTALS, blocks.keys), values.dtype)
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
         for head in range(heads.together):
@@ -211,7 +212,7 @@ class _Step:
             lag=self.blocks.lag,
         )
         if not self.kernel.exact:
-            pl.when(jnp.max(self.sums[head, self.ones]) > _RAISE)(functools.partial(self._raise, head))
+            pl.when(jnp.max(self.sums[head, self.totals]) > _RAISE)(functools.partial(self._raise, head))
 
     def _scores(self, head: int, unit) -> Array:
         queries, keys = unit
@@ -237,19 +238,26 @@ class _Step:
         if self.kernel.exact and mask is not None:
             # Of a query that has seen nothing yet, the largest score is none.
             weights = jnp.where(mask, weights, 0.0)
-        return weights.astype(self.value_t.dtype), shrink
+        weights = weights.astype(self.value_t.dtype)
+        if not self.kernel.ones:
+            if shrink is not None:
+                self.sums[head, self.totals, queries] *= shrink
+            wide = weights.astype(jnp.float32)
+            self.sums[head, self.totals, queries] += wide.reshape(-1, 8, wide.shape[1]).sum(0)
+        return weights, shrink
 
     def _add(self, head: int, unit, transformed: tuple[Array, Array | None]) -> None:
         (queries, keys), (weights, shrink) = unit, transformed
-        added = dot(self.value_t[head, :, keys], weights, (1, 0))
+        rows = slice(None) if self.kernel.ones else self.channels
+        added = dot(self.value_t[head, rows, keys], weights, (1, 0))
         if shrink is None:
-            self.sums[head, :, queries] += added
+            self.sums[head, rows, queries] += added
         else:
-            self.sums[head, :, queries] = self.sums[head, :, queries] * shrink + added
+            self.sums[head, rows, queries] = self.sums[head, rows, queries] * shrink + added
 
     def _raise(self, head: int) -> None:
         """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""
-        total = self.sums[head, self.ones]
+        total = self.sums[head, self.totals].sum(0, keepdims=True)
         up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
         shrink = jnp.where(total < _OVERFLOW, jnp.exp2(-up), jnp.nan)
         self.reference[head] += up
@@ -259,7 +267,7 @@ class _Step:
         """After the last block of keys."""
         means = []
         for head in range(self.heads.together):
-            total = self.sums[head, self.ones]
+            total = self.sums[head, self.totals].sum(0, keepdims=True)
             logarithm = self.reference[head, 0:1] + jnp.log2(total)
             if self.kernel.exact:
                 seen = total != 0

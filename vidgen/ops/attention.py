@@ -41,10 +41,10 @@ def attention(
       segment_ids: of queries and keys, 0 or more; a query attends to keys of its own segment only.
       bias: added to the scores.
       scale: of the products, 1 / sqrt(k) by default.
-      implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted on
-        CPUs, to test them); `cudnn` is NVIDIA's fused kernel, for 16 bits; `xla` is plain products and a softmax,
-        in blocks on CPUs where there are many scores (`vidgen.ops.attention_cpu`). `auto` takes the first that
-        there is for the device, the shapes and the dtype.
+      implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted
+        on CPUs, to test them); `cudnn` is NVIDIA's fused kernel, for 16 bits; `xla` is plain products and a
+        softmax, in blocks on CPUs where scores are many (`vidgen.ops.attention_cpu`). `auto` takes the first
+        that there is for the device, the shapes and the dtype.
 
     Raises:
       NotImplementedError: the implementation that was named takes no such shapes or dtypes.

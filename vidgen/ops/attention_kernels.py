@@ -88,7 +88,7 @@ class Kernels:
 
 
 def device_kind() -> tuple[str, str]:
-    """Platform and kind of the devices that a program is for: of the mesh in context, or those that are here."""
+    """Platform and kind of the devices that a program is for: those of the mesh in context, or those here."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform or "cpu", described.device_kind
@@ -164,12 +164,12 @@ def over_mesh(
     *others: Any,
     outputs: str,
 ) -> Any:
-    """`local(axes, ...)`, each device its clips, heads and queries: neither a loop nor a kernel is cut by XLA.
+    """`local(axes, ...)`, each device its clips, heads and queries: XLA cuts neither loops nor kernels.
 
     Args:
       local: is given the mesh axes over which queries are cut, and its part of each array.
       others: cut as queries are.
-      outputs: a letter for each output, `q` if it is cut as queries are, `k` if as keys; one output is no tuple.
+      outputs: a letter for each output, `q` if it is cut as queries are, `k` if as keys; one is no tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
