@@ -9,7 +9,7 @@ from jax import Array
 from pallas_kernels.qk_norm_rope import tpu
 from pallas_kernels.qk_norm_rope.rotation import LANES, Rotation, rotation
 
-__all__ = ["norm_rope"]
+__all__ = ["block_rows", "norm_rope"]
 
 BLOCK_BYTES = 5120 * 128 * 2
 """Of a block of `x`; the backward pass has ten times as much in VMEM, of 16 MiB that a kernel gets on v5e."""
@@ -59,11 +59,19 @@ def norm_rope(
     if x.ndim == 4 and x.shape[-1] != turns.head_dim:
         raise ValueError(f"heads of {x.shape[-1]} channels, and angles for {turns.head_dim}")
     options = tpu.Options(
-        head_dim=turns.head_dim, eps=eps, scale=scale, rows=rows or _rows(flat), interpret=interpret
+        head_dim=turns.head_dim, eps=eps, scale=scale, rows=rows or block_rows(flat), interpret=interpret
     )
     table = jax.lax.stop_gradient(turns.table)
     result: Array = _norm_rope(flat, _varying(weight, flat), _varying(table, flat), options)
     return result.reshape(x.shape)
+
+
+def block_rows(x: Array | jax.ShapeDtypeStruct) -> int:
+    """How many tokens of `x`, `b s (n k)`, a block has if nobody says."""
+    _, length, width = x.shape
+    tile = tpu.ROW_TILE
+    fitting = BLOCK_BYTES // (width * x.dtype.itemsize)
+    return max(min(fitting, MOST_ROWS, length + tile - 1) // tile * tile, tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -105,10 +113,3 @@ def _check(x: Array, weight: Array, turns: Rotation) -> None:
             f"{width} channels, heads of {head_dim}: the kernel takes multiples of {LANES} channels, "
             f"and heads of at most {2 * LANES}"
         )
-
-
-def _rows(x: Array) -> int:
-    _, length, width = x.shape
-    tile = tpu.ROW_TILE
-    fitting = BLOCK_BYTES // (width * x.dtype.itemsize)
-    return max(min(fitting, MOST_ROWS, length + tile - 1) // tile * tile, tile)
