@@ -56,17 +56,21 @@ class Shape:
         return self.heads * (self.sequence / 1024) ** 2
 
 
-def forward(*, generation: str, sequence: int, heads: int, head_dim: int) -> tuple[Any, Sequence[Any]]:
+def forward(
+    *, generation: str, sequence: int, heads: int, head_dim: int, blocks: Any = None
+) -> tuple[Any, Sequence[Any]]:
     """The forward pass, and its arguments."""
     from pallas_kernels.attention import tpu
 
     def call(query: Any, key: Any, value: Any) -> Any:
-        return tpu.forward(query, key, value, generation=generation)
+        return tpu.forward(query, key, value, generation=generation, blocks=blocks)
 
     return call, [_tokens(sequence, heads, head_dim)] * 3
 
 
-def backward(*, generation: str, sequence: int, heads: int, head_dim: int) -> tuple[Any, Sequence[Any]]:
+def backward(
+    *, generation: str, sequence: int, heads: int, head_dim: int, blocks: Any = None
+) -> tuple[Any, Sequence[Any]]:
     """The backward pass, given what the forward pass returned, and its arguments."""
     import jax
     import jax.numpy as jnp
@@ -74,7 +78,8 @@ def backward(*, generation: str, sequence: int, heads: int, head_dim: int) -> tu
     from pallas_kernels.attention import tpu
 
     def call(query: Any, key: Any, value: Any, output: Any, log_sum_exp: Any, cotangent: Any) -> Any:
-        return tpu.backward(query, key, value, output, log_sum_exp, cotangent, generation=generation)
+        saved = (output, log_sum_exp)
+        return tpu.backward(query, key, value, *saved, cotangent, generation=generation, blocks=blocks)
 
     tokens = _tokens(sequence, heads, head_dim)
     sums = jax.ShapeDtypeStruct((1, heads, sequence), jnp.float32)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from vidgen.ops.attention import attention
 
@@ -86,3 +87,30 @@ def test_scores_and_softmax_of_16_bit_inputs_are_float32():
     y = attention(query, key, value)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), 1 / (1 + np.exp(-2.0)), rtol=4e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernels_have_the_gradients_of_finite_differences(packed):
+    """Interpreted; of what every model calls."""
+    rng = np.random.default_rng(3)
+    arrays = tuple(jnp.asarray(rng.normal(size=(1, n, 2, 64)), jnp.float32) for n in (40, 50, 50))
+    ids = tuple(jnp.asarray(np.arange(n)[None] // 15, jnp.int32) for n in (40, 50)) if packed else None
+
+    def call(*arrays):
+        return attention(*arrays, segment_ids=ids, implementation="pallas_tpu")
+
+    check_grads(jax.jit(call), arrays, order=1, modes=["rev"], rtol=2e-3, atol=2e-3, eps=1e-2)
+
+
+def test_what_kernels_do_not_take_falls_to_the_next(qkv, monkeypatch):
+    """On a TPU, heads that are too wide, and a bias, are for XLA."""
+    monkeypatch.setattr("vidgen.ops.attention.device_kind", lambda: ("tpu", "TPU v5 lite"))
+    monkeypatch.setattr("vidgen.ops.attention_kernels.device_kind", lambda: ("tpu", "TPU v5 lite"))
+    wide = [jnp.tile(x, (1, 1, 1, 64)) for x in qkv]
+    with pytest.raises(NotImplementedError, match="512"):
+        attention(*wide, implementation="pallas_tpu")
+    np.testing.assert_allclose(attention(*wide), attention(*wide, implementation="xla"))
+    bias = jnp.zeros((1, 3, 5, 7))
+    with pytest.raises(NotImplementedError, match="bias"):
+        attention(*qkv, bias=bias, implementation="pallas_tpu")
+    np.testing.assert_allclose(attention(*qkv, bias=bias), attention(*qkv, implementation="xla"), rtol=1e-6)
