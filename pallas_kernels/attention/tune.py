@@ -1,6 +1,6 @@
 """Finds the block sizes of `block_sizes.json` by static cycles; no TPU is needed, but libtpu.
 
-    python -m pallas_kernels.attention.tune --generation v6e --pass forward [--head-dim 64] [--masked] [--write]
+    python -m pallas_kernels.attention.tune --generation v6e --pass forward [--masked] [--write]
 
 Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
 (`pallas_kernels.tpu_static`); `--write` puts the best into the table. With `--masked`, which is for segments

@@ -85,7 +85,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         if header and current is None:
             current = computations.setdefault(header["name"], [])
             entry = header["name"] if header["entry"] else entry
-        elif line == "}":
+        elif line.startswith("}"):  # Of a SparseCore's computation more follows.
             current = None
         elif current is not None and _INSTRUCTION.match(line):
             current.append(line)

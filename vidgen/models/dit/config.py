@@ -28,7 +28,7 @@ class DiTConfig:
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
       remat: what the backward pass finds saved.
       sequence: how tokens attend to each other that are cut over the mesh axis `context`.
-      attention: `cudnn` is NVIDIA's fused kernel, for bfloat16.
+      attention: the backend; `auto` is by device and shape.
     """
 
     in_channels: int = 16
