@@ -55,9 +55,9 @@ def forward(
         scale=_scale(query, scale),
         ones=GENERATIONS[call.generation].wide_mxu,
     )
-    inputs = tuple(map(call.heads.merged, (query, key, value)))
+    merged: Any = [call.heads.merged(x) for x in (query, key, value)]
     options = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
-    results = kernel(blocks=call.blocks, masking=masks)(*inputs, **options)
+    results = kernel(blocks=call.blocks, masking=masks)(*merged, **options)
 
     def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
         """Computes the blocks with marked rows exactly."""
@@ -66,7 +66,9 @@ def forward(
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
         masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
-        return kernel(blocks=small, masking=masks, exact=True)(*inputs, (output, log_sum_exp), **options)
+        return kernel(blocks=small, masking=masks, exact=True)(
+            *merged, previous=(output, log_sum_exp), **options
+        )
 
     output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
@@ -107,15 +109,18 @@ def backward(
         transposed=GENERATIONS[call.generation].wide_mxu,
     )
     merged = call.heads.merged
-    rows = log_sum_exp.reshape(query.shape[0], call.heads.groups, call.heads.together, -1)
     gradients = kernel(
-        *map(merged, (query, key, value, output)),
-        rows,
+        merged(query),
+        merged(key),
+        merged(value),
+        merged(output),
+        log_sum_exp.reshape(query.shape[0], call.heads.groups, call.heads.together, -1),
         merged(cotangent.astype(query.dtype)),
         vmem_bytes=call.vmem_bytes,
         interpret=interpret,
     )
-    return tuple(map(call.heads.split, gradients))  # pyright: ignore[reportReturnType]
+    d_query, d_key, d_value = map(call.heads.split, gradients)
+    return d_query, d_key, d_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

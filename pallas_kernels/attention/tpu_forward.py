@@ -133,7 +133,7 @@ class ForwardKernel:
     def _body(self, has_previous: bool, *refs: Any) -> None:
         count = len(self.masking.visits.prefetch)
         words, refs = refs[:count], refs[count:]
-        query, key, value, *refs = refs
+        (query, key, value), refs = refs[:3], refs[3:]
         masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
         output, log_sum_exp, *scratch = refs[2:] if has_previous else refs
         visit = self.masking.visits.visit(0, words)

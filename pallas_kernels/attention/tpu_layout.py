@@ -141,8 +141,12 @@ def masking(
         codes, low, high = ranges
     if ranges is None and block_mask is None and only is None:
         outer, inner = counts if queries_outside else counts[::-1]
-        partial = {"partial_inner" if queries_outside else "partial_outer": ragged}
-        visits = Dense(outer=outer, inner=inner, **partial)
+        visits = Dense(
+            outer=outer,
+            inner=inner,
+            partial_inner=ragged and queries_outside,
+            partial_outer=ragged and not queries_outside,
+        )
     else:
         sizes = {"query_block": blocks.queries, "key_block": blocks.keys}
         some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
@@ -180,7 +184,7 @@ def dot(x: Array, y: Array, contracted: tuple[int, int]) -> Array:
     )
 
 
-def visible(codes: Any, low: Any, high: Any, shape: tuple[int, int]) -> Array:
+def visible(codes: Any, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
     """The mask of a unit, keys by queries.
 
     Args:
