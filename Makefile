@@ -38,7 +38,7 @@ unit: .venv/.parity
 notebooks: $(NOTEBOOKS)
 	VIDGEN_VARIANT=tiny $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS)
 
-# Compiles for TPU topologies with libtpu, which is why it is not part of `make test`.
+# Minutes each: compiling for TPU topologies, and kernels interpreted at full block sizes.
 test-slow: .venv/.dev
 	$(BIN)/python -m pip install --quiet -e ".[tpu]"
 	$(BIN)/python -m pytest -m slow
