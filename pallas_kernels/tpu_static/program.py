@@ -85,7 +85,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         if header and current is None:
             current = computations.setdefault(header["name"], [])
             entry = header["name"] if header["entry"] else entry
-        elif line.startswith("}"):  # Of a SparseCore's computation more follows.
+        elif line.startswith("}") and not line.startswith("}}"):
+            # Of a SparseCore's computation more follows; two braces close attributes with line breaks.
             current = None
         elif current is not None and _INSTRUCTION.match(line):
             current.append(line)

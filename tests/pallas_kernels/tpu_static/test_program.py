@@ -30,6 +30,10 @@ PROGRAM = f"""HloModule jit_f, entry_computation_layout={{(bf16[8,256]{{1,0}})->
   ROOT %t = (s32[], bf16[8,256]{{1,0:T(8,128)(2,1)}}) tuple(%i, %fusion.2)
 }}
 
+%sparse (s: bf16[8,256]) -> bf16[8,256] {{
+  ROOT %copy.7 = bf16[8,256]{{1,0:T(8,128)(2,1)}} copy(%s), {config(4)}
+}}, execution_thread="sparsecore"
+
 %small (q: bf16[8,256]) -> bf16[8,256] {{
   ROOT %copy.8 = bf16[8,256]{{1,0:T(8,128)(2,1)}} copy(%q), {config(1)}
 }}
