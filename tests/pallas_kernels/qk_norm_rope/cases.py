@@ -52,8 +52,9 @@ class NormRopeCases:
             "length": self.lengths,
             "clips": (1, self.batch),
         }
-        for name in values.keys() & metafunc.fixturenames:
-            metafunc.parametrize(name, values[name], ids=str)
+        for name, of_it in values.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, of_it, ids=str)
 
     def inputs(self, *, heads=(2, 64), length=40, clips=1, dtype="float32"):
         """X and cotangent, `b s (n k)`, weight and angles."""
