@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any, Literal, cast
 
-__all__ = ["GENERATIONS", "BlockSizes", "Generation", "block_sizes", "generation_of"]
+__all__ = ["GENERATIONS", "BlockSizes", "Generation", "Pass", "block_sizes", "generation_of"]
 
 Pass = Literal["forward", "backward"]
 
@@ -43,6 +43,8 @@ class BlockSizes:
       queries, keys: tokens of a block, what one step of the grid computes; multiples of the next two.
       query_unit, key_unit: tokens of a unit of the pipeline within a block; multiples of 128.
       ahead, lag: of the pipeline (`pipeline.pipelined`).
+      heads: that a block holds, or pairs of heads of 64 channels; fewer where it is no divisor of what there
+        are.
     """
 
     queries: int
@@ -51,16 +53,18 @@ class BlockSizes:
     key_unit: int
     ahead: int = 1
     lag: int = 1
+    heads: int = 1
 
     def __post_init__(self):
         for block, unit in ((self.queries, self.query_unit), (self.keys, self.key_unit)):
             if unit % 128 or block % unit:
                 raise ValueError(f"{self}: units must be multiples of 128, and blocks multiples of units")
 
-    def units(self) -> list[tuple[slice, slice]]:
-        """Queries and keys of each unit of a block."""
+    def units(self, heads: int) -> list[tuple[int, slice, slice]]:
+        """Head, queries and keys of each unit of a block."""
         return [
-            (slice(q, q + self.query_unit), slice(k, k + self.key_unit))
+            (head, slice(q, q + self.query_unit), slice(k, k + self.key_unit))
+            for head in range(heads)
             for q in range(0, self.queries, self.query_unit)
             for k in range(0, self.keys, self.key_unit)
         ]

@@ -11,11 +11,11 @@ from jax import Array, lax
 from pallas_kernels.attention import specs
 from pallas_kernels.attention.masks import BlockMask, KeyRanges
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.attention.tpu_backward import BackwardKernel
+from pallas_kernels.attention.tpu_backward import BackwardKernel, fitting
 from pallas_kernels.attention.tpu_forward import ForwardKernel
 from pallas_kernels.attention.tpu_layout import Heads, masking
 
-__all__ = ["backward", "forward"]
+__all__ = ["Call", "backward", "forward"]
 
 
 def forward(
@@ -45,7 +45,9 @@ def forward(
     Raises:
       NotImplementedError: heads of more than 256 channels, another dtype, a mask of too many blocks.
     """
-    call = _Call.of(query, key, value, "forward", ranges, block_mask, generation, blocks)
+    _check(query, key, value)
+    options = {"ranges": ranges, "block_mask": block_mask}
+    call = Call.of(query, key, "forward", **options, generation=generation, blocks=blocks)
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
     kernel = functools.partial(
         ForwardKernel,
@@ -56,8 +58,8 @@ def forward(
         ones=GENERATIONS[call.generation].wide_mxu,
     )
     merged: Any = [call.heads.merged(x) for x in (query, key, value)]
-    options = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
-    results = kernel(blocks=call.blocks, masking=masks)(*merged, **options)
+    run = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
+    results = kernel(blocks=call.blocks, masking=masks)(*merged, **run)
 
     def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
         """Computes the blocks with marked rows exactly."""
@@ -66,9 +68,7 @@ def forward(
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
         masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
-        return kernel(blocks=small, masking=masks, exact=True)(
-            *merged, previous=(output, log_sum_exp), **options
-        )
+        return kernel(blocks=small, masking=masks, exact=True)(*merged, previous=(output, log_sum_exp), **run)
 
     output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
@@ -96,9 +96,11 @@ def backward(
       cotangent: of the output, `b s n k`.
 
     Raises:
-      NotImplementedError: as of `forward`; or more queries than the gradient of fits in vector memory.
+      NotImplementedError: as of `forward`; or more queries than have their gradient fit into vector memory.
     """
-    call = _Call.of(query, key, value, "backward", ranges, block_mask, generation, blocks)
+    _check(query, key, value)
+    options = {"ranges": ranges, "block_mask": block_mask}
+    call = Call.of(query, key, "backward", **options, generation=generation, blocks=blocks)
     kernel = BackwardKernel(
         heads=call.heads,
         blocks=call.blocks,
@@ -124,37 +126,61 @@ def backward(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call:
-    """What a call's shapes and device decide."""
+class Call:
+    """What the shapes of a call, its device and the table of block sizes decide.
+
+    Attributes:
+      vmem_bytes: of vector memory that a kernel may use.
+    """
 
     heads: Heads
     blocks: BlockSizes
     generation: str
-
-    @property
-    def vmem_bytes(self) -> int:
-        return GENERATIONS[self.generation].vmem_bytes
+    vmem_bytes: int
 
     @classmethod
-    def of(cls, query, key, value, which: specs.Pass, ranges, block_mask, generation, blocks) -> "_Call":
-        if query.dtype not in (jnp.bfloat16, jnp.float32) or {query.dtype} != {key.dtype, value.dtype}:
-            raise NotImplementedError(
-                f"attention: query {query.dtype}, key {key.dtype}, value {value.dtype}; the kernel takes "
-                "bfloat16 or float32, all alike"
-            )
-        heads = Heads.of(query)
+    def of(
+        cls,
+        query: Any,
+        key: Any,
+        which: specs.Pass,
+        *,
+        ranges: KeyRanges | None,
+        block_mask: BlockMask | None = None,
+        generation: str | None = None,
+        blocks: BlockSizes | None = None,
+    ) -> "Call":
+        """Of arrays, or of their shapes and dtypes.
+
+        Raises:
+          NotImplementedError: as of `forward` and `backward`.
+        """
+        padded = Heads.of(query).padded
         generation = generation or specs.generation_of(jax.devices()[0].device_kind)
         if blocks is None:
             blocks = specs.block_sizes(
                 generation,
                 which,
-                head_dim=heads.padded,
+                head_dim=padded,
                 bits=jnp.finfo(query.dtype).bits,
                 masked=ranges is not None,
             ).within(query.shape[1], key.shape[1])
         if block_mask is not None:
             blocks = blocks.dividing(block_mask.query_size, block_mask.key_size)
-        return cls(heads=heads, blocks=blocks, generation=generation)
+        vmem_bytes = GENERATIONS[generation].vmem_bytes
+        if which == "forward":
+            heads = Heads.of(query, blocks.heads)
+        else:
+            heads = fitting(query, blocks, vmem_bytes)
+        return cls(heads=heads, blocks=blocks, generation=generation, vmem_bytes=vmem_bytes)
+
+
+def _check(query: Array, key: Array, value: Array) -> None:
+    if query.dtype not in (jnp.bfloat16, jnp.float32) or {query.dtype} != {key.dtype, value.dtype}:
+        raise NotImplementedError(
+            f"attention: query {query.dtype}, key {key.dtype}, value {value.dtype}; the kernel takes "
+            "bfloat16 or float32, all alike"
+        )
 
 
 def _scale(query: Array, scale: float | None) -> float:

@@ -9,6 +9,7 @@ fills it; they are turned as they leave.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -30,7 +31,10 @@ from pallas_kernels.attention.tpu_layout import (
 )
 from pallas_kernels.attention.visits import Visit
 
-__all__ = ["BackwardKernel"]
+__all__ = ["BackwardKernel", "fitting"]
+
+_SPILLS = 8 << 20
+"""Bytes for what does not fit into registers, and rows of masks and of log-sum-exps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class BackwardKernel:
                     *self.masking.specs(blocks, queries_outside=False),
                 ],
                 out_specs=[leaving, of_keys, of_keys],
-                scratch_shapes=self._scratch(query.dtype),
+                scratch_shapes=_scratch(heads, blocks, self.queries, query.dtype, self.transposed),
             ),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
             compiler_params=pltpu.CompilerParams(
@@ -109,24 +113,6 @@ class BackwardKernel:
     def _spec(self, lanes: int, size: int, index) -> pl.BlockSpec:
         return pl.BlockSpec((None, size, lanes), self.masking.visits.map(index))
 
-    def _scratch(self, dtype: Any) -> list[Any]:
-        blocks, heads = self.blocks, self.heads
-        count = -(-self.queries // blocks.queries)
-        turn = lambda size: (heads.lanes, size) if self.transposed else (size, heads.lanes)  # noqa: E731
-        own = lambda size: pltpu.VMEM((heads.together, size, heads.lanes), dtype)  # noqa: E731
-        return [
-            pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
-            pltpu.VMEM(turn(blocks.keys), jnp.float32),
-            pltpu.VMEM(turn(blocks.keys), jnp.float32),
-            pltpu.VMEM((count, heads.together, 1, blocks.queries), jnp.float32),
-            pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
-            own(blocks.queries),
-            own(blocks.queries),
-            own(blocks.keys),
-            pltpu.VMEM((blocks.keys, heads.lanes), dtype),
-            pltpu.VMEM((blocks.keys, LANES), jnp.int32),
-        ]
-
     def _body(self, *refs: Any) -> None:
         count = len(self.masking.visits.prefetch)
         words, refs = refs[:count], refs[count:]
@@ -136,6 +122,10 @@ class BackwardKernel:
         step = _Step(self, visit, inputs, (*masks, None, None)[:3], refs[:3], refs[3:])
         pl.when(visit.first)(step.begin_keys)
         pl.when(visit.first_inner)(step.begin_queries)
+        if not isinstance(visit.active, bool):
+            idle = jnp.logical_not(visit.active)
+            pl.when(visit.first & idle)(step.clear_keys)
+            pl.when(visit.first_inner & idle)(step.clear_queries)
         if not masks:
             pl.when(visit.active)(lambda: step.absorb(masked=False))
         else:
@@ -160,33 +150,52 @@ class _Step:
         self.ragged_queries = kernel.queries % kernel.blocks.queries != 0
         self.ragged_keys = kernel.keys % kernel.blocks.keys != 0
         # The operands are copied only where they are not what the products need.
-        self.copied_queries = self.ragged_queries or self.heads.together > 1
-        self.copied_keys = self.ragged_keys or self.heads.together > 1
+        self.copied_queries = self.ragged_queries or self.heads.paired
+        self.copied_keys = self.ragged_keys or self.heads.paired
 
     # What lies before and after the products.
 
     def begin_keys(self) -> None:
         """A block of keys is met for the first time."""
-        self.of_key[...] = jnp.zeros_like(self.of_key)
-        self.of_value[...] = jnp.zeros_like(self.of_value)
         if self.copied_keys:
-            left = self.kernel.keys - self.visit.outer * self.blocks.keys
-            there = self._valid(self.ragged_keys, left, self.key.shape, 0)
-            self._copy(self.key, self.own_key, there)
+            left = self.kernel.keys - self.visit.outer * self.blocks.keys if self.ragged_keys else None
+            self._copy(self.key, self.own_key, left)
             if self.ragged_keys:
+                there = self._valid(left, self.value.shape, 0)
                 self.whole_value[...] = jnp.where(there, self.value[...], 0)
 
     def begin_queries(self) -> None:
         """A block of queries is met for the first time."""
         inner, heads = self.visit.inner, self.heads
-        self.of_query[inner] = jnp.zeros_like(self.of_query[inner])
         product = self.output[...].astype(jnp.float32) * self.cotangent[...].astype(jnp.float32)
-        product = product.T
+        means = self._sums_of_heads(product)
         for head in range(heads.together):
-            mean = product[heads.rows(head)].sum(0, keepdims=True)
-            if self.ragged_queries:
-                mean = jnp.where(self._valid(True, self._queries_left(), mean.shape, 1), mean, 0)
-            self.mean[inner, head] = mean
+            self.mean[inner, head] = jnp.where(
+                self._valid(self._queries_left(), (1, means.shape[1]), 1), means[head : head + 1], 0
+            )
+
+    def _sums_of_heads(self, x: Array) -> Array:
+        """Sums over channels, `q lanes` to `heads q` (and rows of zeros), as products with ones.
+
+        What is float32 only by being the product of two bfloat16 is the sum of two of these.
+        """
+        lanes = self.heads.lanes
+        shape = -(-self.heads.together // 8) * 8, lanes
+        head = lax.broadcasted_iota(jnp.int32, shape, 0)
+        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+        own = (channel // self.heads.padded == head).astype(self.query.dtype)
+        high = x.astype(self.query.dtype)
+        low = (x - high.astype(jnp.float32)).astype(self.query.dtype)
+        return dot(own, high, (1, 1)) + dot(own, low, (1, 1))
+
+    def clear_keys(self) -> None:
+        """Nothing is added at the first visit, which would else replace what is there."""
+        self.of_key[...] = jnp.zeros_like(self.of_key)
+        self.of_value[...] = jnp.zeros_like(self.of_value)
+
+    def clear_queries(self) -> None:
+        """As `clear_keys`."""
+        self.of_query[self.visit.inner] = jnp.zeros_like(self.of_query[self.visit.inner])
 
     def finish_queries(self) -> None:
         """A block of queries has met all its keys."""
@@ -202,21 +211,29 @@ class _Step:
         return x.T if self.kernel.transposed else x
 
     def _queries_left(self) -> Any:
+        """How many queries of the block there are, or None for all of them."""
+        if not self.ragged_queries:
+            return None
         return self.kernel.queries - self.visit.inner * self.blocks.queries
 
     @staticmethod
-    def _valid(ragged: bool, left: Any, shape: tuple[int, ...], axis: int) -> Array:
-        if not ragged:
+    def _valid(left: Any, shape: tuple[int, ...], axis: int) -> Array:
+        if left is None:
             return jnp.ones(shape, bool)
         return lax.broadcasted_iota(jnp.int32, shape, axis) < left
 
-    def _copy(self, block, own, there: Array) -> None:
-        """A block for each head, the other heads' channels zero: products over all channels then serve."""
+    def _copy(self, block, own, left: Any) -> None:
+        """A block for each head, the other heads' channels zero: products over all channels then serve.
+
+        Args:
+          left: tokens of the block that there are, or None for all of them.
+        """
         for head in range(self.heads.together):
-            keep = there
-            if self.heads.together > 1:
-                keep = keep & self.heads.own(head, there.shape, 1)
-            own[head] = jnp.where(keep, block[...], 0)
+            tokens = block[:, self.heads.window(head)]
+            keep = self._valid(left, tokens.shape, 0)
+            if self.heads.paired:
+                keep &= self.heads.own(head, tokens.shape, 1)
+            own[head] = jnp.where(keep, tokens, 0)
 
     # Products.
 
@@ -225,48 +242,44 @@ class _Step:
         blocks = self.blocks
         logarithm = self.log_sum_exp[...] * LOG2_E
         seen = logarithm > NEGATIVE
-        if self.ragged_queries:
-            seen &= self._valid(True, self._queries_left(), logarithm.shape, 1)
+        seen &= self._valid(self._queries_left(), logarithm.shape, 1)
         # Of a query that sees nothing, or is none, every weight is zero.
         offset = jnp.where(seen, logarithm, -NEGATIVE)
         for head in range(self.heads.together):
             self.offset[head] = offset[head : head + 1]
         if self.copied_queries:
-            there = self._valid(self.ragged_queries, self._queries_left(), self.query.shape, 0)
-            self._copy(self.query, self.own_query, there)
-            self._copy(self.cotangent, self.own_cotangent, there)
+            self._copy(self.query, self.own_query, self._queries_left())
+            self._copy(self.cotangent, self.own_cotangent, self._queries_left())
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
-        for head in range(self.heads.together):
-            self._absorb_head(masked, head)
-
-    def _absorb_head(self, masked: bool, head: int) -> None:
         pipelined(
-            self.blocks.units(),
-            functools.partial(self._products, head),
-            functools.partial(self._weights, head, masked),
-            functools.partial(self._add, head),
-            ahead=self.blocks.ahead,
-            lag=self.blocks.lag,
+            blocks.units(self.heads.together),
+            self._products,
+            functools.partial(self._weights, masked),
+            self._add,
+            ahead=blocks.ahead,
+            lag=blocks.lag,
         )
 
     def _queries_of(self, head: int, rows: slice) -> tuple[Array, Array]:
         """Query and cotangent."""
         if self.copied_queries:
             return self.own_query[head, rows, :], self.own_cotangent[head, rows, :]
-        return self.query[rows, :], self.cotangent[rows, :]
+        window = self.heads.window(head)
+        return self.query[rows, window], self.cotangent[rows, window]
 
-    def _products(self, head: int, unit) -> tuple[Array, Array]:
-        queries, keys = unit
+    def _products(self, unit) -> tuple[Array, Array]:
+        head, queries, keys = unit
         query, cotangent = self._queries_of(head, queries)
+        window = self.heads.window(head)
         # The other head's channels are zero in the query already.
-        key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, :]
-        value = self.whole_value[keys, :] if self.ragged_keys else self.value[keys, :]
+        key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, window]
+        value = (self.whole_value if self.ragged_keys else self.value)[keys, window]
         return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
 
-    def _weights(self, head: int, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
+    def _weights(self, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores but for the scale, in the dtype of the inputs."""
-        queries, keys = unit
+        head, queries, keys = unit
         scores, of_weights = products
         scores = scores * (self.kernel.scale * LOG2_E)
         if masked:
@@ -279,16 +292,83 @@ class _Step:
         of_scores = weights * (of_weights - mean)
         return weights.astype(self.value.dtype), of_scores.astype(self.query.dtype)
 
-    def _add(self, head: int, unit, transformed: tuple[Array, Array]) -> None:
-        (queries, keys), (weights, of_scores) = unit, transformed
+    def _add(self, unit, transformed: tuple[Array, Array]) -> None:
+        (head, queries, keys), (weights, of_scores) = unit, transformed
         query, cotangent = self._queries_of(head, queries)
-        key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, :]
-        inner = self.visit.inner
+        window = self.heads.window(head)
+        key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, window]
+        first = self.visit.first if queries.start == 0 and self._begins(head) else False
+        first_inner = self.visit.first_inner if keys.start == 0 and self._begins(head) else False
+        at_keys, at_queries = (window, keys), (window, queries)
+        if not self.kernel.transposed:
+            at_keys, at_queries = at_keys[::-1], at_queries[::-1]
+        self._sum(self.of_value, at_keys, first, self._product(cotangent, weights, (0, 1)))
+        self._sum(self.of_key, at_keys, first, self._product(query, of_scores, (0, 1)))
+        at_queries = (self.visit.inner, *at_queries)
+        self._sum(self.of_query, at_queries, first_inner, self._product(key, of_scores, (0, 0)))
+
+    def _begins(self, head: int) -> bool:
+        """Nothing has been added to the head's window: it is the first of a pair, or no pair."""
+        return head * self.heads.padded == self.heads.window(head).start
+
+    def _product(self, tokens: Array, weights: Array, contracted: tuple[int, int]) -> Array:
+        """Of tokens, `n width`, and weights: `width m`, or `m width`."""
         if self.kernel.transposed:
-            self.of_value[:, keys] += dot(cotangent, weights, (0, 1))
-            self.of_key[:, keys] += dot(query, of_scores, (0, 1))
-            self.of_query[inner, :, queries] += dot(key, of_scores, (0, 0))
-        else:
-            self.of_value[keys, :] += dot(weights, cotangent, (1, 0))
-            self.of_key[keys, :] += dot(of_scores, query, (1, 0))
-            self.of_query[inner, queries, :] += dot(of_scores, key, (0, 0))
+            return dot(tokens, weights, contracted)
+        return dot(weights, tokens, contracted[::-1])
+
+    @staticmethod
+    def _sum(total, where, first: Any, added: Array) -> None:
+        """Adds; where it is the first, in place of what is there from before."""
+        total[where] = added + (total[where] if first is False else jnp.where(first, 0.0, total[where]))
+
+
+def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int) -> Heads:
+    """As many heads at once, of those that the blocks are meant for, as fit into vector memory.
+
+    Raises:
+      NotImplementedError: not even one does; or as of `Heads.of`.
+    """
+    for at_once in range(blocks.heads, 0, -1):
+        heads = Heads.of(query, at_once)
+        if _vmem_needed(heads, blocks, query.shape[1], query.dtype) <= vmem_bytes:
+            return heads
+    raise NotImplementedError(
+        f"attention: the gradient of {query.shape[1]} queries, float32 in {heads.width} lanes, does not fit "
+        f"into {vmem_bytes >> 20} MiB of vector memory; cut the sequence over the mesh axis `context`"
+    )
+
+
+def _vmem_needed(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any) -> int:
+    """Bytes, about: what is kept, blocks twice (the next ones arrive while one is met), and spills."""
+    scratch = _scratch(heads, blocks, queries, dtype, transposed=False)
+    kept = sum(_padded_bytes(one.shape, one.dtype) for one in scratch)
+    travelling = (4 * blocks.queries + 4 * blocks.keys) * heads.lanes * jnp.dtype(dtype).itemsize
+    return kept + 2 * travelling + _SPILLS
+
+
+def _scratch(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any, transposed: bool) -> list[Any]:
+    """What the kernel keeps."""
+    count = -(-queries // blocks.queries)
+    turn = lambda size: (heads.lanes, size) if transposed else (size, heads.lanes)  # noqa: E731
+    own = lambda size: pltpu.VMEM((heads.together, size, heads.width), dtype)  # noqa: E731
+    return [
+        pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
+        pltpu.VMEM(turn(blocks.keys), jnp.float32),
+        pltpu.VMEM(turn(blocks.keys), jnp.float32),
+        pltpu.VMEM((count, heads.together, 1, blocks.queries), jnp.float32),
+        pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
+        own(blocks.queries),
+        own(blocks.queries),
+        own(blocks.keys),
+        pltpu.VMEM((blocks.keys, heads.lanes), dtype),
+        pltpu.VMEM((blocks.keys, LANES), jnp.int32),
+    ]
+
+
+def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Of an array in tiles of 8 sublanes, of 32 bits, by 128 lanes."""
+    *outer, rows, lanes = shape
+    size = jnp.dtype(dtype).itemsize
+    tile = 8 * 4 // size
+    return math.prod(outer) * -(-rows // tile) * tile * -(-lanes // LANES) * LANES * size

@@ -38,8 +38,8 @@ from pallas_kernels.attention.visits import Visit
 
 __all__ = ["ForwardKernel"]
 
-_SAMPLE = 128
-"""Keys from which the first reference is taken."""
+_SAMPLES, _SAMPLE = 2, 16
+"""How many pieces of a block of keys, of how many keys each, the first reference is taken from."""
 _TOTALS = 16
 """Rows below the sums of the values, for the sums of the weights."""
 _RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
@@ -112,7 +112,7 @@ class ForwardKernel:
                 in_specs=[of_queries, of_keys, of_keys, *mask_specs, *[anywhere] * len(aliases)],
                 out_specs=[of_queries, of_rows],
                 scratch_shapes=[
-                    pltpu.VMEM((heads.together, heads.lanes, blocks.queries), query.dtype),
+                    pltpu.VMEM(self._own_queries(), query.dtype),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.keys), value.dtype),
                     pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.queries), jnp.float32),
@@ -130,60 +130,65 @@ class ForwardKernel:
             interpret=interpret,
         )(*inputs, *(previous or ()))
 
+    def _own_queries(self) -> tuple[int, int, int]:
+        """The shape of copies of a block of queries, one for each head of a pair."""
+        blocks, heads = self.blocks, self.heads
+        return (heads.together, blocks.queries, LANES) if heads.paired else (1, 8, LANES)
+
     def _body(self, has_previous: bool, *refs: Any) -> None:
         count = len(self.masking.visits.prefetch)
         words, refs = refs[:count], refs[count:]
         (query, key, value), refs = refs[:3], refs[3:]
         masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
-        output, log_sum_exp, *scratch = refs[2:] if has_previous else refs
+        refs = refs[2:] if has_previous else refs
+        results, scratch = refs[:2], refs[2:]
         visit = self.masking.visits.visit(0, words)
-        step = _Step(self, visit, key, value, (*masks, None, None)[:3], *scratch)
-        pl.when(visit.first)(lambda: step.begin(query))
+        step = _Step(self, visit, (query, key, value), (*masks, None, None)[:3], results, scratch)
+        pl.when(visit.first)(step.begin)
         if not masks:
             pl.when(visit.active)(lambda: step.absorb(masked=False))
         else:
             pl.when(visit.active & visit.full)(lambda: step.absorb(masked=False))
             pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
-        pl.when(visit.last)(lambda: step.finish(output, log_sum_exp))
+        pl.when(visit.last & visit.active)(step.finish)
+        if not isinstance(visit.active, bool):
+            pl.when(visit.last & jnp.logical_not(visit.active))(step.see_nothing)
 
 
 class _Step:
     """One block of queries meets one of keys."""
 
-    def __init__(
-        self, kernel: ForwardKernel, visit: Visit, key, value, masks, query_t, value_t, reference, sums, codes
-    ):
+    def __init__(self, kernel: ForwardKernel, visit: Visit, inputs, masks, results, scratch):
         self.kernel, self.visit = kernel, visit
         self.heads, self.blocks = kernel.heads, kernel.blocks
         self.factor = kernel.scale * LOG2_E
-        self.key, self.value, self.masks = key, value, masks
-        self.query_t, self.value_t = query_t, value_t
-        self.reference, self.sums, self.codes = reference, sums, codes
+        self.query, self.key, self.value = inputs
+        self.masks = masks
+        self.output, self.log_sum_exp = results
+        self.own_query, self.value_t, self.reference, self.sums, self.codes = scratch
         self.channels = slice(0, self.heads.padded)
         self.totals = slice(self.heads.padded, self.heads.padded + (1 if kernel.ones else 8))
 
-    def begin(self, query) -> None:
+    def begin(self) -> None:
         """Before the first block of keys."""
-        blocks, heads = self.blocks, self.heads
-        turned = query[...].T
-        if self.kernel.queries % blocks.queries:
-            # What is read beyond the end may be anything.
-            column = lax.broadcasted_iota(jnp.int32, turned.shape, 1)
-            turned = jnp.where(column < self.kernel.queries - self.visit.outer * blocks.queries, turned, 0)
+        heads = self.heads
         for head in range(heads.together):
-            own = turned if heads.together == 1 else jnp.where(heads.own(head, turned.shape, 0), turned, 0)
-            self.query_t[head] = own
-            if self.kernel.exact:
-                self.reference[head] = jnp.full_like(self.reference[head], NEGATIVE)
-            else:
-                self.reference[head] = jnp.broadcast_to(self._sampled(head), self.reference.shape[1:])
-        self.sums[...] = jnp.zeros_like(self.sums)
+            if heads.paired:
+                pair = self.query[:, heads.window(head)]
+                self.own_query[head] = jnp.where(heads.own(head, pair.shape, 1), pair, 0)
+            if not self.kernel.exact:
+                self.reference[head] = jnp.broadcast_to(self._sample(head), self.reference.shape[1:])
 
-    def _sampled(self, head: int) -> Array:
-        scores = self.factor * dot(self.key[:_SAMPLE, :], self.query_t[head], (1, 0))
+    def _sample(self, head: int) -> Array:
+        """The largest scores among some keys of the block."""
+        step = self.blocks.keys // _SAMPLES
+        pieces = [slice(start, start + _SAMPLE) for start in range(0, self.blocks.keys, step)]
+        key = jnp.concatenate([self.key[piece, self.heads.window(head)] for piece in pieces])
+        scores = self.factor * self._products(head, slice(None), key)
         if self.kernel.keys % self.blocks.keys:
             row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            there = row < self.kernel.keys - self.visit.inner * self.blocks.keys
+            position = row // _SAMPLE * step + row % _SAMPLE
+            there = position < self.kernel.keys - self.visit.inner * self.blocks.keys
             scores = jnp.where(there, scores, NEGATIVE)
         return scores.max(0, keepdims=True)
 
@@ -199,28 +204,34 @@ class _Step:
             self.value_t[head, heads.padded :] = jnp.ones((_TOTALS, blocks.keys), values.dtype)
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
-        for head in range(heads.together):
-            self._absorb_head(masked, head)
-
-    def _absorb_head(self, masked: bool, head: int) -> None:
         pipelined(
-            self.blocks.units(),
-            functools.partial(self._scores, head),
-            functools.partial(self._weights, head, masked),
-            functools.partial(self._add, head),
-            ahead=self.blocks.ahead,
-            lag=self.blocks.lag,
+            blocks.units(heads.together),
+            self._scores,
+            functools.partial(self._weights, masked),
+            self._add,
+            ahead=blocks.ahead,
+            lag=blocks.lag,
         )
         if not self.kernel.exact:
-            pl.when(jnp.max(self.sums[head, self.totals]) > _RAISE)(functools.partial(self._raise, head))
+            totals = self.sums[:, self.totals]
+            # A row that is NaN, as those beyond the end may be, must not hide the others.
+            pl.when(jnp.max(jnp.where(totals > _RAISE, totals, 0.0)) > 0.0)(self._raise)
 
-    def _scores(self, head: int, unit) -> Array:
-        queries, keys = unit
-        return dot(self.key[keys, :], self.query_t[head, :, queries], (1, 0))
+    def _scores(self, unit) -> Array:
+        head, queries, keys = unit
+        return self._products(head, queries, self.key[keys, self.heads.window(head)])
 
-    def _weights(self, head: int, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
+    def _products(self, head: int, queries: slice, key: Array) -> Array:
+        """Of some keys, `r width`, and some queries."""
+        if self.heads.paired:
+            query = self.own_query[head, queries, :]
+        else:
+            query = self.query[queries, self.heads.window(head)]
+        return dot(key, query, (1, 1))
+
+    def _weights(self, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
         """Exponentials, in the dtype of the values, and by what earlier sums are to be multiplied."""
-        queries, keys = unit
+        head, queries, keys = unit
         scores = products * self.factor
         mask = None
         if masked:
@@ -228,42 +239,45 @@ class _Step:
             high = None if high is None else high[0:1, queries]
             mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
             scores = jnp.where(mask, scores, NEGATIVE)
-        shrink = None
+        reference, shrink = self.reference[head, 0:1, queries], None
         if self.kernel.exact:
-            before = self.reference[head, 0:1, queries]
-            largest = jnp.maximum(before, scores.max(0, keepdims=True))
-            shrink = jnp.exp2(before - largest)
-            self.reference[head, :, queries] = jnp.broadcast_to(largest, (8, largest.shape[1]))
-        weights = jnp.exp2(scores - self.reference[head, 0:1, queries])
+            before = self._unless_first(keys, reference, NEGATIVE)
+            reference = jnp.maximum(before, scores.max(0, keepdims=True))
+            shrink = jnp.exp2(before - reference)
+            self.reference[head, :, queries] = jnp.broadcast_to(reference, (8, reference.shape[1]))
+        weights = jnp.exp2(scores - reference)
         if self.kernel.exact and mask is not None:
             # Of a query that has seen nothing yet, the largest score is none.
             weights = jnp.where(mask, weights, 0.0)
         weights = weights.astype(self.value_t.dtype)
         if not self.kernel.ones:
-            if shrink is not None:
-                self.sums[head, self.totals, queries] *= shrink
             wide = weights.astype(jnp.float32)
-            self.sums[head, self.totals, queries] += wide.reshape(-1, 8, wide.shape[1]).sum(0)
+            self._sum(head, self.totals, queries, keys, wide.reshape(-1, 8, wide.shape[1]).sum(0), shrink)
         return weights, shrink
 
-    def _add(self, head: int, unit, transformed: tuple[Array, Array | None]) -> None:
-        (queries, keys), (weights, shrink) = unit, transformed
+    def _add(self, unit, transformed: tuple[Array, Array | None]) -> None:
+        (head, queries, keys), (weights, shrink) = unit, transformed
         rows = slice(None) if self.kernel.ones else self.channels
-        added = dot(self.value_t[head, rows, keys], weights, (1, 0))
-        if shrink is None:
-            self.sums[head, rows, queries] += added
-        else:
-            self.sums[head, rows, queries] = self.sums[head, rows, queries] * shrink + added
+        self._sum(head, rows, queries, keys, dot(self.value_t[head, rows, keys], weights, (1, 0)), shrink)
 
-    def _raise(self, head: int) -> None:
+    def _sum(self, head: int, rows: slice, queries: slice, keys: slice, added: Array, shrink) -> None:
+        before = self._unless_first(keys, self.sums[head, rows, queries], 0.0)
+        self.sums[head, rows, queries] = added + (before if shrink is None else before * shrink)
+
+    def _unless_first(self, keys: slice, stored: Array, initial: Any) -> Array:
+        """What earlier units stored, or at a block of queries' first keys, when there are none, `initial`."""
+        return jnp.where(self.visit.first, initial, stored) if keys.start == 0 else stored
+
+    def _raise(self) -> None:
         """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""
-        total = self.sums[head, self.totals].sum(0, keepdims=True)
-        up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
-        shrink = jnp.where(total < _OVERFLOW, jnp.exp2(-up), jnp.nan)
-        self.reference[head] += up
-        self.sums[head] *= shrink
+        for head in range(self.heads.together):
+            total = self.sums[head, self.totals].sum(0, keepdims=True)
+            up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
+            shrink = jnp.where(total < _OVERFLOW, jnp.exp2(-up), jnp.nan)
+            self.reference[head] += up
+            self.sums[head] *= shrink
 
-    def finish(self, output, log_sum_exp) -> None:
+    def finish(self) -> None:
         """After the last block of keys."""
         means = []
         for head in range(self.heads.together):
@@ -276,6 +290,11 @@ class _Step:
             else:
                 good = (total > _UNDERFLOW) & (total < _OVERFLOW)
                 logarithm = jnp.where(good, logarithm, jnp.nan)
-            log_sum_exp[head : head + 1, :] = logarithm * math.log(2)
-            means.append((self.sums[head, self.channels] * (1 / total)).astype(output.dtype))
-        output[...] = jnp.concatenate(means, axis=0).T
+            self.log_sum_exp[head : head + 1, :] = logarithm * math.log(2)
+            means.append((self.sums[head, self.channels] * (1 / total)).astype(self.output.dtype))
+        self.output[...] = jnp.concatenate(means, axis=0).T
+
+    def see_nothing(self) -> None:
+        """There are no keys for any of these queries."""
+        self.output[...] = jnp.zeros_like(self.output)
+        self.log_sum_exp[...] = jnp.full_like(self.log_sum_exp, -jnp.inf)

@@ -25,21 +25,26 @@ NEGATIVE = -1e30
 class Heads:
     """Heads as lanes of `b s (n k)`, which is `b s n k` without a transpose.
 
-    A kernel's block is `lanes` wide and holds one head, or two of 64 channels side by side.
+    A kernel's block is `lanes` wide and holds some heads side by side: one or more, or pairs of 64 channels.
 
     Attributes:
       count: heads.
       dim: channels of a head.
       padded: channels that a head is given; more than `dim` only where it does not fit otherwise.
+      together: heads of one block.
     """
 
     count: int
     dim: int
     padded: int
+    together: int
 
     @classmethod
-    def of(cls, query: Array) -> "Heads":
+    def of(cls, query: Array, at_once: int = 1) -> "Heads":
         """Of `b s n k`.
+
+        Args:
+          at_once: heads, or pairs of 64 channels, that a block holds; fewer where this is no divisor.
 
         Raises:
           NotImplementedError: a head has more than 256 channels.
@@ -47,17 +52,30 @@ class Heads:
         *_, count, dim = query.shape
         if dim > 256:
             raise NotImplementedError(f"attention: heads of {dim} channels; the kernel has at most 256")
-        in_pairs = dim == LANES // 2 and count % 2 == 0
-        return cls(count=count, dim=dim, padded=dim if in_pairs else -(-dim // LANES) * LANES)
-
-    @property
-    def together(self) -> int:
-        """Heads of one block."""
-        return max(1, LANES // self.padded)
+        pair = 2 if dim == LANES // 2 and count % 2 == 0 else 1
+        padded = dim if pair == 2 else -(-dim // LANES) * LANES
+        at_once = next(n for n in range(at_once, 0, -1) if count // pair % n == 0)
+        return cls(count=count, dim=dim, padded=padded, together=at_once * pair)
 
     @property
     def lanes(self) -> int:
+        """Of a block."""
+        return self.together * self.padded
+
+    @property
+    def paired(self) -> bool:
+        """Two heads share 128 lanes."""
+        return self.padded < LANES
+
+    @property
+    def width(self) -> int:
+        """Lanes that a product goes over: of a head, or of a pair, of which one head's are zero."""
         return max(LANES, self.padded)
+
+    def window(self, head: int) -> slice:
+        """The `width` lanes of a block in which a head of it lies."""
+        start = head * self.padded // self.width * self.width
+        return slice(start, start + self.width)
 
     @property
     def groups(self) -> int:
@@ -79,9 +97,10 @@ class Heads:
         return slice(head * self.padded, (head + 1) * self.padded)
 
     def own(self, head: int, shape: tuple[int, ...], axis: int) -> Array:
-        """Which elements of a block, along an axis of channels, are of this head."""
+        """Which elements of a head's window, along an axis of channels, are of this head."""
         channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (channel >= head * self.padded) & (channel < (head + 1) * self.padded)
+        first = head * self.padded % self.width
+        return (channel >= first) & (channel < first + self.padded)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

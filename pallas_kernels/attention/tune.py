@@ -1,15 +1,18 @@
 """Finds the block sizes of `block_sizes.json` by static cycles; no TPU is needed, but libtpu.
 
-    python -m pallas_kernels.attention.tune --generation v6e --pass forward [--masked] [--write]
+    python -m pallas_kernels.attention.tune --generation v6e [--pass forward] [--head-dim 128]
+        [--masked | --no-masked] [--write]
 
 Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
-(`pallas_kernels.tpu_static`); `--write` puts the best into the table. With `--masked`, which is for segments
-and the like, only blocks of up to 1024 tokens are tried: smaller blocks leave out more of what is not seen.
+(`pallas_kernels.tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
+Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
+smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half a minute to a
+minute for each of about ten candidates of each of twelve lines.
 """
 
 import argparse
 import dataclasses
-import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -18,42 +21,45 @@ from typing import Any
 
 from pallas_kernels.attention import specs
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from pallas_kernels.tpu_static import attention
+from pallas_kernels.tpu_static.attention import PASSES, Shape
 from pallas_kernels.tpu_static.measure import Job, measure
 
-__all__ = ["candidates", "main"]
+__all__ = ["candidates", "main", "tune"]
 
-_SEQUENCE = 8192
+HEAD_DIMS = (64, 128, 256)
 TABLE = pathlib.Path(specs.__file__).with_name("block_sizes.json")
+_AT_ONCE = {64: (2, 4), 128: (2, 4), 256: (1, 2)}
+"""Heads, or pairs of 64 channels, of a block under a mask."""
 
 
 def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[BlockSizes]:
     """Sizes worth trying: at most so many scores per block that a program stays of a size that compiles."""
-    pairs = (
-        [(1024, 1024)] if masked else [(1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048), (4096, 2048)]
-    )
-    units = ((256, 256), (512, 256), (512, 512), (1024, 512))
-    for queries, keys in pairs:
-        if queries * keys * head_dim > 2**30 or (which == "backward" and queries > 2048):
-            continue
-        for query_unit, key_unit in units:
-            # The forward pass gains from a longer pipeline, where units are small.
-            for depth in (1, 2) if which == "forward" and query_unit * key_unit < 2**18 else (1,):
-                yield BlockSizes(
-                    queries=queries,
-                    keys=keys,
-                    query_unit=query_unit,
-                    key_unit=key_unit,
-                    ahead=depth,
-                    lag=depth,
-                )
+    if masked:
+        pairs = [(1024, 1024)]
+    elif head_dim == 256:
+        pairs = [(1024, 1024), (2048, 1024)]
+    else:
+        pairs = [(2048, 2048), (4096, 2048)] if which == "forward" else [(1024, 1024), (2048, 2048)]
+    units = [(256, 256), (512, 256)]
+    depths = [(1, 1), (2, 2), (4, 2)]
+    if which == "backward":
+        units, depths = [*units, (512, 512)], [(1, 1)]
+    at_once = _AT_ONCE[head_dim] if masked else (1,)
+    for block, unit, depth, heads in itertools.product(pairs, units, depths, at_once):
+        yield BlockSizes(
+            queries=block[0],
+            keys=block[1],
+            query_unit=unit[0],
+            key_unit=unit[1],
+            ahead=depth[0],
+            lag=depth[1],
+            heads=heads,
+        )
 
 
-def build(*, generation: str, which: str, head_dim: int, sizes: dict[str, int]) -> tuple[Any, Sequence[Any]]:
+def build(*, which: str, sizes: dict[str, int], **shape: Any) -> tuple[Any, Sequence[Any]]:
     """One pass with these sizes, and its arguments, for `measure`."""
-    from pallas_kernels.tpu_static import attention
-
-    heads = max(1, 128 // head_dim)
-    shape = {"generation": generation, "sequence": _SEQUENCE, "heads": heads, "head_dim": head_dim}
     return getattr(attention, which)(**shape, blocks=BlockSizes(**sizes))
 
 
@@ -63,23 +69,28 @@ def tune(generation: str, which: specs.Pass, *, head_dim: int, masked: bool) -> 
     Raises:
       RuntimeError: none of them compiles.
     """
-    tried = list(candidates(which, head_dim=head_dim, masked=masked))
-    keywords = {"generation": generation, "which": which, "head_dim": head_dim}
-    jobs = [
-        Job(
-            build=f"{__name__ if __name__ != '__main__' else 'pallas_kernels.attention.tune'}:build",
-            keywords={**keywords, "sizes": dataclasses.asdict(sizes)},
-            branch="least",
+    tried, jobs, tiles = list(candidates(which, head_dim=head_dim, masked=masked)), [], []
+    for sizes in tried:
+        shape = Shape(head_dim=head_dim)
+        if masked:
+            shape = Shape(head_dim=head_dim, heads=shape.heads * sizes.heads, segments=8)
+        keywords = {"generation": generation, "which": which, "sizes": dataclasses.asdict(sizes)}
+        jobs.append(
+            Job(
+                build="pallas_kernels.attention.tune:build",
+                keywords=keywords | dataclasses.asdict(shape),
+                hints=shape.hints(generation, sizes),
+                branch="least",
+            )
         )
-        for sizes in tried
-    ]
-    tiles = max(1, 128 // head_dim) * (_SEQUENCE / 1024) ** 2
+        tiles.append(shape.tiles)
     found = []
-    for sizes, report in zip(tried, measure(jobs, generation=generation, evaluate=False), strict=True):
+    reports = measure(jobs, generation=generation, evaluate=False)
+    for sizes, size, report in zip(tried, tiles, reports, strict=True):
         cycles = None if report.failure else report.kernel_cycles("stall model")
-        print(f"{sizes}: {report.failure if cycles is None else round(cycles / tiles, 1)}", flush=True)
+        print(f"{sizes}: {report.failure if cycles is None else round(cycles / size, 1)}", flush=True)
         if cycles is not None:
-            found.append((cycles / tiles, sizes))
+            found.append((cycles / size, sizes))
     if not found:
         raise RuntimeError(f"tune: no candidate compiles for {generation}, {which}, head dim {head_dim}")
     cycles, best = min(found, key=lambda pair: pair[0])
@@ -92,19 +103,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--generation", choices=list(GENERATIONS), required=True)
-    parser.add_argument("--pass", dest="which", choices=("forward", "backward"), required=True)
-    parser.add_argument("--head-dim", type=int, choices=(64, 128, 256), default=128)
-    parser.add_argument("--masked", action="store_true")
-    parser.add_argument("--write", action="store_true", help="puts the best into block_sizes.json")
+    parser.add_argument("--pass", dest="which", choices=PASSES, help="by default both")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="by default all")
+    parser.add_argument("--masked", action=argparse.BooleanOptionalAction, help="by default both")
+    parser.add_argument("--write", action="store_true", help=f"puts the best into {TABLE.name}")
     options = parser.parse_args(argv)
-    run = functools.partial(tune, options.generation, options.which)
-    best, cycles = run(head_dim=options.head_dim, masked=options.masked)
-    if options.write:
-        table = json.loads(TABLE.read_text())
-        name = specs.entry(options.head_dim, 16, options.masked)
-        table[options.generation][options.which][name] = dataclasses.asdict(best)
-        TABLE.write_text(json.dumps(table, indent=2) + "\n")
-    print(json.dumps({"cycles": round(cycles, 1), **dataclasses.asdict(best)}))
+    result = {}
+    for which, head_dim, masked in itertools.product(
+        PASSES if options.which is None else [options.which],
+        HEAD_DIMS if options.head_dim is None else [options.head_dim],
+        (False, True) if options.masked is None else [options.masked],
+    ):
+        name = specs.entry(head_dim, 16, masked)
+        print(f"{options.generation} {which} {name}", flush=True)
+        best, cycles = tune(options.generation, which, head_dim=head_dim, masked=masked)
+        result[f"{which} {name}"] = {"cycles": round(cycles, 1), **dataclasses.asdict(best)}
+        if options.write:
+            table = json.loads(TABLE.read_text())
+            table[options.generation][which][name] = dataclasses.asdict(best)
+            TABLE.write_text(json.dumps(table, indent=2) + "\n")
+    print(json.dumps(result))
     return 0
 
 

@@ -153,7 +153,7 @@ class Sparse:
         """As of `Dense`."""
 
         def mapped(batch, group, position, blocks, flags):
-            row = jnp.minimum(batch, blocks.shape[0] - 1) if blocks.shape[0] > 1 else 0
+            row = batch if blocks.shape[0] > 1 else 0
             pair = blocks[row, position]
             return index(batch, group, pair >> 16, pair & 0xFFFF, flags[row, position] >> _FLAG_BITS)
 

@@ -3,8 +3,9 @@
     python -m pallas_kernels.tpu_static attention --generation v6e [--head-dim 64] [--sequence 32768] [--json]
     python -m pallas_kernels.tpu_static attention --update
 
-Cycles are per tile of 1024 queries by 1024 keys, of one core, for the whole jitted call. With --json the last
-line is `{"v6e": {"forward": ..., "backward": ..., "method": ...}}`. See `measure.py` for what is trusted.
+Cycles are per tile of 1024 queries by 1024 keys, of one core, for the whole jitted call; of a packed sequence
+per tile that is seen, by the stall model, since the evaluator does not see what is packed. With --json the
+last line is `{"v6e": {"forward": ..., "backward": ..., "method": ...}}`. `measure.py` says what is trusted.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sequence", type=int, default=8192, help="the evaluator's time grows with its square"
     )
     parser.add_argument("--heads", type=int, default=0, help="by default as many as fill 128 lanes")
+    parser.add_argument("--segments", type=int, default=1, help="equal ones, packed into the sequence")
     parser.add_argument("--no-evaluator", action="store_true", help="the stall model alone, which is quick")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one compilation")
     parser.add_argument("--json", action="store_true", help="no table, and the last line one JSON object")
@@ -56,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    shape = Shape(sequence=options.sequence, head_dim=options.head_dim, heads=options.heads)
+    shape = Shape(
+        sequence=options.sequence,
+        head_dim=options.head_dim,
+        heads=options.heads,
+        segments=options.segments,
+    )
     result, failed = {}, False
     for generation in GENERATIONS if options.generation == "all" else [options.generation]:
         reports = attention.measure_passes(

@@ -10,9 +10,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import tpu
+from pallas_kernels.attention.masks import KeyRanges, segment_ranges
+from pallas_kernels.attention.specs import BlockSizes, Pass
 from pallas_kernels.tpu_static.generations import GENERATIONS
+from pallas_kernels.tpu_static.interior import Choice
 from pallas_kernels.tpu_static.measure import Job, measure
-from pallas_kernels.tpu_static.report import Report
+from pallas_kernels.tpu_static.report import Hint, Report
 
 __all__ = [
     "HEAD_DIMS",
@@ -26,7 +33,7 @@ __all__ = [
     "update_table",
 ]
 
-PASSES = ("forward", "backward")
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 HEAD_DIMS = (64, 128)
 TABLE = pathlib.Path(__file__).with_suffix(".json")
 """Cycles per tile of each pass by generation and head dim; written by `update_table`."""
@@ -40,11 +47,13 @@ class Shape:
       sequence: queries, and as many keys.
       head_dim: of queries, keys and values.
       heads: by default as many as fill the 128 lanes of a register.
+      segments: of equal length, packed into the sequence; 1 is no packing.
     """
 
     sequence: int = 8192
     head_dim: int = 128
     heads: int = 0
+    segments: int = 1
 
     def __post_init__(self):
         if not self.heads:
@@ -52,44 +61,67 @@ class Shape:
 
     @property
     def tiles(self) -> float:
-        """Of 1024 by 1024 scores."""
-        return self.heads * (self.sequence / 1024) ** 2
+        """Of 1024 by 1024 scores that are seen."""
+        return self.heads * (self.sequence / 1024) ** 2 / self.segments
+
+    def hints(self, generation: str, blocks: BlockSizes | None = None) -> dict[str, Hint]:
+        """What a packed sequence leaves of the kernels' grids, which are computed on the device.
+
+        Raises:
+          ValueError: segments are not of whole blocks.
+        """
+        if self.segments == 1:
+            return {}
+        hints = {}
+        for name in PASSES:
+            tokens = jax.ShapeDtypeStruct((1, self.sequence, self.heads, self.head_dim), jnp.bfloat16)
+            own = jax.ShapeDtypeStruct((1, self.sequence), jnp.int32)
+            call = tpu.Call.of(
+                tokens, tokens, name, ranges=KeyRanges(own, own, own), generation=generation, blocks=blocks
+            )
+            sizes, length = call.blocks, self.sequence // self.segments
+            if sizes.queries != sizes.keys or length % sizes.queries or self.sequence % self.segments:
+                raise ValueError(f"{self}: segments must be of whole blocks, which are {sizes}")
+            rows = self.segments * length // sizes.queries * call.heads.groups
+            steps = rows * length // sizes.keys
+            hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"))
+        return hints
 
 
 def forward(
-    *, generation: str, sequence: int, heads: int, head_dim: int, blocks: Any = None
+    *, generation: str, sequence: int, heads: int, head_dim: int, segments: int = 1, blocks: Any = None
 ) -> tuple[Any, Sequence[Any]]:
     """The forward pass, and its arguments."""
-    from pallas_kernels.attention import tpu
 
-    def call(query: Any, key: Any, value: Any) -> Any:
-        return tpu.forward(query, key, value, generation=generation, blocks=blocks)
+    def call(query: Any, key: Any, value: Any, own: Any = None) -> Any:
+        ranges = None if own is None else segment_ranges(own, own)
+        return tpu.forward(query, key, value, generation=generation, blocks=blocks, ranges=ranges)
 
-    return call, [_tokens(sequence, heads, head_dim)] * 3
+    return call, [*[_tokens(sequence, heads, head_dim)] * 3, *_segments(sequence, segments)]
 
 
 def backward(
-    *, generation: str, sequence: int, heads: int, head_dim: int, blocks: Any = None
+    *, generation: str, sequence: int, heads: int, head_dim: int, segments: int = 1, blocks: Any = None
 ) -> tuple[Any, Sequence[Any]]:
     """The backward pass, given what the forward pass returned, and its arguments."""
-    import jax
-    import jax.numpy as jnp
 
-    from pallas_kernels.attention import tpu
-
-    def call(query: Any, key: Any, value: Any, output: Any, log_sum_exp: Any, cotangent: Any) -> Any:
-        saved = (output, log_sum_exp)
-        return tpu.backward(query, key, value, *saved, cotangent, generation=generation, blocks=blocks)
+    def call(
+        query: Any, key: Any, value: Any, output: Any, log_sum_exp: Any, cotangent: Any, own: Any = None
+    ) -> Any:
+        ranges = None if own is None else segment_ranges(own, own)
+        inputs = (query, key, value, output, log_sum_exp, cotangent)
+        return tpu.backward(*inputs, generation=generation, blocks=blocks, ranges=ranges)
 
     tokens = _tokens(sequence, heads, head_dim)
     sums = jax.ShapeDtypeStruct((1, heads, sequence), jnp.float32)
-    return call, [tokens, tokens, tokens, tokens, sums, tokens]
+    return call, [tokens, tokens, tokens, tokens, sums, tokens, *_segments(sequence, segments)]
+
+
+def _segments(sequence: int, segments: int) -> list[Any]:
+    return [jax.ShapeDtypeStruct((1, sequence), jnp.int32)] if segments > 1 else []
 
 
 def _tokens(sequence: int, heads: int, head_dim: int) -> Any:
-    import jax
-    import jax.numpy as jnp
-
     return jax.ShapeDtypeStruct((1, sequence, heads, head_dim), jnp.bfloat16)
 
 
@@ -104,7 +136,10 @@ def measure_passes(
     """Reports of passes, by name; see `measure`."""
     keywords = {"generation": generation, **dataclasses.asdict(shape)}
     # What is computed again, exactly, is what almost no input needs.
-    jobs = [Job(build=f"{__name__}:{name}", keywords=keywords, branch="least") for name in passes]
+    hints = shape.hints(generation)
+    jobs = [
+        Job(build=f"{__name__}:{name}", keywords=keywords, hints=hints, branch="least") for name in passes
+    ]
     reports = measure(jobs, generation=generation, evaluate=evaluate, limit=limit)
     return dict(zip(passes, reports, strict=True))
 

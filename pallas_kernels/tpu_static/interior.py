@@ -30,10 +30,14 @@ class Choice:
       take: indices into `Interior.alternatives`; those around them are taken too. "most" is the one with most
         work of its own, "fewest" the one with fewest bundles among those that have half as much.
       trips: of the loops inside a step, in program order; those that are not named run once.
+      ends: the step is the first and the last of a row of steps as well: what has less than half of the work
+        of the alternative with most is done too, and what has none, but for storing constants, which is for
+        rows without work.
     """
 
     take: tuple[int, ...] | Literal["most", "fewest"] = "most"
     trips: tuple[int, ...] = ()
+    ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +92,10 @@ def interior_step(listing: Listing, delay_slots: int, choice: Choice = Choice())
     loops = [region for region in program.walk() if region.loop and finder.work(region)]
     step = max(loops, key=lambda region: region.stop - region.start, default=program)
     candidates = [region for region in step.walk() if not region.loop and finder.own_work(region)]
-    taken = finder.chosen(step, candidates, choice.take)
+    taken = finder.chosen(step, candidates, choice)
     trips = dict(zip((region for region in step.walk() if region.loop), choice.trips, strict=False))
     return Interior(
-        spans=tuple(finder.issued(step, taken, trips)),
+        spans=tuple(finder.issued(step, taken, trips, choice.ends)),
         alternatives=tuple(
             Alternative(
                 start=region.start, stop=region.stop, work=finder.own_work(region), taken=region in taken
@@ -148,6 +152,8 @@ class _Finder:
         slots = [sum(row[unit] for unit in vector) for row in listing.use]
         self._work = [0, *itertools.accumulate(mxu if any(mxu) else slots)]
         self._vectors = [0, *itertools.accumulate(map(bool, slots))]
+        arithmetic = listing.units.index("VALU")
+        self._arithmetic = [0, *itertools.accumulate(row[arithmetic] for row in listing.use)]
         self._threshold = 0 if any(mxu) else _FEW_VECTORS
 
     def work(self, region: _Region) -> int:
@@ -161,8 +167,9 @@ class _Finder:
         own += sum(self.own_work(inside) for inside in region.inside if inside.loop)
         return own if own > self._threshold else 0
 
-    def chosen(self, step: _Region, candidates: list[_Region], take: tuple[int, ...] | str) -> list[_Region]:
+    def chosen(self, step: _Region, candidates: list[_Region], choice: Choice) -> list[_Region]:
         """Candidates that are taken; the step itself, without a predicate, competes with them."""
+        take = choice.take
         if isinstance(take, tuple):
             if any(not 0 <= index < len(candidates) for index in take):
                 raise DumpError(f"take={take}: the kernel has {len(candidates)} alternatives")
@@ -173,6 +180,9 @@ class _Finder:
             most = max(map(self.own_work, [step, *candidates]))
             heavy = [region for region in [step, *candidates] if 2 * self.own_work(region) >= most]
             picked = [min(heavy, key=lambda region: region.stop - region.start)]
+        if choice.ends:
+            most = max(map(self.own_work, [step, *candidates]))
+            picked += [region for region in candidates if 2 * self.own_work(region) < most]
         return [
             region
             for region in candidates
@@ -180,24 +190,26 @@ class _Finder:
         ]
 
     def issued(
-        self, region: _Region, taken: list[_Region], trips: dict[_Region, int]
+        self, region: _Region, taken: list[_Region], trips: dict[_Region, int], ends: bool
     ) -> Iterator[tuple[int, int]]:
-        """Spans of one visit of a region."""
+        """Spans of one visit of a region; `ends` is of what lies in it, but not in alternatives inside."""
         position = region.start
         for inside in region.inside:
             if inside.start > position:
                 yield position, inside.start
-            visits = trips.get(inside, 1) if inside.loop else int(self._is_taken(inside, taken))
+            visits = trips.get(inside, 1) if inside.loop else int(self._is_taken(inside, taken, ends))
             for _ in range(visits):
-                yield from self.issued(inside, taken, trips)
+                yield from self.issued(inside, taken, trips, ends and inside not in taken)
             position = inside.stop
         if region.stop > position:
             yield position, region.stop
 
-    def _is_taken(self, region: _Region, taken: list[_Region]) -> bool:
+    def _is_taken(self, region: _Region, taken: list[_Region], ends: bool) -> bool:
         """Of a region under a predicate."""
         if self.work(region):
             return any(inside in taken for inside in [region, *region.walk()])
+        if ends:
+            return self._arithmetic[region.stop] - self._arithmetic[region.start] > _FEW_VECTORS
         if any("dma.vmem_to_hbm" in text for text in self._bundles[region.start : region.stop]):
             return False
         return self._vectors[region.stop] - self._vectors[region.start] <= _FEW_VECTORS

@@ -25,10 +25,12 @@ class Hint:
 
     Attributes:
       steps: of its grid that do the work of an interior step; by default all of them.
+      rows: of steps: how often something begins and ends; by default that is not counted.
       choice: what a step does where the kernel branches.
     """
 
     steps: int | None = None
+    rows: int = 0
     choice: Choice = Choice()
 
 
@@ -41,6 +43,8 @@ class Kernel:
       interior: one interior step; `interior.bundles` is its length.
       stalled: cycles of that step with the stalls of the MXUs.
       steps: how many there are, if known.
+      ends: cycles that the first and last step of a row, if they are one, take more than it.
+      rows: how many rows are counted.
       use: slots that the step uses, by unit; VLOAD:FILL and VSTORE:SPILL are parts of VLOAD and VSTORE.
       least: cycles that the step would take if a unit were the only limit, by unit.
     """
@@ -49,6 +53,8 @@ class Kernel:
     interior: Interior
     stalled: int
     steps: int | None
+    ends: int = 0
+    rows: int = 0
     use: Mapping[str, int]
     least: Mapping[str, float]
 
@@ -60,7 +66,7 @@ class Kernel:
     @property
     def modelled(self) -> int | None:
         """The stall model's cycles of the whole kernel, or None if its steps are not known."""
-        return None if self.steps is None else self.steps * self.stalled
+        return None if self.steps is None else self.steps * self.stalled + self.rows * self.ends
 
     @property
     def evaluated(self) -> int | None:
@@ -159,24 +165,29 @@ def read_report(folder: pathlib.Path, hints: Mapping[str, Hint], branch: Branch,
             base = _base(found.name)
             hint = next((hint for name, hint in hints.items() if re.fullmatch(name, base)), Hint())
             steps = hint.steps or _steps(base, grids)
-            kernels.append(_kernel(found, _listing(folder, found.name), steps, hint.choice, generation))
+            hint = dataclasses.replace(hint, steps=steps)
+            kernels.append(_kernel(found, _listing(folder, found.name), hint, generation))
     except DumpError as error:
         return Report(failure=str(error))
     return Report(kernels=tuple(kernels), operations=tuple(operations))
 
 
-def _kernel(
-    instruction: Instruction, listing: Listing, steps: int | None, choice: Choice, generation: str
-) -> Kernel:
+def _kernel(instruction: Instruction, listing: Listing, hint: Hint, generation: str) -> Kernel:
     timing = GENERATIONS[generation]
-    interior = interior_step(listing, timing.delay_slots, choice)
+    interior, whole = (
+        interior_step(listing, timing.delay_slots, dataclasses.replace(hint.choice, ends=ends))
+        for ends in (False, True)
+    )
+    stalled, with_ends = (stall_cycles(listing.bundles, step.spans, timing) for step in (interior, whole))
     use = interior.use(listing)
     slots = zip(listing.units, listing.capacity, strict=True)
     return Kernel(
         instruction=instruction,
         interior=interior,
-        stalled=stall_cycles(listing.bundles, interior.spans, timing),
-        steps=steps,
+        stalled=stalled,
+        steps=hint.steps,
+        ends=with_ends - stalled,
+        rows=hint.rows,
         use=use,
         least={unit: use[unit] / capacity for unit, capacity in slots},
     )
