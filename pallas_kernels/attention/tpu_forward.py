@@ -131,9 +131,9 @@ class ForwardKernel:
         )(*inputs, *(previous or ()))
 
     def _own_queries(self) -> tuple[int, int, int]:
-        """The shape of copies of a block of queries, one for each head of a pair."""
+        """The shape of copies of a block of queries, channels first, one for each head of a pair."""
         blocks, heads = self.blocks, self.heads
-        return (heads.together, blocks.queries, LANES) if heads.paired else (1, 8, LANES)
+        return (heads.together, LANES, blocks.queries) if heads.paired else (1, 8, LANES)
 
     def _body(self, has_previous: bool, *refs: Any) -> None:
         count = len(self.masking.visits.prefetch)
@@ -174,8 +174,8 @@ class _Step:
         heads = self.heads
         for head in range(heads.together):
             if heads.paired:
-                pair = self.query[:, heads.window(head)]
-                self.own_query[head] = jnp.where(heads.own(head, pair.shape, 1), pair, 0)
+                pair = self.query[:, heads.window(head)].T
+                self.own_query[head] = jnp.where(heads.own(head, pair.shape, 0), pair, 0)
             if not self.kernel.exact:
                 self.reference[head] = jnp.broadcast_to(self._sample(head), self.reference.shape[1:])
 
@@ -224,10 +224,8 @@ class _Step:
     def _products(self, head: int, queries: slice, key: Array) -> Array:
         """Of some keys, `r width`, and some queries."""
         if self.heads.paired:
-            query = self.own_query[head, queries, :]
-        else:
-            query = self.query[queries, self.heads.window(head)]
-        return dot(key, query, (1, 1))
+            return dot(key, self.own_query[head, :, queries], (1, 0))
+        return dot(key, self.query[queries, self.heads.window(head)], (1, 1))
 
     def _weights(self, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
         """Exponentials, in the dtype of the values, and by what earlier sums are to be multiplied."""

@@ -7,7 +7,7 @@ Every candidate is compiled and its cycles per tile are printed, by the stall mo
 (`pallas_kernels.tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
 Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
 smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half a minute to a
-minute for each of about ten candidates of each of twelve lines.
+minute for each of some six candidates of each of twelve lines.
 """
 
 import argparse
@@ -29,24 +29,22 @@ __all__ = ["candidates", "main", "tune"]
 
 HEAD_DIMS = (64, 128, 256)
 TABLE = pathlib.Path(specs.__file__).with_name("block_sizes.json")
-_AT_ONCE = {64: (2, 4), 128: (2, 4), 256: (1, 2)}
+_AT_ONCE = {64: 4, 128: 4, 256: 2}
 """Heads, or pairs of 64 channels, of a block under a mask."""
 
 
 def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[BlockSizes]:
     """Sizes worth trying: at most so many scores per block that a program stays of a size that compiles."""
-    if masked:
+    if masked or head_dim == 256:
         pairs = [(1024, 1024)]
-    elif head_dim == 256:
-        pairs = [(1024, 1024), (2048, 1024)]
     else:
-        pairs = [(2048, 2048), (4096, 2048)] if which == "forward" else [(1024, 1024), (2048, 2048)]
+        pairs = [(4096, 2048)] if which == "forward" else [(1024, 1024), (2048, 2048)]
     units = [(256, 256), (512, 256)]
     depths = [(1, 1), (2, 2), (4, 2)]
     if which == "backward":
         units, depths = [*units, (512, 512)], [(1, 1)]
-    at_once = _AT_ONCE[head_dim] if masked else (1,)
-    for block, unit, depth, heads in itertools.product(pairs, units, depths, at_once):
+    heads = _AT_ONCE[head_dim] if masked else 1
+    for block, unit, depth in itertools.product(pairs, units, depths):
         yield BlockSizes(
             queries=block[0],
             keys=block[1],

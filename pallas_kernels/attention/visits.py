@@ -23,6 +23,8 @@ _FIRST, _LAST, _ACTIVE, _FULL, _FIRST_INNER, _LAST_INNER = (1 << bit for bit in 
 _FLAG_BITS = 6
 _MOST = 1 << 17
 """Visits of all rows together; their two words each lie in scalar memory."""
+_INNER_BITS = 13
+_MOST_INNER = 1 << _INNER_BITS
 
 
 class Visit(NamedTuple):
@@ -116,35 +118,47 @@ class Sparse:
           NotImplementedError: there are more blocks than the list can hold.
         """
         rows, outer, inner = some.shape
-        if rows * outer * inner > _MOST:
+        if rows * outer * inner > _MOST or inner > _MOST_INNER:
             raise NotImplementedError(
-                f"attention: {rows} x {outer} x {inner} blocks under a mask; at most {_MOST} can be listed"
+                f"attention: {rows} x {outer} x {inner} blocks under a mask; at most {_MOST} can be listed, "
+                f"{_MOST_INNER} of them in a row"
             )
+        # Few operations, of whole tables: each costs a TPU about a microsecond, however small.
+        number, of_outer = _numbers(some.shape, 2), _numbers(some.shape, 1)
         # Blocks that see nothing are met once all the same.
         idle = ~some.any(2, keepdims=True)
         if listed is not None:
             idle &= listed[:, :, None]
-        met = some | ((_numbers(some.shape, 2) == 0) & idle)
+        met = some | ((number == 0) & idle)
+        flags = _ACTIVE * some + _FULL * (some & whole)
         if inner_once:
-            met |= (_numbers(some.shape, 1) == 0) & ~met.any(1, keepdims=True)
-        flags = (
-            _FIRST * _first(met, 2)
-            + _LAST * _first(met[:, :, ::-1], 2)[:, :, ::-1]
-            + _ACTIVE * some
-            + _FULL * (some & whole)
-            + _FIRST_INNER * _first(met, 1)
-            + _LAST_INNER * _first(met[:, ::-1], 1)[:, ::-1]
-        ).reshape(rows, -1)
+            met |= (of_outer == 0) & ~met.any(1, keepdims=True)
+            first = jnp.where(met, of_outer, outer).min(1, keepdims=True)
+            last = jnp.where(met, of_outer, -1).max(1, keepdims=True)
+            flags += _FIRST_INNER * (of_outer == first) + _LAST_INNER * (of_outer == last)
+        # What is met comes first, in order.
+        shift = max(1, (inner - 1).bit_length())
+        place = (of_outer << shift) + number
+        words = jnp.where(met, (place << _FLAG_BITS) + flags, jnp.iinfo(jnp.int32).max)
+        # Else XLA flattens all that the table is computed from, one by one.
+        words = jax.lax.optimization_barrier(words)
+        words = jax.lax.sort(words.reshape(rows, -1), dimension=1)
         count = met.sum((1, 2))
-        order = jnp.argsort(~met.reshape(rows, -1), axis=1, stable=True)
-        position = _numbers(order.shape, 1)
+        there = _numbers(words.shape, 1) < count[:, None]
         # Rows with fewer visits stay at their last, doing nothing.
-        stay = jnp.minimum(position, count[:, None] - 1)
-        where = jnp.take_along_axis(order, stay, axis=1)
-        flags = jnp.where(position < count[:, None], jnp.take_along_axis(flags, where, axis=1), 0)
-        blocks = ((where // inner) << 16) + where % inner
+        stay = jnp.where(met, place, 0).max((1, 2))
+        place = jnp.where(there, words >> _FLAG_BITS, stay[:, None])
+        flags = jnp.where(there, words & ((1 << _FLAG_BITS) - 1), 0)
+        outer_block, inner_block = place >> shift, place & ((1 << shift) - 1)
+        change = outer_block[:, 1:] != outer_block[:, :-1]
+        flags += there * _FIRST * jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+        # The last that there is may be followed by others of the same block, which do nothing.
+        final = _numbers(words.shape, 1) == count[:, None] - 1
+        flags += _LAST * (final | (there & jnp.pad(change, ((0, 0), (0, 1)))))
         self._length = count.max().astype(jnp.int32)
-        self.prefetch = (blocks.astype(jnp.int32), _with_flushed(flags, where % inner))
+        if inner_once:
+            flags += _flushed(flags, inner_block) << _FLAG_BITS
+        self.prefetch = ((outer_block << 16) + inner_block, flags)
 
     def grid(self, batch: int, groups: int) -> tuple[Any, ...]:
         return batch, groups, self._length
@@ -198,48 +212,53 @@ def seen_blocks(
         whole &= _numbers(whole.shape, 2) < shape[1] - 1
     if ranges is not None:
         largest = jnp.iinfo(jnp.int32).max
-        codes, shown = ranges.codes, ranges.codes >= 0
-        low_code = _blocks(jnp.where(shown, codes, largest), key_block, largest).min(-1)[:, None]
-        high_code = _blocks(codes, key_block, -1).max(-1)[:, None]
-        all_shown = _blocks(shown, key_block, True).all(-1)[:, None]
-        seeing = ranges.high >= ranges.low
-        low = _blocks(jnp.where(seeing, ranges.low, largest), query_block, largest)
-        high = _blocks(jnp.where(seeing, ranges.high, -1), query_block, -1)
-        some &= (low.min(-1)[:, :, None] <= high_code) & (low_code <= high.max(-1)[:, :, None])
-        low, high = _blocks(ranges.low, query_block, 0), _blocks(ranges.high, query_block, largest)
-        inside = (low.max(-1)[:, :, None] <= low_code) & (high_code <= high.min(-1)[:, :, None])
-        whole = whole & inside & all_shown
+        codes, low, high = ranges
+        shown, seeing = codes >= 0, high >= low
+        low_code, high_code, least_code = _extremes(
+            key_block,
+            (jnp.minimum, jnp.where(shown, codes, largest)),
+            (jnp.maximum, codes),
+            (jnp.minimum, codes),
+        )
+        least_low, most_high, most_low, least_high = _extremes(
+            query_block,
+            (jnp.minimum, jnp.where(seeing, low, largest)),
+            (jnp.maximum, jnp.where(seeing, high, -1)),
+            (jnp.maximum, low),
+            (jnp.minimum, high),
+        )
+        of_keys, of_queries = (lambda x: x[:, None, :]), (lambda x: x[:, :, None])
+        some &= of_queries(least_low) <= of_keys(high_code)
+        some &= of_keys(low_code) <= of_queries(most_high)
+        whole &= of_queries(most_low) <= of_keys(jnp.where(least_code < 0, -1, low_code))
+        whole &= of_keys(high_code) <= of_queries(least_high)
     if block_mask is not None:
         rows = jnp.repeat(block_mask.blocks, block_mask.query_size // query_block, axis=0)[: shape[0]]
         some &= jnp.repeat(rows, block_mask.key_size // key_block, axis=1)[None, :, : shape[1]]
     return Seen(*jnp.broadcast_arrays(some, whole))
 
 
-def _blocks(x: Array, size: int, fill: Any) -> Array:
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
-    return x.reshape(x.shape[0], -1, size)
+def _extremes(size: int, *of_arrays: tuple[Callable[..., Array], Array]) -> tuple[Array, ...]:
+    """Of blocks of arrays, `b s`, each with `jnp.minimum` or `jnp.maximum`; one pass over all of them."""
+    ends = {jnp.minimum: jnp.iinfo(jnp.int32).max, jnp.maximum: jnp.int32(-1)}
+    operators, arrays = zip(*of_arrays, strict=True)
+    initial = tuple(jnp.int32(ends[operator]) for operator in operators)
+    blocks = tuple(
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=end).reshape(x.shape[0], -1, size)
+        for x, end in zip(arrays, initial, strict=True)
+    )
+    combine = lambda xs, ys: tuple(f(x, y) for f, x, y in zip(operators, xs, ys, strict=True))  # noqa: E731
+    return tuple(jax.lax.reduce(blocks, initial, combine, (2,)))
 
 
 def _numbers(shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _first(met: Array, axis: int) -> Array:
-    """Which is the first that is met along an axis."""
-    return met & (jnp.cumsum(met, axis=axis) == 1)
-
-
-def _with_flushed(flags: Array, inner: Array) -> Array:
-    """Adds, above the flags, the inner block whose last visit is the next: its output leaves then."""
-
-    def next_one(later, here):
-        flag, block = here
-        block = jnp.where(flag & _LAST_INNER != 0, block, later)
-        return block, block
-
-    last = jnp.zeros_like(inner[:, 0])
-    # From the end: after the last visit that completes a block, that block stays.
-    final = jnp.where(flags & _LAST_INNER != 0, _numbers(flags.shape, 1), -1).argmax(1)
-    last = jnp.take_along_axis(inner, final[:, None], axis=1)[:, 0]
-    _, flushed = jax.lax.scan(next_one, last, (flags.T, inner.T), reverse=True)
-    return flags.astype(jnp.int32) + (flushed.T.astype(jnp.int32) << _FLAG_BITS)
+def _flushed(flags: Array, inner: Array) -> Array:
+    """The inner block whose last visit is the next, or was the last: its output leaves then."""
+    last = (flags & _LAST_INNER) != 0
+    numbered = (_numbers(flags.shape, 1) << _INNER_BITS) + inner
+    following = jax.lax.cummin(jnp.where(last, numbered, jnp.iinfo(jnp.int32).max), axis=1, reverse=True)
+    final = jnp.where(last, numbered, 0).max(1, keepdims=True)
+    return jnp.minimum(following, final) & ((1 << _INNER_BITS) - 1)
