@@ -51,7 +51,6 @@ def forward(
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
     kernel = functools.partial(
         ForwardKernel,
-        heads=call.heads,
         queries=query.shape[1],
         keys=key.shape[1],
         scale=_scale(query, scale),
@@ -59,16 +58,20 @@ def forward(
     )
     merged: Any = [call.heads.merged(x) for x in (query, key, value)]
     run = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
-    results = kernel(blocks=call.blocks, masking=masks)(*merged, **run)
+    results = kernel(heads=call.heads, blocks=call.blocks, masking=masks)(*merged, **run)
 
     def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
-        """Computes the blocks with marked rows exactly."""
+        """Computes the blocks with marked rows exactly, by a smaller program."""
+        heads = Heads.of(query)
         small = dataclasses.replace(call.blocks, ahead=1, lag=1).dividing(512, 1024)
         marked = jnp.isnan(log_sum_exp).any((1, 2))
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
         masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
-        return kernel(blocks=small, masking=masks, exact=True)(*merged, previous=(output, log_sum_exp), **run)
+        rows = log_sum_exp.reshape(log_sum_exp.shape[0], heads.groups, heads.together, -1)
+        exact = kernel(heads=heads, blocks=small, masking=masks, exact=True)
+        output, rows = exact(*merged, previous=(output, rows), **run)
+        return output, rows.reshape(log_sum_exp.shape)
 
     output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])

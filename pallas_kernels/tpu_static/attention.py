@@ -65,25 +65,23 @@ class Shape:
         return self.heads * (self.sequence / 1024) ** 2 / self.segments
 
     def hints(self, generation: str, blocks: BlockSizes | None = None) -> dict[str, Hint]:
-        """What a packed sequence leaves of the kernels' grids, which are computed on the device.
+        """Steps and rows of steps of the kernels' grids, which of a packed sequence the device computes.
 
         Raises:
           ValueError: segments are not of whole blocks.
         """
-        if self.segments == 1:
-            return {}
-        hints = {}
+        hints, length = {}, self.sequence // self.segments
         for name in PASSES:
             tokens = jax.ShapeDtypeStruct((1, self.sequence, self.heads, self.head_dim), jnp.bfloat16)
             own = jax.ShapeDtypeStruct((1, self.sequence), jnp.int32)
-            call = tpu.Call.of(
-                tokens, tokens, name, ranges=KeyRanges(own, own, own), generation=generation, blocks=blocks
-            )
-            sizes, length = call.blocks, self.sequence // self.segments
-            if sizes.queries != sizes.keys or length % sizes.queries or self.sequence % self.segments:
+            ranges = KeyRanges(own, own, own) if self.segments > 1 else None
+            call = tpu.Call.of(tokens, tokens, name, ranges=ranges, generation=generation, blocks=blocks)
+            sizes = call.blocks
+            if self.segments > 1 and (length % max(sizes.queries, sizes.keys) or self.sequence % length):
                 raise ValueError(f"{self}: segments must be of whole blocks, which are {sizes}")
-            rows = self.segments * length // sizes.queries * call.heads.groups
-            steps = rows * length // sizes.keys
+            # In the backward pass queries, too, begin and end: as often, where blocks are square.
+            rows = self.segments * -(-length // sizes.queries) * call.heads.groups
+            steps = rows * -(-length // sizes.keys)
             hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"))
         return hints
 

@@ -1,5 +1,6 @@
 """The TPU kernels, interpreted: all cases on small blocks, and the shipped blocks in a slow test."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention import reference, specs, tpu
 from pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from pallas_kernels.attention.tpu_layout import Heads
 from tests.pallas_kernels.attention.cases import AttentionCases, error, exact
 
 SMALL = BlockSizes(queries=128, keys=256, query_unit=128, key_unit=128)
@@ -96,6 +98,42 @@ def test_a_reference_is_raised_between_blocks_without_the_exact_kernel(monkeypat
     expected = exact(query, key, value, query, np.ones((1, 128, 1024), bool))
     assert error(output, expected[0]) <= 1e-4
     np.testing.assert_allclose(log_sum_exp, expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "dim", "at_once"), [(4, 64, 2), (4, 128, 2), (3, 128, 1)])
+@pytest.mark.parametrize("generation", ["v6e", "v5e"])
+def test_several_heads_at_once(generation, heads, dim, at_once):
+    """As many as divide what there are."""
+    arrays = query, key, value, _ = inputs(200, 300, heads=heads, dim=dim)
+    blocks = dataclasses.replace(SMALL, heads=2)
+    assert Heads.of(query, blocks.heads).together == at_once * (2 if dim == 64 else 1)
+    ranges = segment_ranges(*(jnp.asarray(np.arange(n)[None] // 170, jnp.int32) for n in (200, 300)))
+    options = {"generation": generation, "blocks": blocks, "interpret": True}
+    forward = jitted(tpu.forward, **options)
+    results = forward(query, key, value, ranges=ranges)
+    gradients = jitted(tpu.backward, **options)(*arrays[:3], *results, arrays[3], ranges=ranges)
+    expected = exact(*arrays, np.asarray(ranges.visible()))
+    assert all(error(a, b) <= 2e-6 for a, b in zip((*results, *gradients), expected, strict=True))
+    # Rows of one head whose sums overflow are computed anew, where they belong.
+    query = query.at[:, :64, 1, 0].set(10.0)
+    key = key.at[:, :, 1, 0].set(0.0).at[:, 150, 1, 0].set(15.0 * np.sqrt(dim))
+    expected = exact(query, key, value, query, np.asarray(ranges.visible()))
+    output, log_sum_exp = forward(query, key, value, ranges=ranges)
+    assert error(output, expected[0]) <= 2e-6 and error(log_sum_exp, expected[1]) <= 2e-6
+
+
+def test_as_many_heads_at_once_as_have_their_gradients_fit():
+    together = {}
+    for length in (8192, 65536, 131072):
+        tokens = jax.ShapeDtypeStruct((1, length, 4, 128), jnp.bfloat16)
+        sizes = specs.block_sizes("v6e", "backward", head_dim=128, bits=16, masked=True)
+        together[length] = tpu.Call.of(
+            tokens, tokens, "backward", ranges=None, generation="v6e", blocks=sizes
+        ).heads.together
+    assert together == {8192: 4, 65536: 2, 131072: 1}
+    tokens = jax.ShapeDtypeStruct((1, 10**6, 4, 128), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"1000000 queries.*cut the sequence over the mesh axis"):
+        tpu.Call.of(tokens, tokens, "backward", ranges=None, generation="v6e")
 
 
 def test_no_races():

@@ -1,0 +1,88 @@
+"""libtpu compiles what is shipped for every generation, within the vector memory of its cores."""
+
+import importlib.util
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.attention import tpu
+from pallas_kernels.attention.masks import causal_ranges, segment_ranges
+from pallas_kernels.attention.specs import GENERATIONS
+from pallas_kernels.tpu_static.measure import Job, measure
+
+HEADS = ((2, 64), (1, 96), (4, 128), (1, 192), (2, 256))
+MASKS = ("none", "segments", "frames")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install "vidgen[tpu]"'
+)
+
+
+def ranges_of(mask, numbers):
+    if mask == "none":
+        return None
+    return segment_ranges(numbers, numbers) if mask == "segments" else causal_ranges(numbers, numbers)
+
+
+def forward(*, generation, heads, head_dim, length, dtype, mask):
+    """For `measure`."""
+
+    def call(query, key, value, numbers):
+        return tpu.forward(query, key, value, ranges=ranges_of(mask, numbers), generation=generation)
+
+    tokens = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.dtype(dtype))
+    return call, [tokens, tokens, tokens, jax.ShapeDtypeStruct((1, length), jnp.int32)]
+
+
+def backward(*, generation, heads, head_dim, length, dtype, mask):
+    """For `measure`."""
+
+    def call(query, key, value, output, log_sum_exp, cotangent, numbers):
+        ranges = ranges_of(mask, numbers)
+        inputs = (query, key, value, output, log_sum_exp, cotangent)
+        return tpu.backward(*inputs, ranges=ranges, generation=generation)
+
+    _, (*tokens, numbers) = forward(
+        generation=generation, heads=heads, head_dim=head_dim, length=length, dtype=dtype, mask=mask
+    )
+    sums = jax.ShapeDtypeStruct((1, heads, length), jnp.float32)
+    return call, [*tokens, tokens[0], sums, tokens[0], numbers]
+
+
+def check(generation, which, cases):
+    jobs = [Job(build=f"{__file__}:{which}", keywords={"generation": generation, **case}) for case in cases]
+    reports = measure(jobs, generation=generation, evaluate=False)
+    failures = {str(case): r.failure for case, r in zip(cases, reports, strict=True) if r.failure}
+    assert failures == {}
+    limit = GENERATIONS[generation].vmem_bytes
+    for report in reports:
+        assert 0 < max(kernel.instruction.scoped_bytes for kernel in report.kernels) <= limit
+
+
+def case(heads, head_dim, *, length=2048, dtype="bfloat16", mask="none"):
+    return {"heads": heads, "head_dim": head_dim, "length": length, "dtype": dtype, "mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("generation", "which", "head_dim"),
+    [("v5e", "forward", 128), ("v5p", "backward", 128), ("v6e", "backward", 64), ("tpu7x", "forward", 128)],
+)
+def test_compiles(generation, which, head_dim):
+    """One each; the forward pass for v6e is compiled to count its cycles (`tpu_static/test_attention.py`)."""
+    check(generation, which, [case(128 // head_dim, head_dim)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_compiles_in_all_configurations(generation, which):
+    """Two blocks and more each way; with a length of no whole blocks, too."""
+    cases = [
+        case(*heads, length=length, dtype=dtype, mask=mask)
+        for heads, dtype, mask in itertools.product(HEADS, ("bfloat16", "float32"), MASKS)
+        for length in ((8192, 8000) if mask == "none" else (8192,))
+    ]
+    check(generation, which, cases)
