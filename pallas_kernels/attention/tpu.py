@@ -46,8 +46,15 @@ def forward(
       NotImplementedError: heads of more than 256 channels, another dtype, a mask of too many blocks.
     """
     _check(query, key, value)
-    options = {"ranges": ranges, "block_mask": block_mask}
-    call = Call.of(query, key, "forward", **options, generation=generation, blocks=blocks)
+    call = Call.of(
+        query,
+        key,
+        "forward",
+        masked=ranges is not None,
+        block_mask=block_mask,
+        generation=generation,
+        blocks=blocks,
+    )
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
     kernel = functools.partial(
         ForwardKernel,
@@ -102,8 +109,15 @@ def backward(
       NotImplementedError: as of `forward`; or more queries than have their gradient fit into vector memory.
     """
     _check(query, key, value)
-    options = {"ranges": ranges, "block_mask": block_mask}
-    call = Call.of(query, key, "backward", **options, generation=generation, blocks=blocks)
+    call = Call.of(
+        query,
+        key,
+        "backward",
+        masked=ranges is not None,
+        block_mask=block_mask,
+        generation=generation,
+        blocks=blocks,
+    )
     kernel = BackwardKernel(
         heads=call.heads,
         blocks=call.blocks,
@@ -148,12 +162,15 @@ class Call:
         key: Any,
         which: specs.Pass,
         *,
-        ranges: KeyRanges | None,
+        masked: bool,
         block_mask: BlockMask | None = None,
         generation: str | None = None,
         blocks: BlockSizes | None = None,
     ) -> "Call":
         """Of arrays, or of their shapes and dtypes.
+
+        Args:
+          masked: there are ranges.
 
         Raises:
           NotImplementedError: as of `forward` and `backward`.
@@ -166,7 +183,7 @@ class Call:
                 which,
                 head_dim=padded,
                 bits=jnp.finfo(query.dtype).bits,
-                masked=ranges is not None,
+                masked=masked,
             ).within(query.shape[1], key.shape[1])
         if block_mask is not None:
             blocks = blocks.dividing(block_mask.query_size, block_mask.key_size)

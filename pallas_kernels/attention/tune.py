@@ -6,8 +6,8 @@
 Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
 (`pallas_kernels.tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
 Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
-smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half a minute to a
-minute for each of some six candidates of each of twelve lines.
+smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half of the blocks
+count as if a segment ended within. A quarter of an hour to half an hour for the twelve lines of a generation.
 """
 
 import argparse
@@ -17,12 +17,13 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 from pallas_kernels.attention import specs
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
 from pallas_kernels.tpu_static import attention
 from pallas_kernels.tpu_static.attention import PASSES, Shape
+from pallas_kernels.tpu_static.interior import Choice
 from pallas_kernels.tpu_static.measure import Job, measure
 
 __all__ = ["candidates", "main", "tune"]
@@ -31,6 +32,8 @@ HEAD_DIMS = (64, 128, 256)
 TABLE = pathlib.Path(specs.__file__).with_name("block_sizes.json")
 _AT_ONCE = {64: 4, 128: 4, 256: 2}
 """Heads, or pairs of 64 channels, of a block under a mask."""
+BODIES: tuple[Literal["fewest", "most"], ...] = ("fewest", "most")
+"""Of a kernel: for blocks that are seen as a whole, and for the others."""
 
 
 def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[BlockSizes]:
@@ -73,22 +76,32 @@ def tune(generation: str, which: specs.Pass, *, head_dim: int, masked: bool) -> 
         if masked:
             shape = Shape(head_dim=head_dim, heads=shape.heads * sizes.heads, segments=8)
         keywords = {"generation": generation, "which": which, "sizes": dataclasses.asdict(sizes)}
-        jobs.append(
-            Job(
-                build="pallas_kernels.attention.tune:build",
-                keywords=keywords | dataclasses.asdict(shape),
-                hints=shape.hints(generation, sizes),
-                branch="least",
+        hints = shape.hints(generation, sizes)
+        # Of the two bodies of a kernel with masks, the one that compares codes does a little more.
+        for take in BODIES if masked else BODIES[:1]:
+            jobs.append(
+                Job(
+                    build="pallas_kernels.attention.tune:build",
+                    keywords=keywords | dataclasses.asdict(shape),
+                    hints={
+                        name: dataclasses.replace(hint, choice=Choice(take=take))
+                        for name, hint in hints.items()
+                    },
+                    branch="least",
+                )
             )
-        )
         tiles.append(shape.tiles)
     found = []
-    reports = measure(jobs, generation=generation, evaluate=False)
-    for sizes, size, report in zip(tried, tiles, reports, strict=True):
-        cycles = None if report.failure else report.kernel_cycles("stall model")
-        print(f"{sizes}: {report.failure if cycles is None else round(cycles / size, 1)}", flush=True)
-        if cycles is not None:
-            found.append((cycles / size, sizes))
+    reports = iter(measure(jobs, generation=generation, evaluate=False))
+    for sizes, size in zip(tried, tiles, strict=True):
+        own = [next(reports) for _ in (BODIES if masked else BODIES[:1])]
+        failure = " ".join(report.failure for report in own).strip()
+        if failure:
+            print(f"{sizes}: {failure}", flush=True)
+            continue
+        each = [cast(int, report.kernel_cycles("stall model")) / size for report in own]
+        print(f"{sizes}: {', '.join(str(round(cycles, 1)) for cycles in each)}", flush=True)
+        found.append((sum(each) / len(each), sizes))
     if not found:
         raise RuntimeError(f"tune: no candidate compiles for {generation}, {which}, head dim {head_dim}")
     cycles, best = min(found, key=lambda pair: pair[0])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu
-from pallas_kernels.attention.masks import KeyRanges, segment_ranges
+from pallas_kernels.attention.masks import segment_ranges
 from pallas_kernels.attention.specs import BlockSizes, Pass
 from pallas_kernels.tpu_static.generations import GENERATIONS
 from pallas_kernels.tpu_static.interior import Choice
@@ -73,9 +73,8 @@ class Shape:
         hints, length = {}, self.sequence // self.segments
         for name in PASSES:
             tokens = jax.ShapeDtypeStruct((1, self.sequence, self.heads, self.head_dim), jnp.bfloat16)
-            own = jax.ShapeDtypeStruct((1, self.sequence), jnp.int32)
-            ranges = KeyRanges(own, own, own) if self.segments > 1 else None
-            call = tpu.Call.of(tokens, tokens, name, ranges=ranges, generation=generation, blocks=blocks)
+            masked = self.segments > 1
+            call = tpu.Call.of(tokens, tokens, name, masked=masked, generation=generation, blocks=blocks)
             sizes = call.blocks
             if self.segments > 1 and (length % max(sizes.queries, sizes.keys) or self.sequence % length):
                 raise ValueError(f"{self}: segments must be of whole blocks, which are {sizes}")

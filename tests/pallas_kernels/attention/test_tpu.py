@@ -128,12 +128,12 @@ def test_as_many_heads_at_once_as_have_their_gradients_fit():
         tokens = jax.ShapeDtypeStruct((1, length, 4, 128), jnp.bfloat16)
         sizes = specs.block_sizes("v6e", "backward", head_dim=128, bits=16, masked=True)
         together[length] = tpu.Call.of(
-            tokens, tokens, "backward", ranges=None, generation="v6e", blocks=sizes
+            tokens, tokens, "backward", masked=False, generation="v6e", blocks=sizes
         ).heads.together
     assert together == {8192: 4, 65536: 2, 131072: 1}
     tokens = jax.ShapeDtypeStruct((1, 10**6, 4, 128), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"1000000 queries.*cut the sequence over the mesh axis"):
-        tpu.Call.of(tokens, tokens, "backward", ranges=None, generation="v6e")
+        tpu.Call.of(tokens, tokens, "backward", masked=False, generation="v6e")
 
 
 def test_no_races():

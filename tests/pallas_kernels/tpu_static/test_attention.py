@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pallas_kernels.attention.specs import BlockSizes
 from pallas_kernels.tpu_static import __main__ as command
 from pallas_kernels.tpu_static import attention
 from pallas_kernels.tpu_static.attention import PASSES, TABLE, Shape
@@ -76,6 +77,18 @@ def test_tiles_are_of_all_heads():
     assert Shape().heads == 1 and Shape().tiles == 64
     assert Shape(head_dim=64).heads == 2 and Shape(head_dim=64).tiles == 128
     assert Shape(sequence=512, heads=3).tiles == 0.75
+
+
+def test_a_packed_sequence_has_tiles_steps_and_rows():
+    shape = Shape(sequence=32768, heads=4, segments=8)
+    assert shape.tiles == 4 * 32**2 / 8
+    hints = shape.hints("v6e", BlockSizes(queries=1024, keys=1024, query_unit=256, key_unit=256, heads=2))
+    for name in PASSES:
+        hint = hints[f"attention_{name}"]
+        # Two groups of heads, eight segments, four blocks each.
+        assert (hint.rows, hint.steps) == (2 * 8 * 4, 2 * 8 * 4 * 4)
+    with pytest.raises(ValueError, match="segments must be of whole blocks"):
+        Shape(sequence=8192, segments=16).hints("v6e")
 
 
 def report(cycles, *, evaluated=True):

@@ -5,7 +5,17 @@ import pytest
 from pallas_kernels.tpu_static.dumps import DumpError, read_listing
 from pallas_kernels.tpu_static.interior import Choice, interior_step
 from tests.pallas_kernels.tpu_static import cases
-from tests.pallas_kernels.tpu_static.cases import ADD, MULTIPLY, POP, SCALAR, SLOTS, jump, program, starting
+from tests.pallas_kernels.tpu_static.cases import (
+    ADD,
+    MULTIPLY,
+    POP,
+    SCALAR,
+    SLOTS,
+    STORE,
+    jump,
+    program,
+    starting,
+)
 
 
 def step(bundles, **choice):
@@ -55,6 +65,18 @@ def test_what_has_most_work_is_taken_though_it_has_no_predicate():
     found = step(bundles)
     assert found.bundles == len(bundles) - 9
     assert [a.taken for a in found.alternatives] == [False]
+
+
+def test_the_ends_of_a_row_are_done_too_where_they_are_asked_for():
+    """A product that a row begins with, and how its result leaves; not the zeros of a row without work."""
+    bundles = looped(
+        *(jump(1), SLOTS, [MULTIPLY] * 5, starting(1, SCALAR)),
+        [MULTIPLY] * 20,
+        *(jump(2), SLOTS, [ADD] * 12, starting(2, SCALAR)),
+        *(jump(3), SLOTS, [STORE] * 11, starting(3, SCALAR)),
+    )
+    assert step(bundles).bundles == len(bundles) - 5 - 12 - 11
+    assert step(bundles, ends=True).bundles == len(bundles) - 11
 
 
 def test_a_region_around_the_one_that_is_taken_is_taken():

@@ -75,6 +75,12 @@ def test_hints_say_how_many_steps_and_which_body(folder):
     assert [a.taken for a in kernel.interior.alternatives] == [True, False]
 
 
+def test_rows_of_steps_have_ends(folder):
+    """The other body of the kernel has as much work, and is none."""
+    [kernel] = read(folder, {"attend": Hint(steps=6, rows=2, choice=Choice(take="fewest"))}).kernels
+    assert kernel.rows == 2 and kernel.modelled == 6 * kernel.stalled + 2 * kernel.ends
+
+
 def test_kernels_of_one_name_and_different_grids_have_no_steps(folder):
     (folder / "grids.json").write_text(json.dumps([["attend", 100], ["attend", 7]]))
     (folder / "program.txt").write_text(program(None))
