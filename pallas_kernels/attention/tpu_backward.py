@@ -315,7 +315,7 @@ class _Step:
         """Of tokens, `n width`, and weights: `width m`, or `m width`."""
         if self.kernel.transposed:
             return dot(tokens, weights, contracted)
-        return dot(weights, tokens, contracted[::-1])
+        return dot(weights, tokens, (contracted[1], contracted[0]))
 
     @staticmethod
     def _sum(total, where, first: Any, added: Array) -> None:

@@ -9,6 +9,7 @@ from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
 from vidgen.ops.attention import Implementation, attention
+from vidgen.ops.norm_rope import norm_rope
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 
 
@@ -67,11 +68,9 @@ class MultiHeadAttention(nnx.Module):
           second: the other context, all of which may be seen.
         """
         source = x if context is None else context
-        query = self._heads(self.query_norm(self.query(x)))
-        key = self._heads(self.key_norm(self.key(source)))
+        query = self._normalised(self.query_norm, self.query(x), angles)
+        key = self._normalised(self.key_norm, self.key(source), angles)
         value = self._heads(self.value(source))
-        if angles is not None:
-            query, key = apply_rope(query, angles), apply_rope(key, angles)
         attend = functools.partial(attention, implementation=self.implementation)
         if context is None and self.sequence is not None:
             own = None if segment_ids is None else segment_ids[0]
@@ -91,6 +90,16 @@ class MultiHeadAttention(nnx.Module):
             key = self._heads(self.second_key_norm(self.second_key(second)))
             y = y + attend(query, key, self._heads(self.second_value(second)))
         return self.out(y.reshape(x.shape))
+
+    def _normalised(self, norm: RMSNorm, x: Array, angles: Array | None) -> Array:
+        """`b s d` to `b s n k`."""
+        if angles is None:
+            return self._heads(norm(x))
+        try:
+            implementation = self.implementation
+            return norm_rope(x, norm.scale[...], angles, eps=norm.eps, implementation=implementation)
+        except NotImplementedError:
+            return apply_rope(self._heads(norm(x)), angles)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
