@@ -121,7 +121,6 @@ class BackwardKernel:
         visit = self.masking.visits.visit(0, words)
         step = _Step(self, visit, inputs, (*masks, None, None)[:3], refs[:3], refs[3:])
         pl.when(visit.first)(step.begin_keys)
-        pl.when(visit.first_inner)(step.begin_queries)
         if not isinstance(visit.active, bool):
             idle = jnp.logical_not(visit.active)
             pl.when(visit.first & idle)(step.clear_keys)
@@ -163,30 +162,6 @@ class _Step:
             if self.ragged_keys:
                 there = self._valid(left, self.value.shape, 0)
                 self.whole_value[...] = jnp.where(there, self.value[...], 0)
-
-    def begin_queries(self) -> None:
-        """A block of queries is met for the first time."""
-        inner, heads = self.visit.inner, self.heads
-        product = self.output[...].astype(jnp.float32) * self.cotangent[...].astype(jnp.float32)
-        means = self._sums_of_heads(product)
-        for head in range(heads.together):
-            self.mean[inner, head] = jnp.where(
-                self._valid(self._queries_left(), (1, means.shape[1]), 1), means[head : head + 1], 0
-            )
-
-    def _sums_of_heads(self, x: Array) -> Array:
-        """Sums over channels, `q lanes` to `heads q` (and rows of zeros), as products with ones.
-
-        What is float32 only by being the product of two bfloat16 is the sum of two of these.
-        """
-        lanes = self.heads.lanes
-        shape = -(-self.heads.together // 8) * 8, lanes
-        head = lax.broadcasted_iota(jnp.int32, shape, 0)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-        own = (channel // self.heads.padded == head).astype(self.query.dtype)
-        high = x.astype(self.query.dtype)
-        low = (x - high.astype(jnp.float32)).astype(self.query.dtype)
-        return dot(own, high, (1, 1)) + dot(own, low, (1, 1))
 
     def clear_keys(self) -> None:
         """Nothing is added at the first visit, which would else replace what is there."""
@@ -270,12 +245,29 @@ class _Step:
 
     def _products(self, unit) -> tuple[Array, Array]:
         head, queries, keys = unit
+        if keys.start == 0 and self._begins(head):
+            self._take_means(head, queries)
         query, cotangent = self._queries_of(head, queries)
         window = self.heads.window(head)
         # The other head's channels are zero in the query already.
         key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, window]
         value = (self.whole_value if self.ragged_keys else self.value)[keys, window]
         return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
+
+    def _take_means(self, head: int, queries: slice) -> None:
+        """The products of output and cotangent, of a head or of both of a pair.
+
+        For each pair of blocks again: beside the products it takes next to no time, and at the start of a row
+        a lot.
+        """
+        heads, window = self.heads, self.heads.window(head)
+        output, cotangent = (x[queries, window].astype(jnp.float32) for x in (self.output, self.cotangent))
+        product = (output * cotangent).T
+        for index in range(heads.width // heads.padded):
+            mean = product[heads.rows(index)].sum(0, keepdims=True)
+            left = self._queries_left()
+            there = self._valid(None if left is None else left - queries.start, mean.shape, 1)
+            self.mean[head + index, :, queries] = jnp.where(there, mean, 0)
 
     def _weights(self, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores but for the scale, in the dtype of the inputs."""
@@ -288,8 +280,7 @@ class _Step:
             mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
             scores = jnp.where(mask, scores, NEGATIVE)
         weights = jnp.exp2(scores - self.offset[head, :, queries])
-        mean = self.mean[self.visit.inner, head, :, queries]
-        of_scores = weights * (of_weights - mean)
+        of_scores = weights * (of_weights - self.mean[head, :, queries])
         return weights.astype(self.value.dtype), of_scores.astype(self.query.dtype)
 
     def _add(self, unit, transformed: tuple[Array, Array]) -> None:
@@ -356,7 +347,7 @@ def _scratch(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any, transpo
         pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
         pltpu.VMEM(turn(blocks.keys), jnp.float32),
         pltpu.VMEM(turn(blocks.keys), jnp.float32),
-        pltpu.VMEM((count, heads.together, 1, blocks.queries), jnp.float32),
+        pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
         pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
         own(blocks.queries),
         own(blocks.queries),

@@ -34,12 +34,12 @@ from pallas_kernels.attention.tpu_layout import (
     dot,
     visible,
 )
-from pallas_kernels.attention.visits import Visit
+from pallas_kernels.attention.visits import Sparse, Visit
 
 __all__ = ["ForwardKernel"]
 
-_SAMPLES, _SAMPLE = 2, 16
-"""How many pieces of a block of keys, of how many keys each, the first reference is taken from."""
+_SAMPLE = 32
+"""Keys that the first reference is taken from: the first, whose products are there first."""
 _TOTALS = 16
 """Rows below the sums of the values, for the sums of the weights."""
 _RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
@@ -144,13 +144,19 @@ class ForwardKernel:
         results, scratch = refs[:2], refs[2:]
         visit = self.masking.visits.visit(0, words)
         step = _Step(self, visit, (query, key, value), (*masks, None, None)[:3], results, scratch)
-        pl.when(visit.first)(step.begin)
+        # Where rows are short, as under masks, their ends hide in a body of their own.
+        ending: Any = False
+        if isinstance(self.masking.visits, Sparse) and not self.exact:
+            ending = visit.full & visit.last
+        others = lambda condition: condition if ending is False else condition & jnp.logical_not(ending)  # noqa: E731
+        pl.when(others(visit.first))(step.begin)
+        pl.when(ending)(lambda: step.absorb(ending=True))
         if not masks:
-            pl.when(visit.active)(lambda: step.absorb(masked=False))
+            pl.when(others(visit.active))(step.absorb)
         else:
-            pl.when(visit.active & visit.full)(lambda: step.absorb(masked=False))
+            pl.when(others(visit.active & visit.full))(step.absorb)
             pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
-        pl.when(visit.last & visit.active)(step.finish)
+        pl.when(others(visit.last & visit.active))(step.finish)
         if not isinstance(visit.active, bool):
             pl.when(visit.last & jnp.logical_not(visit.active))(step.see_nothing)
 
@@ -164,6 +170,7 @@ class _Step:
         self.factor = kernel.scale * LOG2_E
         self.query, self.key, self.value = inputs
         self.masks = masks
+        self.means: dict[Any, list[Array]] = {}
         self.output, self.log_sum_exp = results
         self.own_query, self.value_t, self.reference, self.sums, self.codes = scratch
         self.channels = slice(0, self.heads.padded)
@@ -171,29 +178,23 @@ class _Step:
 
     def begin(self) -> None:
         """Before the first block of keys."""
-        heads = self.heads
-        for head in range(heads.together):
-            if heads.paired:
-                pair = self.query[:, heads.window(head)].T
-                self.own_query[head] = jnp.where(heads.own(head, pair.shape, 0), pair, 0)
-            if not self.kernel.exact:
-                self.reference[head] = jnp.broadcast_to(self._sample(head), self.reference.shape[1:])
+        for head in range(self.heads.together):
+            self._turn(head, slice(None))
 
-    def _sample(self, head: int) -> Array:
-        """The largest scores among some keys of the block."""
-        step = self.blocks.keys // _SAMPLES
-        pieces = [slice(start, start + _SAMPLE) for start in range(0, self.blocks.keys, step)]
-        key = jnp.concatenate([self.key[piece, self.heads.window(head)] for piece in pieces])
-        scores = self.factor * self._products(head, slice(None), key)
-        if self.kernel.keys % self.blocks.keys:
-            row = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            position = row // _SAMPLE * step + row % _SAMPLE
-            there = position < self.kernel.keys - self.visit.inner * self.blocks.keys
-            scores = jnp.where(there, scores, NEGATIVE)
-        return scores.max(0, keepdims=True)
+    def _turn(self, head: int, queries: slice) -> None:
+        """Copies queries of one head of a pair, channels first."""
+        if self.heads.paired:
+            pair = self.query[queries, self.heads.window(head)].T
+            self.own_query[head, :, queries] = jnp.where(self.heads.own(head, pair.shape, 0), pair, 0)
 
-    def absorb(self, *, masked: bool) -> None:
-        """All units of this block."""
+    def absorb(self, *, masked: bool = False, ending: bool = False) -> None:
+        """All units of this block.
+
+        Args:
+          masked: not all is seen.
+          ending: this is the row's last block, maybe its first too: what begins and finishes a row is done
+            for each unit of queries, beside the products of others.
+        """
         blocks, heads = self.blocks, self.heads
         values = self.value[...].T
         if self.kernel.keys % blocks.keys:
@@ -206,9 +207,9 @@ class _Step:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
         pipelined(
             blocks.units(heads.together),
-            self._scores,
+            functools.partial(self._scores, ending),
             functools.partial(self._weights, masked),
-            self._add,
+            functools.partial(self._add, ending),
             ahead=blocks.ahead,
             lag=blocks.lag,
         )
@@ -217,8 +218,10 @@ class _Step:
             # A row that is NaN, as those beyond the end may be, must not hide the others.
             pl.when(jnp.max(jnp.where(totals > _RAISE, totals, 0.0)) > 0.0)(self._raise)
 
-    def _scores(self, unit) -> Array:
+    def _scores(self, ending: bool, unit) -> Array:
         head, queries, keys = unit
+        if ending and keys.start == 0:
+            self._turn(head, queries)
         return self._products(head, queries, self.key[keys, self.heads.window(head)])
 
     def _products(self, head: int, queries: slice, key: Array) -> Array:
@@ -238,11 +241,14 @@ class _Step:
             mask = visible(self.codes[keys, :], low[0:1, queries], high, scores.shape)
             scores = jnp.where(mask, scores, NEGATIVE)
         reference, shrink = self.reference[head, 0:1, queries], None
+        if keys.start == 0 and not self.kernel.exact:
+            reference = jnp.where(self.visit.first, self._sample(products), reference)
+            self._refer(head, queries, reference)
         if self.kernel.exact:
             before = self._unless_first(keys, reference, NEGATIVE)
             reference = jnp.maximum(before, scores.max(0, keepdims=True))
             shrink = jnp.exp2(before - reference)
-            self.reference[head, :, queries] = jnp.broadcast_to(reference, (8, reference.shape[1]))
+            self._refer(head, queries, reference)
         weights = jnp.exp2(scores - reference)
         if self.kernel.exact and mask is not None:
             # Of a query that has seen nothing yet, the largest score is none.
@@ -253,10 +259,24 @@ class _Step:
             self._sum(head, self.totals, queries, keys, wide.reshape(-1, 8, wide.shape[1]).sum(0), shrink)
         return weights, shrink
 
-    def _add(self, unit, transformed: tuple[Array, Array | None]) -> None:
+    def _sample(self, products: Array) -> Array:
+        """The largest scores among some keys of a block's first unit."""
+        scores = self.factor * products[:_SAMPLE]
+        if self.kernel.keys % self.blocks.keys:
+            left = self.kernel.keys - self.visit.inner * self.blocks.keys
+            scores = jnp.where(lax.broadcasted_iota(jnp.int32, scores.shape, 0) < left, scores, NEGATIVE)
+        return scores.max(0, keepdims=True)
+
+    def _refer(self, head: int, queries: slice, reference: Array) -> None:
+        """Keeps what exponentials are relative to."""
+        self.reference[head, :, queries] = jnp.broadcast_to(reference, (8, reference.shape[1]))
+
+    def _add(self, ending: bool, unit, transformed: tuple[Array, Array | None]) -> None:
         (head, queries, keys), (weights, shrink) = unit, transformed
         rows = slice(None) if self.kernel.ones else self.channels
         self._sum(head, rows, queries, keys, dot(self.value_t[head, rows, keys], weights, (1, 0)), shrink)
+        if ending and keys.stop == self.blocks.keys:
+            self._finish(head, queries)
 
     def _sum(self, head: int, rows: slice, queries: slice, keys: slice, added: Array, shrink) -> None:
         before = self._unless_first(keys, self.sums[head, rows, queries], 0.0)
@@ -277,20 +297,28 @@ class _Step:
 
     def finish(self) -> None:
         """After the last block of keys."""
-        means = []
         for head in range(self.heads.together):
-            total = self.sums[head, self.totals].sum(0, keepdims=True)
-            logarithm = self.reference[head, 0:1] + jnp.log2(total)
-            if self.kernel.exact:
-                seen = total != 0
-                total = jnp.where(seen, total, 1.0)
-                logarithm = jnp.where(seen, logarithm, -jnp.inf)
-            else:
-                good = (total > _UNDERFLOW) & (total < _OVERFLOW)
-                logarithm = jnp.where(good, logarithm, jnp.nan)
-            self.log_sum_exp[head : head + 1, :] = logarithm * math.log(2)
-            means.append((self.sums[head, self.channels] * (1 / total)).astype(self.output.dtype))
-        self.output[...] = jnp.concatenate(means, axis=0).T
+            self._finish(head, slice(None))
+
+    def _finish(self, head: int, queries: slice) -> None:
+        """Writes the results of some queries; of a pair's, when it is at the second head."""
+        sums = self.sums[head, :, queries]
+        total = sums[self.totals].sum(0, keepdims=True)
+        logarithm = self.reference[head, 0:1, queries] + jnp.log2(total)
+        if self.kernel.exact:
+            seen = total != 0
+            total = jnp.where(seen, total, 1.0)
+            logarithm = jnp.where(seen, logarithm, -jnp.inf)
+        else:
+            good = (total > _UNDERFLOW) & (total < _OVERFLOW)
+            logarithm = jnp.where(good, logarithm, jnp.nan)
+        self.log_sum_exp[head : head + 1, queries] = logarithm * math.log(2)
+        mean = (sums[self.channels] * (1 / total)).astype(self.output.dtype)
+        means = [*self.means.pop(queries.start, []), mean]
+        if len(means) * self.heads.padded < self.heads.width:
+            self.means[queries.start] = means
+        else:
+            self.output[queries, self.heads.window(head)] = jnp.concatenate(means, axis=0).T
 
     def see_nothing(self) -> None:
         """There are no keys for any of these queries."""

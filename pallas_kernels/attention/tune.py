@@ -84,7 +84,9 @@ def tune(generation: str, which: specs.Pass, *, head_dim: int, masked: bool) -> 
                     build="pallas_kernels.attention.tune:build",
                     keywords=keywords | dataclasses.asdict(shape),
                     hints={
-                        name: dataclasses.replace(hint, choice=Choice(take=take))
+                        name: dataclasses.replace(
+                            hint, choice=Choice(take=take), end=hint.end if take == "fewest" else None
+                        )
                         for name, hint in hints.items()
                     },
                     branch="least",

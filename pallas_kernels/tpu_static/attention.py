@@ -81,7 +81,9 @@ class Shape:
             # In the backward pass queries, too, begin and end: as often, where blocks are square.
             rows = self.segments * -(-length // sizes.queries) * call.heads.groups
             steps = rows * -(-length // sizes.keys)
-            hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"))
+            # What ends a row of the forward pass under a mask is done by its first body.
+            end = Choice(take=(0,)) if masked and name == "forward" else None
+            hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"), end=end)
         return hints
 
 

@@ -192,14 +192,18 @@ class _Finder:
     def issued(
         self, region: _Region, taken: list[_Region], trips: dict[_Region, int], ends: bool
     ) -> Iterator[tuple[int, int]]:
-        """Spans of one visit of a region; `ends` is of what lies in it, but not in alternatives inside."""
+        """Spans of one visit of a region; `ends` is of what lies in it, but not in alternatives inside.
+
+        The only region with work is no alternative, but the step under a predicate that always holds.
+        """
         position = region.start
         for inside in region.inside:
             if inside.start > position:
                 yield position, inside.start
             visits = trips.get(inside, 1) if inside.loop else int(self._is_taken(inside, taken, ends))
+            alternative = inside in taken and self.work(inside) < self.work(region)
             for _ in range(visits):
-                yield from self.issued(inside, taken, trips, ends and inside not in taken)
+                yield from self.issued(inside, taken, trips, ends and not alternative)
             position = inside.stop
         if region.stop > position:
             yield position, region.stop

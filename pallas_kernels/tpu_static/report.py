@@ -27,11 +27,14 @@ class Hint:
       steps: of its grid that do the work of an interior step; by default all of them.
       rows: of steps: how often something begins and ends; by default that is not counted.
       choice: what a step does where the kernel branches.
+      end: what a step does that is the first and the last of a row; by default that of `choice` and what
+        `Choice.ends` adds.
     """
 
     steps: int | None = None
     rows: int = 0
     choice: Choice = Choice()
+    end: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,10 +177,8 @@ def read_report(folder: pathlib.Path, hints: Mapping[str, Hint], branch: Branch,
 
 def _kernel(instruction: Instruction, listing: Listing, hint: Hint, generation: str) -> Kernel:
     timing = GENERATIONS[generation]
-    interior, whole = (
-        interior_step(listing, timing.delay_slots, dataclasses.replace(hint.choice, ends=ends))
-        for ends in (False, True)
-    )
+    end = hint.end or dataclasses.replace(hint.choice, ends=True)
+    interior, whole = (interior_step(listing, timing.delay_slots, choice) for choice in (hint.choice, end))
     stalled, with_ends = (stall_cycles(listing.bundles, step.spans, timing) for step in (interior, whole))
     use = interior.use(listing)
     slots = zip(listing.units, listing.capacity, strict=True)
