@@ -79,6 +79,22 @@ def test_the_ends_of_a_row_are_done_too_where_they_are_asked_for():
     assert step(bundles, ends=True).bundles == len(bundles) - 11
 
 
+def test_the_ends_of_a_row_are_found_where_the_whole_step_is_under_a_predicate():
+    end = program(jump(2), SLOTS, [ADD] * 12, starting(2, SCALAR))
+    bundles = looped(jump(1), SLOTS, [MULTIPLY] * 20, end, starting(1, SCALAR))
+    assert step(bundles).bundles == len(bundles) - 12
+    assert step(bundles, ends=True).bundles == len(bundles)
+
+
+def test_what_lies_in_an_alternative_is_no_end_of_a_row():
+    """What is done if the sums have grown, e.g."""
+    rare = program(jump(2), SLOTS, [ADD] * 12, starting(2, SCALAR))
+    first = program(jump(1), SLOTS, [MULTIPLY] * 20, rare, starting(1, SCALAR))
+    other = program(jump(3), SLOTS, [MULTIPLY] * 20, [ADD] * 20, starting(3, SCALAR))
+    bundles = looped(first, other)
+    assert step(bundles, take="fewest", ends=True).spans == step(bundles, take="fewest").spans
+
+
 def test_a_region_around_the_one_that_is_taken_is_taken():
     """A pipelined kernel's body lies under a predicate as a whole, and the first step's product within."""
     inner = program(jump(2), SLOTS, [MULTIPLY] * 9, starting(2, SCALAR))

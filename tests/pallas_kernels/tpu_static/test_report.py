@@ -81,6 +81,15 @@ def test_rows_of_steps_have_ends(folder):
     assert kernel.rows == 2 and kernel.modelled == 6 * kernel.stalled + 2 * kernel.ends
 
 
+def test_the_end_of_a_row_may_be_another_body(folder):
+    """Whatever else ends a row is then not done."""
+    other = Choice(take=(0, 1))
+    hint = Hint(steps=6, rows=2, choice=Choice(take="fewest"), end=other)
+    [kernel] = read(folder, {"attend": hint}).kernels
+    [alone] = read(folder, {"attend": Hint(choice=other)}).kernels
+    assert kernel.ends == alone.stalled - kernel.stalled > 0
+
+
 def test_kernels_of_one_name_and_different_grids_have_no_steps(folder):
     (folder / "grids.json").write_text(json.dumps([["attend", 100], ["attend", 7]]))
     (folder / "program.txt").write_text(program(None))
