@@ -27,6 +27,7 @@ from pallas_kernels.attention.tpu_layout import (
     Heads,
     Masking,
     dot,
+    filled,
     visible,
 )
 from pallas_kernels.attention.visits import Visit
@@ -144,8 +145,9 @@ class _Step:
         self.masks = masks
         self.d_query, self.d_key, self.d_value = gradients
         self.of_query, self.of_key, self.of_value, self.mean, self.offset, *own = scratch
-        self.own_query, self.own_cotangent, self.own_key, self.whole_value, self.codes = own
-        # What is read beyond the end of a sequence may be anything, and is made zero.
+        self.own_query, self.own_cotangent, self.own_key, self.whole_key, self.whole_value, self.codes = own
+        # What is read beyond the end of a sequence may be anything, and is made zero; but for keys whose
+        # scores are computed, which are made copies of one: no score is then larger than the others.
         self.ragged_queries = kernel.queries % kernel.blocks.queries != 0
         self.ragged_keys = kernel.keys % kernel.blocks.keys != 0
         # The operands are copied only where they are not what the products need.
@@ -160,8 +162,8 @@ class _Step:
             left = self.kernel.keys - self.visit.outer * self.blocks.keys if self.ragged_keys else None
             self._copy(self.key, self.own_key, left)
             if self.ragged_keys:
-                there = self._valid(left, self.value.shape, 0)
-                self.whole_value[...] = jnp.where(there, self.value[...], 0)
+                self.whole_key[...] = filled(self.key[...], left, self.key[0:1])
+                self.whole_value[...] = filled(self.value[...], left, 0)
 
     def clear_keys(self) -> None:
         """Nothing is added at the first visit, which would else replace what is there."""
@@ -250,8 +252,8 @@ class _Step:
         query, cotangent = self._queries_of(head, queries)
         window = self.heads.window(head)
         # The other head's channels are zero in the query already.
-        key = self.own_key[head, keys, :] if self.ragged_keys else self.key[keys, window]
-        value = (self.whole_value if self.ragged_keys else self.value)[keys, window]
+        whole = (self.whole_key, self.whole_value) if self.ragged_keys else (self.key, self.value)
+        key, value = (x[keys, window] for x in whole)
         return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
 
     def _take_means(self, head: int, queries: slice) -> None:
@@ -352,6 +354,7 @@ def _scratch(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any, transpo
         own(blocks.queries),
         own(blocks.queries),
         own(blocks.keys),
+        pltpu.VMEM((blocks.keys, heads.lanes), dtype),
         pltpu.VMEM((blocks.keys, heads.lanes), dtype),
         pltpu.VMEM((blocks.keys, LANES), jnp.int32),
     ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -32,6 +32,7 @@ from pallas_kernels.attention.tpu_layout import (
     Heads,
     Masking,
     dot,
+    filled,
     visible,
 )
 from pallas_kernels.attention.visits import Sparse, Visit
@@ -113,6 +114,7 @@ class ForwardKernel:
                 out_specs=[of_queries, of_rows],
                 scratch_shapes=[
                     pltpu.VMEM(self._own_queries(), query.dtype),
+                    pltpu.VMEM(self._own_keys(), query.dtype),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.keys), value.dtype),
                     pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.queries), jnp.float32),
@@ -134,6 +136,15 @@ class ForwardKernel:
         """The shape of copies of a block of queries, channels first, one for each head of a pair."""
         blocks, heads = self.blocks, self.heads
         return (heads.together, LANES, blocks.queries) if heads.paired else (1, 8, LANES)
+
+    @property
+    def ragged(self) -> bool:
+        """The last block of keys is not full; what is read beyond the end may be anything."""
+        return self.keys % self.blocks.keys != 0
+
+    def _own_keys(self) -> tuple[int, int]:
+        """The shape of a copy of a block of keys, where one is needed."""
+        return (self.blocks.keys, self.heads.lanes) if self.ragged else (8, LANES)
 
     def _body(self, has_previous: bool, *refs: Any) -> None:
         count = len(self.masking.visits.prefetch)
@@ -172,7 +183,7 @@ class _Step:
         self.masks = masks
         self.means: dict[Any, list[Array]] = {}
         self.output, self.log_sum_exp = results
-        self.own_query, self.value_t, self.reference, self.sums, self.codes = scratch
+        self.own_query, self.own_key, self.value_t, self.reference, self.sums, self.codes = scratch
         self.channels = slice(0, self.heads.padded)
         self.totals = slice(self.heads.padded, self.heads.padded + (1 if kernel.ones else 8))
 
@@ -197,12 +208,14 @@ class _Step:
         """
         blocks, heads = self.blocks, self.heads
         values = self.value[...].T
-        if self.kernel.keys % blocks.keys:
-            column = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-            values = jnp.where(column < self.kernel.keys - self.visit.inner * blocks.keys, values, 0)
+        ones = jnp.ones((_TOTALS, blocks.keys), jnp.float32)
+        if self.kernel.ragged:
+            # Beyond the end there are copies of a key, which overflow nothing, with values of zero.
+            values, ones = (filled(x, self._left(), 0, axis=1) for x in (values, ones))
+            self.own_key[...] = filled(self.key[...], self._left(), self.key[0:1])
         for head in range(heads.together):
             self.value_t[head, self.channels] = values[heads.rows(head)]
-            self.value_t[head, heads.padded :] = jnp.ones((_TOTALS, blocks.keys), values.dtype)
+            self.value_t[head, heads.padded :] = ones.astype(values.dtype)
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
         pipelined(
@@ -222,7 +235,12 @@ class _Step:
         head, queries, keys = unit
         if ending and keys.start == 0:
             self._turn(head, queries)
-        return self._products(head, queries, self.key[keys, self.heads.window(head)])
+        key = self.own_key if self.kernel.ragged else self.key
+        return self._products(head, queries, key[keys, self.heads.window(head)])
+
+    def _left(self) -> Any:
+        """Keys that there are from the start of this block."""
+        return self.kernel.keys - self.visit.inner * self.blocks.keys
 
     def _products(self, head: int, queries: slice, key: Array) -> Array:
         """Of some keys, `r width`, and some queries."""
@@ -256,16 +274,14 @@ class _Step:
         weights = weights.astype(self.value_t.dtype)
         if not self.kernel.ones:
             wide = weights.astype(jnp.float32)
+            if self.kernel.ragged:
+                wide = filled(wide, self._left() - keys.start, 0.0)
             self._sum(head, self.totals, queries, keys, wide.reshape(-1, 8, wide.shape[1]).sum(0), shrink)
         return weights, shrink
 
     def _sample(self, products: Array) -> Array:
         """The largest scores among some keys of a block's first unit."""
-        scores = self.factor * products[:_SAMPLE]
-        if self.kernel.keys % self.blocks.keys:
-            left = self.kernel.keys - self.visit.inner * self.blocks.keys
-            scores = jnp.where(lax.broadcasted_iota(jnp.int32, scores.shape, 0) < left, scores, NEGATIVE)
-        return scores.max(0, keepdims=True)
+        return self.factor * products[:_SAMPLE].max(0, keepdims=True)
 
     def _refer(self, head: int, queries: slice, reference: Array) -> None:
         """Keeps what exponentials are relative to."""

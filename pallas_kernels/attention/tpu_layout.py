@@ -13,7 +13,7 @@ from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges
 from pallas_kernels.attention.specs import BlockSizes
 from pallas_kernels.attention.visits import Dense, Sparse, seen_blocks
 
-__all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "masking", "visible"]
+__all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "filled", "masking", "visible"]
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -152,20 +152,9 @@ def masking(
     """
     (batch, queries, *_), keys = query.shape, key.shape[1]
     counts = -(-queries // blocks.queries), -(-keys // blocks.keys)
-    ragged = keys % blocks.keys != 0
-    if ranges is None and ragged:
-        zeros = jnp.zeros((1, queries), jnp.int32)
-        codes, low, high = jnp.zeros((1, keys), jnp.int32), zeros, zeros
-    elif ranges is not None:
-        codes, low, high = ranges
     if ranges is None and block_mask is None and only is None:
         outer, inner = counts if queries_outside else counts[::-1]
-        visits = Dense(
-            outer=outer,
-            inner=inner,
-            partial_inner=ragged and queries_outside,
-            partial_outer=ragged and not queries_outside,
-        )
+        visits = Dense(outer=outer, inner=inner)
     else:
         sizes = {"query_block": blocks.queries, "key_block": blocks.keys}
         some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
@@ -180,15 +169,21 @@ def masking(
             visits = Sparse(some, whole, inner_once=False)
         else:
             visits = Sparse(some.swapaxes(1, 2), whole.swapaxes(1, 2), inner_once=True)
-    if ranges is None and not ragged:
+    if ranges is None:
         return Masking(visits=visits, codes=None, low=None, high=None)
     to_blocks = lambda x, size: (0, -x.shape[1] % size)  # noqa: E731
+    codes, low, high = ranges
     codes = jnp.pad(codes, ((0, 0), to_blocks(codes, blocks.keys)), constant_values=HIDDEN)
     # Queries beyond the end see what the last one sees: that a row sees nothing is then of that row's making.
     wide = lambda x: jnp.pad(x, ((0, 0), to_blocks(x, blocks.queries)), mode="edge")[:, None]  # noqa: E731
     return Masking(
         visits=visits, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
     )
+
+
+def filled(x: Array, left: Any, other: Any, axis: int = 0) -> Array:
+    """A block of which only the first `left` tokens are there, and in place of the others `other`."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < left, x, other)
 
 
 def dot(x: Array, y: Array, contracted: tuple[int, int]) -> Array:

@@ -57,16 +57,10 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense:
-    """All pairs of blocks.
-
-    Attributes:
-      partial_outer, partial_inner: the last block of these is not full, since the sequence ends in it.
-    """
+    """All pairs of blocks."""
 
     outer: int
     inner: int
-    partial_outer: bool = False
-    partial_inner: bool = False
 
     prefetch: tuple[Array, ...] = ()
 
@@ -86,11 +80,6 @@ class Dense:
         """Within the kernel."""
         del words
         outer, inner = pl.program_id(batch_axis + 2), pl.program_id(batch_axis + 3)
-        full: Any = True
-        if self.partial_outer:
-            full = outer < self.outer - 1
-        if self.partial_inner:
-            full = (inner < self.inner - 1) & full
         return Visit(
             outer,
             inner,
@@ -99,7 +88,7 @@ class Dense:
             first_inner=outer == 0,
             last_inner=outer == self.outer - 1,
             active=True,
-            full=full,
+            full=True,
         )
 
 
