@@ -79,7 +79,9 @@ class BackwardKernel:
             (None, None, heads.together, blocks.queries),
             visits.map(lambda b, g, outer, inner, _: (b, g, 0, inner)),
         )
-        grid = visits.grid(query.shape[0], heads.groups)
+        batch = query.shape[0]
+        grid = visits.grid(batch, heads.groups)
+        arrays = (query, key, value, output, log_sum_exp, cotangent, query, key, value)
         return pl.pallas_call(
             self._body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -98,6 +100,7 @@ class BackwardKernel:
                 disable_bounds_checks=True,
                 vmem_limit_bytes=vmem_bytes,
             ),
+            cost_estimate=heads.cost(arrays, 5, batch=batch, scores=self.queries * self.keys),
             name="attention_backward",
             interpret=interpret,
         )(

@@ -105,6 +105,8 @@ class ForwardKernel:
         inputs = (*visits.prefetch, query, key, value, *self.masking.arrays)
         aliases = {} if previous is None else {len(inputs): 0, len(inputs) + 1: 1}
         grid = visits.grid(batch, heads.groups)
+        # That the exact variant is needed is not expected.
+        scores = 0 if self.exact else self.queries * self.keys
         return pl.pallas_call(
             functools.partial(self._body, previous is not None),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -128,6 +130,7 @@ class ForwardKernel:
                 disable_bounds_checks=True,
                 vmem_limit_bytes=vmem_bytes,
             ),
+            cost_estimate=heads.cost((query, key, value, *shapes), 2, batch=batch, scores=scores),
             name="attention_forward_exact" if self.exact else "attention_forward",
             interpret=interpret,
         )(*inputs, *(previous or ()))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,6 +92,21 @@ class Heads:
         """Back from `merged`."""
         x = x.reshape(*x.shape[:2], self.count, self.padded)
         return x[..., : self.dim] if self.padded != self.dim else x
+
+    def cost(self, arrays: Sequence[Any], products: int, *, batch: int, scores: int) -> pl.CostEstimate:
+        """Of a kernel that meets everything.
+
+        Args:
+          arrays: what is read and written.
+          products: of matrices, of the size of a head's scores times its channels.
+          scores: of one head, queries times keys.
+        """
+        scores *= batch * self.count
+        return pl.CostEstimate(
+            flops=2 * products * scores * self.dim,
+            transcendentals=scores,
+            bytes_accessed=sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays),
+        )
 
     def rows(self, head: int) -> slice:
         """Channels of one of the heads of a block."""

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 
+from vidgen.ops.attention import attention
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.preflight.flops import matmul_flops
 
@@ -34,6 +35,16 @@ def test_a_loop_counts_as_often_as_it_runs_and_recomputation_counts_again():
     assert flops(gradient(chain), *shapes) == 3 * once
     assert flops(gradient(rematerialised), *shapes) == 4 * once
     assert flops(jax.jit(chain), *shapes) == once
+
+
+def test_kernels_of_attention_count_as_what_they_compute():
+    def attend(query, key):
+        return attention(query, key, key, implementation="pallas_tpu")
+
+    query, key, product = (2, 300, 3, 64), (2, 200, 3, 64), 2 * 2 * 3 * 300 * 200 * 64
+    assert flops(attend, query, key) == 2 * product
+    # Backward: the scores again, and the gradients of scores, queries, keys and values.
+    assert flops(jax.grad(lambda q, k: attend(q, k).sum()), query, key) == (2 + 5) * product
 
 
 def test_convolutions():

@@ -14,7 +14,8 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
     The body of a `scan` counts as often as it runs, which XLA's own estimate leaves out; what is recomputed
     in the backward pass counts again; what `shard_map` gives a device counts for each; of a `cond`'s branches
     the most expensive one counts, and where they are of platforms, the one of those without a branch of
-    their own. The body of a `while` counts once.
+    their own. The body of a `while` counts once. A Pallas kernel with matrix products counts as it estimates
+    itself: attention as if nothing were masked.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -24,6 +25,9 @@ def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
             total += _dot(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name == "pallas_call" and equation.params.get("cost_estimate") is not None:
+            products = sum(matmul_flops(inner) for inner in _inner(equation.params))
+            total += equation.params["cost_estimate"].flops if products else 0
         elif name == "cond":
             total += max(matmul_flops(branch) for branch in _branches(equation))
         else:
