@@ -63,12 +63,12 @@ def case(heads, head_dim, *, length=2048, dtype="bfloat16", mask="none"):
 
 
 @pytest.mark.parametrize(
-    ("generation", "which", "head_dim"),
-    [("v5e", "forward", 128), ("v5p", "backward", 128), ("v6e", "backward", 64), ("tpu7x", "forward", 128)],
+    ("generation", "which"),
+    [("v5e", "forward"), ("v5p", "backward"), ("v6e", "backward"), ("tpu7x", "forward")],
 )
-def test_compiles(generation, which, head_dim):
-    """One each; the forward pass for v6e is compiled to count its cycles (`tpu_static/test_attention.py`)."""
-    check(generation, which, [case(128 // head_dim, head_dim)])
+def test_compiles(generation, which):
+    """One each, of the smallest; `tpu_static/test_attention.py` compiles 128 channels for v6e."""
+    check(generation, which, [case(1, 256)])
 
 
 @pytest.mark.slow
