@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,7 +107,7 @@ def backward(
       cotangent: of the output, `b s n k`.
 
     Raises:
-      NotImplementedError: as of `forward`; or more queries than have their gradient fit into vector memory.
+      NotImplementedError: as of `forward`.
     """
     _check(query, key, value)
     call = Call.of(
@@ -118,6 +119,12 @@ def backward(
         generation=generation,
         blocks=blocks,
     )
+    if call.queries < query.shape[1]:
+        part = functools.partial(
+            backward, scale=scale, generation=call.generation, blocks=call.blocks, interpret=interpret
+        )
+        of_queries = (query, output, log_sum_exp, cotangent)
+        return _in_parts(part, call.queries, of_queries, (key, value), ranges, block_mask)
     kernel = BackwardKernel(
         heads=call.heads,
         blocks=call.blocks,
@@ -142,16 +149,66 @@ def backward(
     return d_query, d_key, d_value
 
 
+def _in_parts(
+    part: Callable[..., tuple[Array, Array, Array]],
+    size: int,
+    of_queries: tuple[Array, Array, Array, Array],
+    of_keys: tuple[Array, Array],
+    ranges: KeyRanges | None,
+    block_mask: BlockMask | None,
+) -> tuple[Array, Array, Array]:
+    """`backward` for so many queries at a time; gradients of keys and values add up in float32.
+
+    Args:
+      part: `backward`.
+      of_queries: query, output, log-sum-exp and cotangent.
+      of_keys: key and value.
+    """
+    queries = of_queries[0].shape[1]
+    count = -(-queries // size)
+
+    def cut(x: Array, axis: int = 1, size: int = size, **padding: Any) -> Array:
+        """The parts of an axis, along a new first one."""
+        beyond = [(0, count * size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+        shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, beyond, **padding).reshape(shape), axis, 0)
+
+    def add(sums: tuple[Array, Array], one: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
+        (query, output, log_sum_exp, cotangent), seeing, rows = one
+        d_query, *added = part(
+            *(query, *of_keys, output, log_sum_exp, cotangent),
+            ranges=None if ranges is None else KeyRanges(ranges.codes, seeing[0], seeing[-1]),
+            block_mask=None if block_mask is None else dataclasses.replace(block_mask, blocks=rows),
+        )
+        return tuple(map(jnp.add, sums, added)), d_query
+
+    query, output, log_sum_exp, cotangent = of_queries
+    # A query of which the log-sum-exp is that of no keys takes and gives no gradient.
+    of_rows = cut(log_sum_exp, 2, constant_values=-jnp.inf)
+    # One array where both are one: the kernel then compares once.
+    ends = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
+    seeing = [cut(x, mode="edge") for x in ends]
+    rows = None if block_mask is None else cut(block_mask.blocks, 0, size // block_mask.query_size)
+    parts = ((cut(query), cut(output), of_rows, cut(cotangent)), seeing, rows)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_keys)
+    sums, d_query = lax.scan(add, zeros, parts)
+    d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
+    d_key, d_value = (x.astype(key.dtype) for x, key in zip(sums, of_keys, strict=True))
+    return d_query[:, :queries], d_key, d_value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """What the shapes of a call, its device and the table of block sizes decide.
 
     Attributes:
+      queries: that a kernel meets; all, or of a backward pass as many as have their gradients fit.
       vmem_bytes: of vector memory that a kernel may use.
     """
 
     heads: Heads
     blocks: BlockSizes
+    queries: int
     generation: str
     vmem_bytes: int
 
@@ -189,10 +246,11 @@ class Call:
             blocks = blocks.dividing(block_mask.query_size, block_mask.key_size)
         vmem_bytes = GENERATIONS[generation].vmem_bytes
         if which == "forward":
-            heads = Heads.of(query, blocks.heads)
+            heads, queries = Heads.of(query, blocks.heads), query.shape[1]
         else:
-            heads = fitting(query, blocks, vmem_bytes)
-        return cls(heads=heads, blocks=blocks, generation=generation, vmem_bytes=vmem_bytes)
+            multiple = blocks.queries if block_mask is None else block_mask.query_size
+            heads, queries = fitting(query, blocks, vmem_bytes, multiple)
+        return cls(heads=heads, blocks=blocks, queries=queries, generation=generation, vmem_bytes=vmem_bytes)
 
 
 def _check(query: Array, key: Array, value: Array) -> None:

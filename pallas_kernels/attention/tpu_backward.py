@@ -319,19 +319,34 @@ class _Step:
         total[where] = added + (total[where] if first is False else jnp.where(first, 0.0, total[where]))
 
 
-def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int) -> Heads:
-    """As many heads at once, of those that the blocks are meant for, as fit into vector memory.
+def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int) -> tuple[Heads, int]:
+    """What fits into vector memory: heads at once, and queries at once, of which the gradient is kept there.
+
+    Args:
+      blocks: whose `heads` are the most at once.
+      multiple: of which queries are taken, if they are not taken all at once.
+
+    Returns:
+      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts.
 
     Raises:
-      NotImplementedError: not even one does; or as of `Heads.of`.
+      NotImplementedError: not even one block of queries fits; or as of `Heads.of`.
     """
+    queries = query.shape[1]
+
+    def fits(heads: Heads, at_once: int) -> bool:
+        return _vmem_needed(heads, blocks, at_once, query.dtype) <= vmem_bytes
+
     for at_once in range(blocks.heads, 0, -1):
-        heads = Heads.of(query, at_once)
-        if _vmem_needed(heads, blocks, query.shape[1], query.dtype) <= vmem_bytes:
-            return heads
+        if fits(heads := Heads.of(query, at_once), queries):
+            return heads, queries
+    heads, units = Heads.of(query), -(-queries // multiple)
+    for parts in range(2, units + 1):
+        if fits(heads, size := -(-units // parts) * multiple):
+            return heads, size
     raise NotImplementedError(
-        f"attention: the gradient of {query.shape[1]} queries, float32 in {heads.width} lanes, does not fit "
-        f"into {vmem_bytes >> 20} MiB of vector memory; cut the sequence over the mesh axis `context`"
+        f"attention: the gradient of {multiple} queries, float32 in {heads.width} lanes, does not fit into "
+        f"{vmem_bytes >> 20} MiB of vector memory; give smaller blocks"
     )
 
 

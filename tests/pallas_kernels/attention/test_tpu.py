@@ -132,8 +132,34 @@ def test_as_many_heads_at_once_as_have_their_gradients_fit():
         ).heads.together
     assert together == {8192: 4, 65536: 2, 131072: 1}
     tokens = jax.ShapeDtypeStruct((1, 10**6, 4, 128), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"1000000 queries.*cut the sequence over the mesh axis"):
-        tpu.Call.of(tokens, tokens, "backward", masked=False, generation="v6e")
+    call = tpu.Call.of(tokens, tokens, "backward", masked=False, generation="v6e")
+    assert 131072 < call.queries < 10**6 and call.queries % call.blocks.queries == 0
+
+
+@pytest.mark.parametrize("kind", ["all", "segments", "frames", "blocks"])
+def test_queries_of_which_the_gradients_do_not_fit_at_once(monkeypatch, kind):
+    """In parts, of which the last is not full."""
+    vmem_bytes = 12 << 20
+    monkeypatch.setitem(GENERATIONS, "v6e", dataclasses.replace(GENERATIONS["v6e"], vmem_bytes=vmem_bytes))
+    arrays = inputs(5000, 300, batch=2)
+    own, theirs = (jnp.arange(n)[None].repeat(2, 0) * 7 // n for n in (5000, 300))
+    options = {}
+    if kind in ("segments", "frames"):
+        options["ranges"] = (segment_ranges if kind == "segments" else causal_ranges)(own, theirs)
+        mask = options["ranges"].visible()
+    elif kind == "blocks":
+        blocks = jnp.asarray(np.random.default_rng(0).random((-(-5000 // 256), 3)) < 0.5)
+        options["block_mask"] = BlockMask(blocks=blocks, query_size=256, key_size=128)
+        mask = options["block_mask"].visible(5000, 300)[None].repeat(2, 0)
+    else:
+        mask = np.ones((2, 5000, 300), bool)
+    kernel = {"generation": "v6e", "blocks": SMALL}
+    call = tpu.Call.of(*arrays[:2], "backward", masked=False, block_mask=options.get("block_mask"), **kernel)
+    assert 1 < -(-5000 // call.queries) < 5 and 5000 % call.queries
+    results = jitted(tpu.forward, interpret=True, **kernel)(*arrays[:3], **options)
+    gradients = jitted(tpu.backward, interpret=True, **kernel)(*arrays[:3], *results, arrays[3], **options)
+    expected = exact(*arrays, np.asarray(mask))[2:]
+    assert all(error(a, b) <= 2e-6 for a, b in zip(gradients, expected, strict=True))
 
 
 def test_no_races():
