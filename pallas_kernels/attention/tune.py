@@ -1,13 +1,14 @@
 """Finds the block sizes of `block_sizes.json` by static cycles; no TPU is needed, but libtpu.
 
     python -m pallas_kernels.attention.tune --generation v6e [--pass forward] [--head-dim 128]
-        [--masked | --no-masked] [--write]
+        [--masked | --no-masked] [--limit 300] [--write]
 
 Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
 (`pallas_kernels.tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
 Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
 smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half of the blocks
-count as if a segment ended within. A quarter of an hour to half an hour for the twelve lines of a generation.
+count as if a segment ended within. What takes libtpu longer than `--limit` seconds to compile is not taken:
+users wait for it, too. Half an hour for the twelve lines of a generation, for those of tpu7x some hours.
 """
 
 import argparse
@@ -30,7 +31,12 @@ __all__ = ["candidates", "main", "tune"]
 
 HEAD_DIMS = (64, 128, 256)
 TABLE = pathlib.Path(specs.__file__).with_name("block_sizes.json")
-_AT_ONCE = {64: 4, 128: 4, 256: 2}
+_PAIRS = {
+    "forward": [(2048, 2048), (4096, 2048)],
+    "backward": [(1024, 1024), (2048, 1024), (2048, 2048)],
+}
+"""Queries and keys of a block where everything is seen."""
+_AT_ONCE = {64: (4, 2), 128: (4,), 256: (2,)}
 """Heads, or pairs of 64 channels, of a block under a mask."""
 BODIES: tuple[Literal["fewest", "most"], ...] = ("fewest", "most")
 """Of a kernel: for blocks that are seen as a whole, and for the others."""
@@ -38,16 +44,13 @@ BODIES: tuple[Literal["fewest", "most"], ...] = ("fewest", "most")
 
 def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[BlockSizes]:
     """Sizes worth trying: at most so many scores per block that a program stays of a size that compiles."""
-    if masked or head_dim == 256:
-        pairs = [(1024, 1024)]
-    else:
-        pairs = [(4096, 2048)] if which == "forward" else [(1024, 1024), (2048, 2048)]
+    pairs = [(1024, 1024)] if masked or head_dim == 256 else _PAIRS[which]
     units = [(256, 256), (512, 256)]
     depths = [(1, 1), (2, 2), (4, 2)]
     if which == "backward":
         units, depths = [*units, (512, 512)], [(1, 1)]
-    heads = _AT_ONCE[head_dim] if masked else 1
-    for block, unit, depth in itertools.product(pairs, units, depths):
+    at_once = _AT_ONCE[head_dim] if masked else (1,)
+    for block, unit, depth, heads in itertools.product(pairs, units, depths, at_once):
         yield BlockSizes(
             queries=block[0],
             keys=block[1],
@@ -64,8 +67,13 @@ def build(*, which: str, sizes: dict[str, int], **shape: Any) -> tuple[Any, Sequ
     return getattr(attention, which)(**shape, blocks=BlockSizes(**sizes))
 
 
-def tune(generation: str, which: specs.Pass, *, head_dim: int, masked: bool) -> tuple[BlockSizes, float]:
+def tune(
+    generation: str, which: specs.Pass, *, head_dim: int, masked: bool, limit: float = 300.0
+) -> tuple[BlockSizes, float]:
     """The best candidate and its cycles per tile of 1024 x 1024, each printed.
+
+    Args:
+      limit: seconds for one compilation.
 
     Raises:
       RuntimeError: none of them compiles.
@@ -94,7 +102,7 @@ def tune(generation: str, which: specs.Pass, *, head_dim: int, masked: bool) -> 
             )
         tiles.append(shape.tiles)
     found = []
-    reports = iter(measure(jobs, generation=generation, evaluate=False))
+    reports = iter(measure(jobs, generation=generation, evaluate=False, limit=limit))
     for sizes, size in zip(tried, tiles, strict=True):
         own = [next(reports) for _ in (BODIES if masked else BODIES[:1])]
         failure = " ".join(report.failure for report in own).strip()
@@ -119,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pass", dest="which", choices=PASSES, help="by default both")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="by default all")
     parser.add_argument("--masked", action=argparse.BooleanOptionalAction, help="by default both")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one compilation")
     parser.add_argument("--write", action="store_true", help=f"puts the best into {TABLE.name}")
     options = parser.parse_args(argv)
     result = {}
@@ -129,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         name = specs.entry(head_dim, 16, masked)
         print(f"{options.generation} {which} {name}", flush=True)
-        best, cycles = tune(options.generation, which, head_dim=head_dim, masked=masked)
+        best, cycles = tune(options.generation, which, head_dim=head_dim, masked=masked, limit=options.limit)
         result[f"{which} {name}"] = {"cycles": round(cycles, 1), **dataclasses.asdict(best)}
         if options.write:
             table = json.loads(TABLE.read_text())
