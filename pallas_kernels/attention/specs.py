@@ -29,7 +29,7 @@ class Generation:
 
 GENERATIONS: dict[str, Generation] = {
     "v5e": Generation(kind="TPU v5 lite", vmem_bytes=100 << 20, wide_mxu=False),
-    "v5p": Generation(kind="TPU v5", vmem_bytes=80 << 20, wide_mxu=False),
+    "v5p": Generation(kind="TPU v5", vmem_bytes=60 << 20, wide_mxu=False),
     "v6e": Generation(kind="TPU v6 lite", vmem_bytes=100 << 20, wide_mxu=True),
     "tpu7x": Generation(kind="TPU7x", vmem_bytes=56 << 20, wide_mxu=True),
 }

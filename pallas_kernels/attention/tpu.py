@@ -175,12 +175,12 @@ def _in_parts(
 
     def add(sums: tuple[Array, Array], one: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         (query, output, log_sum_exp, cotangent), seeing, rows = one
-        d_query, *added = part(
+        d_query, d_key, d_value = part(
             *(query, *of_keys, output, log_sum_exp, cotangent),
             ranges=None if ranges is None else KeyRanges(ranges.codes, seeing[0], seeing[-1]),
             block_mask=None if block_mask is None else dataclasses.replace(block_mask, blocks=rows),
         )
-        return tuple(map(jnp.add, sums, added)), d_query
+        return (sums[0] + d_key, sums[1] + d_value), d_query
 
     query, output, log_sum_exp, cotangent = of_queries
     # A query of which the log-sum-exp is that of no keys takes and gives no gradient.
@@ -190,11 +190,11 @@ def _in_parts(
     seeing = [cut(x, mode="edge") for x in ends]
     rows = None if block_mask is None else cut(block_mask.blocks, 0, size // block_mask.query_size)
     parts = ((cut(query), cut(output), of_rows, cut(cotangent)), seeing, rows)
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in of_keys)
-    sums, d_query = lax.scan(add, zeros, parts)
+    key, value = of_keys
+    zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    (d_key, d_value), d_query = lax.scan(add, zeros, parts)
     d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    d_key, d_value = (x.astype(key.dtype) for x, key in zip(sums, of_keys, strict=True))
-    return d_query[:, :queries], d_key, d_value
+    return d_query[:, :queries], d_key.astype(key.dtype), d_value.astype(value.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ class BackwardKernel:
         batch = query.shape[0]
         grid = visits.grid(batch, heads.groups)
         arrays = (query, key, value, output, log_sum_exp, cotangent, query, key, value)
-        return pl.pallas_call(
+        gradients = pl.pallas_call(
             self._body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(visits.prefetch),
@@ -113,6 +113,8 @@ class BackwardKernel:
             cotangent,
             *self.masking.arrays,
         )
+        # In a loop XLA fuses a kernel with what puts its results into a stack, and forgets its `vmem_bytes`.
+        return lax.optimization_barrier(gradients)
 
     def _spec(self, lanes: int, size: int, index) -> pl.BlockSpec:
         return pl.BlockSpec((None, size, lanes), self.masking.visits.map(index))

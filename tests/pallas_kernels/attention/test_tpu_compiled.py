@@ -48,6 +48,26 @@ def backward(*, generation, heads, head_dim, length, dtype, mask):
     return call, [*tokens, tokens[0], sums, tokens[0], numbers]
 
 
+def forward_of_layers(**keywords):
+    """For `measure`: a loop whose results are put into stacks."""
+    return of_layers(*forward(**keywords))
+
+
+def backward_of_layers(**keywords):
+    """As `forward_of_layers`."""
+    return of_layers(*backward(**keywords))
+
+
+def of_layers(call, arguments):
+    *arrays, numbers = arguments
+
+    def loop(*stacks):
+        *stacks, numbers = stacks
+        return jax.lax.scan(lambda _, layer: (None, call(*layer, numbers)), None, tuple(stacks))[1]
+
+    return loop, [*(jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in arrays), numbers]
+
+
 def check(generation, which, cases):
     jobs = [Job(build=f"{__file__}:{which}", keywords={"generation": generation, **case}) for case in cases]
     reports = measure(jobs, generation=generation, evaluate=False)
@@ -89,3 +109,33 @@ def test_compiles_in_all_configurations(generation, which):
         ),
     ]
     check(generation, which, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("which", ["forward_of_layers", "backward_of_layers"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_compiles_in_a_loop(generation, which):
+    """XLA fuses a kernel with what puts its results into a stack, which must not take its memory from it."""
+    check(generation, which, [case(8, 64, length=8192, mask="segments"), case(1, 128, length=32768)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_long_sequences_compile(generation):
+    """The longest whose gradients of queries are held to fit at once, and one more block, in two parts."""
+    cases = []
+    for dim in (64, 128, 256):
+        shape = case(128 // min(dim, 128), dim)
+        length = longest(generation, shape)
+        cases += [shape | {"length": length}, shape | {"length": length + 2048 - 200}]
+    check(generation, "backward", cases)
+
+
+def longest(generation, shape):
+    def fits(length):
+        tokens = jax.ShapeDtypeStruct((1, length, shape["heads"], shape["head_dim"]), shape["dtype"])
+        return tpu.Call.of(tokens, tokens, "backward", masked=False, generation=generation).queries == length
+
+    return max(length for length in range(2048, 400_000, 2048) if fits(length))
