@@ -36,7 +36,7 @@ _PAIRS = {
     "backward": [(1024, 1024), (2048, 1024), (2048, 2048)],
 }
 """Queries and keys of a block where everything is seen."""
-_AT_ONCE = {64: (4, 2), 128: (4,), 256: (2,)}
+_AT_ONCE = {64: (4, 2), 128: (4, 2), 256: (2,)}
 """Heads, or pairs of 64 channels, of a block under a mask."""
 BODIES: tuple[Literal["fewest", "most"], ...] = ("fewest", "most")
 """Of a kernel: for blocks that are seen as a whole, and for the others."""

@@ -78,9 +78,11 @@ class Shape:
             sizes = call.blocks
             if self.segments > 1 and (length % max(sizes.queries, sizes.keys) or self.sequence % length):
                 raise ValueError(f"{self}: segments must be of whole blocks, which are {sizes}")
-            # In the backward pass queries, too, begin and end: as often, where blocks are square.
-            rows = self.segments * -(-length // sizes.queries) * call.heads.groups
-            steps = rows * -(-length // sizes.keys)
+            of_queries, of_keys = -(-length // sizes.queries), -(-length // sizes.keys)
+            steps = self.segments * of_queries * of_keys * call.heads.groups
+            # In the backward pass both begin and end; what does so less often is counted too often.
+            rows = of_queries if name == "forward" else max(of_queries, of_keys)
+            rows *= self.segments * call.heads.groups
             # What ends a row of the forward pass under a mask is done by its first body.
             end = Choice(take=(0,)) if masked and name == "forward" else None
             hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"), end=end)
