@@ -8,7 +8,7 @@ Every candidate is compiled and its cycles per tile are printed, by the stall mo
 Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
 smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half of the blocks
 count as if a segment ended within. What takes libtpu longer than `--limit` seconds to compile is not taken:
-users wait for it, too. Half an hour for the twelve lines of a generation, for those of tpu7x some hours.
+users wait for it, too. Half an hour or more for the lines of a generation, several times that for tpu7x's.
 """
 
 import argparse
