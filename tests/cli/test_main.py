@@ -6,6 +6,7 @@ import pytest
 
 from vidgen.cli import main as cli
 from vidgen.core.config import ConfigError
+from vidgen.core.errors import UserError
 
 
 def fake(monkeypatch, name, main):
@@ -44,7 +45,7 @@ def test_the_rest_of_the_arguments_reaches_the_command(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError("config.x: no"), ValueError("config.x: no"), FileNotFoundError("config.x: no")]
+    "error", [ConfigError("config.x: no"), UserError("config.x: no"), FileNotFoundError("config.x: no")]
 )
 def test_user_errors_are_one_line(monkeypatch, capsys, error):
     def fails(argv):
@@ -58,6 +59,15 @@ def test_user_errors_are_one_line(monkeypatch, capsys, error):
     monkeypatch.setenv("VIDGEN_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.main(["sample"])
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes (2, 3) and (4,)"), RuntimeError("x"), TypeError("y")])
+def test_defects_keep_their_traceback(error):
+    def fails(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.run(fails, [])
 
 
 def test_defects_keep_their_traceback(monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from vidgen.core.errors import UserError
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 
@@ -15,7 +16,7 @@ __all__ = ["CheckpointError", "CheckpointManager"]
 _STATE = "state"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message says where it is, what is wrong and what to do."""
 
 

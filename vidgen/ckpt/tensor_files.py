@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vidgen.core.errors import UserError
+
 __all__ = ["TensorFiles", "TensorSpec", "WeightsError", "write_tensors"]
 
 _DTYPES: Mapping[str, np.dtype] = {
@@ -35,7 +37,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights that does not fit the model; the message names every tensor concerned."""
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
+from vidgen.core.errors import UserError
 
 __all__ = ["main"]
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     if arguments.out.exists():
-        raise ValueError(f"--out {arguments.out} is there already: name a folder that is not")
+        raise UserError(f"--out {arguments.out} is there already: name a folder that is not")
 
     # What needs jax is imported late: --help and wrong options answer at once.
     import optax
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
     experiment = load_experiment(arguments.checkpoint)
     if experiment.task.kind != "text_to_video":
-        raise ValueError(
+        raise UserError(
             f"{arguments.checkpoint} is a run of kind {experiment.task.kind!r}, whose weights are read from "
             "its vae folder; averages are made for runs of kind 'text_to_video'"
         )

@@ -6,6 +6,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from vidgen.core.errors import UserError
+
 __all__ = ["add_latents_options", "write_latents"]
 
 
@@ -36,7 +38,7 @@ def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name in ("num_clips", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give at least 1")
 
     from tqdm import tqdm
 

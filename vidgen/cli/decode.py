@@ -10,6 +10,7 @@ import numpy as np
 
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
+from vidgen.core.errors import UserError
 
 __all__ = ["main"]
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     check_frame_options(arguments)
     if arguments.out.suffix.lower() not in (suffixes := (".mp4", ".gif", ".png")):
-        raise ValueError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
+        raise UserError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
 
     # What needs jax is imported late: --help and wrong options answer at once.
     import jax.numpy as jnp
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     found = (info.spatial_factor, info.temporal_factor, latents.shape[-1])
     expected = (vae.config.spatial_factor, vae.config.temporal_factor, vae.config.latent_channels)
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"{arguments.latents} has (spatial factor, temporal factor, channels) {found}, the VAE in "
             f"{folder} {expected}: give the one that made them with --vae"
         )
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             for block in decode_stream(spread, blocks, num_frames=info.num_frames, tiles=cut):
                 finite = np.asarray(jnp.isfinite(block).all((0, 2, 3, 4)))
                 if not finite.all():
-                    raise ValueError(
+                    raise UserError(
                         f"{arguments.latents} decoded by {folder}: frame {count + np.argmin(finite)} is not "
                         "finite. The VAE's weights may be damaged"
                     )

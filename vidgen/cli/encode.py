@@ -10,6 +10,7 @@ import numpy as np
 
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
+from vidgen.core.errors import UserError
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     check_frame_options(arguments)
     if arguments.out.suffix != ".safetensors":
-        raise ValueError(f"--out {arguments.out}: latents are written to .safetensors files")
+        raise UserError(f"--out {arguments.out}: latents are written to .safetensors files")
 
     # What needs jax is imported late: --help and wrong options answer at once.
     from tqdm import tqdm
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         info = probe(arguments.video)
     except BrokenClip as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     frames = read_frames(arguments.video, fps=arguments.fps, height=arguments.height, width=arguments.width)
     vae = load_vae(arguments.vae)
     factor, cut = vae.config.spatial_factor, tiles(arguments, vae.config.spatial_factor)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         total = max(1, round(info.duration * fps))
         for frame in tqdm(frames, total=total, unit="frame", dynamic_ncols=True, file=sys.stderr):
             if num_frames and frame.shape[:2] != (height, width):
-                raise ValueError(
+                raise UserError(
                     f"{arguments.video}: frame {num_frames} is {frame.shape[0]} x {frame.shape[1]}, those "
                     f"before it {height} x {width}: give --height and --width, and all are resized to that"
                 )
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
             stream = encode_stream(spread, frames_of_all, group=arguments.group, tiles=cut)
             blocks = [np.asarray(block[0]) for block in stream]
     except BrokenClip as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     latents = np.concatenate(blocks)
     require_finite(latents, vae.config.temporal_factor, f"{arguments.video} encoded by {arguments.vae}")
     about = LatentsInfo(

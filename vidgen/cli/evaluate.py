@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vidgen.cli.main import run
+from vidgen.core.errors import UserError
 
 __all__ = ["main"]
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         given = [name for name in _OF_VAES if getattr(arguments, name) is not None]
         if given:
-            raise ValueError(
+            raise UserError(
                 f"{arguments.checkpoint} is no VAE: {_option(given[0])} is for a VAE's reconstructions"
             )
         scores = _alignment(experiment, arguments)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if result.get("rfvd", 0.0) is None:
-        raise ValueError(
+        raise UserError(
             f"rFVD needs at least 2 clips of {arguments.clip_frames} frames, found {result['rfvd_clips']}: "
             "give more or longer videos, or a smaller --clip-frames"
         )
@@ -74,23 +75,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for options that cannot be."""
+    """Raises UserError for options that cannot be."""
     for name in ("num_clips", "batch_size", "group", "clip_frames", "height", "width"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"{_option(name)} is {value}: give at least 1")
+            raise UserError(f"{_option(name)} is {value}: give at least 1")
     if arguments.fps is not None and arguments.fps <= 0:
-        raise ValueError(f"--fps is {arguments.fps}: give a positive number")
+        raise UserError(f"--fps is {arguments.fps}: give a positive number")
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("give both --height and --width, or none of them")
+        raise UserError("give both --height and --width, or none of them")
     for name in ("fps", "height", "width"):
         if getattr(arguments, name) is not None and not arguments.videos:
-            raise ValueError(f"{_option(name)} is for --videos: held-out clips are those of the run")
+            raise UserError(f"{_option(name)} is for --videos: held-out clips are those of the run")
     if arguments.side_by_side and arguments.videos:
         videos, beside = arguments.videos.resolve(), arguments.side_by_side.resolve()
         # Files below a folder of videos would be among the videos of the next call.
         if beside == videos.parent if videos.is_file() else beside.is_relative_to(videos):
-            raise ValueError(
+            raise UserError(
                 f"--side-by-side {arguments.side_by_side} is among the videos: give another folder"
             )
 
@@ -122,7 +123,7 @@ def _alignment(experiment, arguments: argparse.Namespace) -> dict:
 
     data = clips_of(experiment.data)
     if not isinstance(data, SpritesData):
-        raise ValueError(
+        raise UserError(
             f"{arguments.checkpoint} was trained on data of kind {data.kind!r}: prompt alignment "
             "is measured in the sprite world only. Sample from it with `vidgen sample`"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vidgen.cli.evaluators import heldout_source
+from vidgen.core.errors import UserError
 from vidgen.data.folder_files import clip_files
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.video_io import probe, read_frames, save_frames
@@ -58,11 +59,11 @@ def evaluate_vae(
       `skipped`, the videos that cannot be read with the reason, and `videos`, the scores of each.
 
     Raises:
-      ValueError: no video could be scored, there are none, or clips are too short for rFVD.
+      UserError: no video could be scored, there are none, or clips are too short for rFVD.
     """
     length = experiment.data.num_frames if experiment and not arguments.videos else arguments.clip_frames
     if arguments.i3d and length < arguments.clip_frames:
-        raise ValueError(
+        raise UserError(
             f"held-out clips have {length} frames: rFVD takes --clip-frames of at most that and at least 9, "
             "or longer --videos"
         )
@@ -87,7 +88,7 @@ def evaluate_vae(
             rfvd += scorer.rfvd
     if not scores:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:_LISTED])
-        raise ValueError(f"none of {len(videos)} videos could be scored: {reasons}")
+        raise UserError(f"none of {len(videos)} videos could be scored: {reasons}")
     total = overall(scores)
     print(format_scores(scores, total))
     for name, reason in skipped.items():
@@ -105,13 +106,13 @@ def video_files(path: pathlib.Path) -> list[pathlib.Path]:
 
     Raises:
       FileNotFoundError: there is no such file or folder.
-      ValueError: the folder is empty.
+      UserError: the folder is empty.
     """
     if not path.exists():
         raise FileNotFoundError(f"--videos {path}: no such file or folder")
     files = clip_files(path) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"--videos {path}: the folder holds no videos")
+        raise UserError(f"--videos {path}: the folder holds no videos")
     return files
 
 
@@ -159,7 +160,7 @@ def _of_one_size(path: pathlib.Path, frames: Iterable[np.ndarray]) -> Iterator[n
 
 def _held_out(experiment: Experiment | None, arguments: argparse.Namespace) -> Iterator[Open]:
     if experiment is None:
-        raise ValueError(f"{arguments.checkpoint} is a VAE without data of its own: give some with --videos")
+        raise UserError(f"{arguments.checkpoint} is a VAE without data of its own: give some with --videos")
     source = heldout_source(experiment)
     for index in range(min(arguments.num_clips or _HELD_OUT, len(source))):
         yield functools.partial(_open_clip, source, index, experiment.data.fps)

@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vidgen.core.errors import UserError
+
 if TYPE_CHECKING:
     from vidgen.models.video_vae.model import VideoVAE
     from vidgen.models.video_vae.tiling import Tiles
@@ -29,12 +31,12 @@ def check_frame_options(arguments: argparse.Namespace) -> None:
     """What can be known before anything is loaded.
 
     Raises:
-      ValueError: names the option.
+      UserError: names the option.
     """
     if arguments.group < 1:
-        raise ValueError(f"--group is {arguments.group}: give at least 1")
+        raise UserError(f"--group is {arguments.group}: give at least 1")
     if arguments.overlap is not None and arguments.tile is None:
-        raise ValueError("--overlap is of tiles: give --tile too, or neither")
+        raise UserError("--overlap is of tiles: give --tile too, or neither")
 
 
 def tiles(arguments: argparse.Namespace, factor: int) -> "Tiles | None":
@@ -44,7 +46,7 @@ def tiles(arguments: argparse.Namespace, factor: int) -> "Tiles | None":
       factor: pixels per latent pixel.
 
     Raises:
-      ValueError: sizes that are not multiples of the factor, or leave nothing between overlaps.
+      UserError: sizes that are not multiples of the factor, or leave nothing between overlaps.
     """
     from vidgen.models.video_vae.tiling import Tiles
 
@@ -53,7 +55,7 @@ def tiles(arguments: argparse.Namespace, factor: int) -> "Tiles | None":
     given = {"tile": arguments.tile, "overlap": arguments.overlap}
     for name, size in given.items():
         if size is not None and (size < 0 or size % factor):
-            raise ValueError(
+            raise UserError(
                 f"--{name} {size}: give a multiple of {factor}, the VAE's pixels per latent pixel"
             )
     side = arguments.tile // factor

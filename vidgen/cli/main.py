@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+from vidgen.core.errors import UserError
+
 __all__ = ["main", "run"]
 
 _COMMANDS = {
@@ -25,13 +27,13 @@ _COMMANDS = {
     "preflight": "tell whether a run fits a TPU slice, without a TPU",
     "demo": "train a tiny model on the sprite world and sample from it",
 }
-_USER_ERRORS = (ValueError, OSError, flags.Error)
+_USER_ERRORS = (UserError, OSError, flags.Error)
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit status of a command's `main`: 2, after one line on stderr, for errors that users can mend.
 
-    Those are a ValueError (`ConfigError` and the like), an OSError (a missing file) and a wrong flag.
+    Those are a `UserError` (`ConfigError` and the like), an OSError (a missing file) and a wrong flag.
     Anything else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback.
 
     Args:

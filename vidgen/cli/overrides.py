@@ -46,7 +46,10 @@ def _from_file(spec: str) -> dict[str, Any]:
     found.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {path} has no function get_config")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ConfigError(f"--config={spec}: {error}") from error
     return config.to_dict()
 
 

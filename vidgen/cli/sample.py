@@ -9,6 +9,7 @@ from typing import Any
 
 from vidgen.cli.main import run
 from vidgen.core.config import to_dict
+from vidgen.core.errors import UserError
 
 __all__ = ["main"]
 
@@ -41,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}: give at least 1")
+        raise UserError(f"--batch-size is {arguments.batch_size}: give at least 1")
     if arguments.fps is not None and arguments.fps <= 0:
-        raise ValueError(f"--fps is {arguments.fps}: give a positive number")
+        raise UserError(f"--fps is {arguments.fps}: give a positive number")
     prompts = _prompts(arguments)
     targets = _targets(arguments.out, len(prompts))
 
@@ -107,7 +108,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{arguments.prompt_file} holds no prompt: write one per line")
+        raise UserError(f"{arguments.prompt_file} holds no prompt: write one per line")
     return prompts
 
 
@@ -117,7 +118,7 @@ def _targets(out: pathlib.Path, count: int) -> list[pathlib.Path]:
 
     if out.suffix.lower() not in SUPPORTED_SUFFIXES:
         valid = ", ".join(SUPPORTED_SUFFIXES)
-        raise ValueError(f'--out {out}: cannot write "{out.suffix}"; use one of {valid}')
+        raise UserError(f'--out {out}: cannot write "{out.suffix}"; use one of {valid}')
     if count == 1:
         return [out]
     digits = max(3, len(str(count - 1)))

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard, TypeVar, Union
 
+from vidgen.core.errors import UserError
+
 __all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ _SEQUENCES = (tuple, list, Sequence)
 _MAPPINGS = (dict, Mapping)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, what was found and what is expected."""
 
 

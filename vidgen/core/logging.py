@@ -9,6 +9,8 @@ import os
 import sys
 import threading
 
+from vidgen.core.errors import UserError
+
 __all__ = ["get_logger"]
 
 _PACKAGE = "vidgen"
@@ -38,7 +40,7 @@ def get_logger(name: str = _PACKAGE) -> logging.Logger:
     logger, so that no library puts a second one there and every line comes once.
 
     Raises:
-      ValueError: VIDGEN_LOG is not the name of a level.
+      UserError: VIDGEN_LOG is not the name of a level.
     """
     package = logging.getLogger(_PACKAGE)
     with _lock:
@@ -57,7 +59,7 @@ def _level() -> int:
     name = os.environ.get("VIDGEN_LOG", "INFO").upper()
     levels = logging.getLevelNamesMapping()
     if name not in levels:
-        raise ValueError(f'VIDGEN_LOG is "{name}", expected one of {", ".join(sorted(levels))}')
+        raise UserError(f'VIDGEN_LOG is "{name}", expected one of {", ".join(sorted(levels))}')
     return levels[name]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from vidgen.core.errors import UserError
 from vidgen.data.source import ClipSource
 
 __all__ = [
@@ -42,7 +43,7 @@ class Bucket:
         one run goes from images and small, short clips to larger and longer ones.
 
     Raises:
-      ValueError: a number is not possible.
+      UserError: a number is not possible.
     """
 
     num_frames: int = 1
@@ -55,14 +56,14 @@ class Bucket:
 
     def __post_init__(self):
         if self.first_step < 0 or (self.last_step is not None and self.last_step < self.first_step):
-            raise ValueError(
+            raise UserError(
                 f"bucket {self}: first_step is {self.first_step} and last_step {self.last_step}; expected "
                 "0 or more, and not the first after the last"
             )
         for name in ("num_frames", "height", "width", "batch_size", "weight"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"bucket {self}: {name} is {value}; expected a positive number")
+                raise UserError(f"bucket {self}: {name} is {value}; expected a positive number")
 
     def __str__(self) -> str:
         return f"{self.num_frames} x {self.height} x {self.width}"
@@ -72,13 +73,13 @@ def stage_starts(buckets: Sequence[Bucket]) -> tuple[int, ...]:
     """The steps at which the buckets that take part change, the first of them 0.
 
     Raises:
-      ValueError: there is a step without any.
+      UserError: there is a step without any.
     """
     starts = {0} | {bucket.first_step for bucket in buckets}
     starts |= {bucket.last_step + 1 for bucket in buckets if bucket.last_step is not None}
     for start in sorted(starts):
         if not any(takes_part(bucket, start) for bucket in buckets):
-            raise ValueError(f"no bucket takes part in step {start}: change first_step or last_step of one")
+            raise UserError(f"no bucket takes part in step {start}: change first_step or last_step of one")
     return tuple(sorted(starts))
 
 
@@ -126,7 +127,7 @@ class BucketedData(Protocol):
         """Clips of each bucket.
 
         Raises:
-          ValueError: there is none for a bucket, which the message names.
+          UserError: there is none for a bucket, which the message names.
         """
         ...
 

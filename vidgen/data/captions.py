@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vidgen.core.errors import UserError
+
 __all__ = ["CAPTION_SUFFIXES", "FolderCaptions"]
 
 CAPTION_SUFFIXES = frozenset({".txt", ".jsonl", ".csv"})
@@ -42,13 +44,13 @@ class FolderCaptions:
           list_file: path of the list; None looks for `captions.jsonl` and `captions.csv` in the folder.
 
         Raises:
-          ValueError: there are two lists, or one cannot be read; the message names the line.
+          UserError: there are two lists, or one cannot be read; the message names the line.
           FileNotFoundError: the list that is asked for does not exist.
         """
         if list_file is None:
             found = [root / name for name in _LISTS if (root / name).is_file()]
             if len(found) > 1:
-                raise ValueError(
+                raise UserError(
                     f"{root} has both {' and '.join(_LISTS)}: remove one, or name the one to use."
                 )
             if not found:
@@ -64,7 +66,7 @@ class FolderCaptions:
         """The caption of a file: from the list, else of the `.txt` of the same name beside it, else empty.
 
         Raises:
-          ValueError: the text file is not in UTF-8.
+          UserError: the text file is not in UTF-8.
         """
         listed = self.listed.get(_normal(clip))
         if listed is not None:
@@ -110,15 +112,15 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: not JSON: {error}.") from error
+            raise UserError(f"{path}, line {line}: not JSON: {error}.") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: found {type(row).__name__}, expected a JSON object.")
+            raise UserError(f"{path}, line {line}: found {type(row).__name__}, expected a JSON object.")
         yield line, row
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix.lower() != ".csv":
-        raise ValueError(f"{path}: a list of captions ends in .jsonl or .csv.")
+        raise UserError(f"{path}: a list of captions ends in .jsonl or .csv.")
     reader = csv.DictReader(_read_text(path).splitlines(keepends=True))
     for row in reader:
         yield reader.line_num, row
@@ -129,14 +131,14 @@ def _pick(row: Mapping[str, Any], keys: tuple[str, ...], path: pathlib.Path, lin
         if isinstance(row.get(key), str):
             return row[key]
     found = ", ".join(str(key) for key in row) or "nothing"
-    raise ValueError(f"{path}, line {line}: expected a text under {' or '.join(keys)}; found {found}.")
+    raise UserError(f"{path}, line {line}: expected a text under {' or '.join(keys)}; found {found}.")
 
 
 def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}. Save it as UTF-8.") from error
+        raise UserError(f"{path}: not UTF-8 text: {error}. Save it as UTF-8.") from error
 
 
 def _tidy(text: str) -> str:

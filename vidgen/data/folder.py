@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.buckets import Bucket, fitting_sizes, with_size
 from vidgen.data.captions import FolderCaptions
@@ -103,7 +104,7 @@ class FolderData:
       seed: of random crops and flips.
 
     Raises:
-      ValueError: a number is not possible.
+      UserError: a number is not possible.
     """
 
     kind: Literal["folder"] = "folder"
@@ -126,11 +127,11 @@ class FolderData:
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "fps"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"folder: {name} is {getattr(self, name)}; expected a positive number.")
+                raise UserError(f"folder: {name} is {getattr(self, name)}; expected a positive number.")
         if self.stride is not None and self.stride <= 0:
-            raise ValueError(f"folder: stride is {self.stride} s; expected a positive number.")
+            raise UserError(f"folder: stride is {self.stride} s; expected a positive number.")
         if self.heldout_every < 2:
-            raise ValueError(f"folder: heldout_every is {self.heldout_every} s; expected at least 2.")
+            raise UserError(f"folder: heldout_every is {self.heldout_every} s; expected at least 2.")
 
     @property
     def clip_seconds(self) -> float:
@@ -142,7 +143,7 @@ class FolderData:
 
         Raises:
           NotADirectoryError: there is no such folder.
-          ValueError: a list of captions cannot be read.
+          UserError: a list of captions cannot be read.
         """
         files = FolderFiles.look(pathlib.Path(self.path), self.captions)
         return self._report(files)
@@ -152,7 +153,7 @@ class FolderData:
 
         Raises:
           NotADirectoryError: there is no such folder.
-          ValueError: a list of captions cannot be read.
+          UserError: a list of captions cannot be read.
         """
         files = FolderFiles.look(pathlib.Path(self.path), self.captions)
         datas = self._of_buckets()
@@ -166,7 +167,7 @@ class FolderData:
         """The clips; what is not used is logged.
 
         Raises:
-          ValueError: nothing is left to use; the message gives the reasons.
+          UserError: nothing is left to use; the message gives the reasons.
         """
         report = self.scan()
         self._require(report)
@@ -177,7 +178,7 @@ class FolderData:
         """The clips of each bucket; files that none of them uses are logged.
 
         Raises:
-          ValueError: nothing is left to use for a bucket; the message names it and gives the reasons.
+          UserError: nothing is left to use for a bucket; the message names it and gives the reasons.
         """
         reports, datas = self.scan_buckets(), self._of_buckets()
         for number, (data, report) in enumerate(zip(datas, reports, strict=True)):
@@ -205,7 +206,7 @@ class FolderData:
 
     def _require(self, report: FolderReport, where: str = "") -> None:
         if not report.used:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {where}no clip of {self.num_frames} frames at {self.fps:g} fps can be used "
                 f'for "{self.split}" (heldout_every={self.heldout_every}): '
                 f"{_some(report.rejected) or 'the folder is empty'}. `vidgen data check` lists every file."

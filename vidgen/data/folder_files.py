@@ -54,7 +54,7 @@ class FolderFiles:
 
         Raises:
           NotADirectoryError: there is no such folder.
-          ValueError: a list of captions cannot be read.
+          UserError: a list of captions cannot be read.
         """
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder of videos.")

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import UInt8
 from vidgen.data.geometry import Crop
 from vidgen.data.source import BrokenClip
@@ -80,7 +81,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if not (finite := np.isfinite(values)).all():
             row, column = np.argwhere(~finite)[0]
-            raise ValueError(f"pixels are not finite, the first in row {row}, column {column}")
+            raise UserError(f"pixels are not finite, the first in row {row}, column {column}")
         scaled = values * (255 if values.max() <= 1 else 1)
         return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):

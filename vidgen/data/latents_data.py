@@ -51,7 +51,7 @@ class LatentsData:
 
         Raises:
           FileNotFoundError: there are none at `path`.
-          ValueError: they are damaged.
+          UserError: they are damaged.
         """
         return LatentRecords(self.path)
 

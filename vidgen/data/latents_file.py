@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float
 
 __all__ = ["LatentsInfo", "load_latents", "require_finite", "save_latents"]
@@ -48,11 +49,11 @@ def save_latents(path: pathlib.Path | str, latents: Float[np.ndarray, "t h w c"]
     """Writes `path` (safetensors, one tensor `latents`) and the JSON beside it; each appears whole.
 
     Raises:
-      ValueError: the name does not end in `.safetensors`.
+      UserError: the name does not end in `.safetensors`.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: latents are written to .safetensors files")
+        raise UserError(f"{path}: latents are written to .safetensors files")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(info))
     temporary = path.with_name(path.name + ".tmp")
@@ -66,7 +67,7 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
 
     Raises:
       FileNotFoundError: one of the two files is missing.
-      ValueError: they are damaged, do not hold latents, or hold some that are not finite.
+      UserError: they are damaged, do not hold latents, or hold some that are not finite.
     """
     path = pathlib.Path(path)
     for file in (path, _json(path)):
@@ -75,11 +76,11 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}): {_REMEDY}") from error
+        raise UserError(f"{path} is no complete safetensors file ({error}): {_REMEDY}") from error
     try:
         values: dict[str, Any] = json.loads(_json(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{_json(path)} is not JSON ({error}): {_REMEDY}") from error
+        raise UserError(f"{_json(path)} is not JSON ({error}): {_REMEDY}") from error
     info = resolve(LatentsInfo, values, where=str(_json(path)))
     found = {name: tensor.shape for name, tensor in tensors.items()}
     # A group's last frame may be repeated, and so may be rows and columns: at most to a whole latent.
@@ -88,7 +89,7 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
     wanted = (frames, *sides)
     if list(found) != ["latents"] or len(found["latents"]) != 4 or found["latents"][:3] != wanted:
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in found.items()) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{path} holds {shown}; expected latents {[*wanted, 'channels']} alone, as {_json(path)} says: "
             f"{_REMEDY}"
         )
@@ -97,13 +98,13 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
 
 
 def require_finite(latents: Float[np.ndarray, "t h w c"], temporal_factor: int, where: str) -> None:
-    """Raises ValueError, naming the first latent frame that is not finite and the frames it stands for."""
+    """Raises UserError, naming the first latent frame that is not finite and the frames it stands for."""
     finite = np.isfinite(latents).all((1, 2, 3))
     if not finite.all():
         index = int(np.argmin(finite))
         first = max(0, 1 + (index - 1) * temporal_factor)
         frames = f"frames {first} to {index * temporal_factor}" if index else "frame 0"
-        raise ValueError(
+        raise UserError(
             f"{where}: latent frame {index} ({frames}) is not finite. The VAE's weights may be damaged; what "
             "else it makes of these frames is not to be trusted either"
         )

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float
 from vidgen.data.source import BrokenClip
 
@@ -88,7 +89,7 @@ def write_latent_records(out: pathlib.Path | str, clips: Iterable[LatentClip], i
 
     Raises:
       FileExistsError: `out` is there already.
-      ValueError: there is no clip, or the latents of one are too large for float16 or not finite.
+      UserError: there is no clip, or the latents of one are too large for float16 or not finite.
     """
     out = pathlib.Path(out)
     if out.exists():
@@ -99,7 +100,7 @@ def write_latent_records(out: pathlib.Path | str, clips: Iterable[LatentClip], i
     try:
         sizes, shards = _write_shards(unfinished, clips)
         if not sizes:
-            raise ValueError("there are no clips to write")
+            raise UserError("there are no clips to write")
         np.save(unfinished / _SIZES, np.asarray(sizes, np.int32))
         write_json(unfinished / _INDEX, to_dict(dataclasses.replace(info, shards=shards)))
         os.replace(unfinished, out)
@@ -141,14 +142,14 @@ class LatentRecords:
 
         Raises:
           FileNotFoundError: there are no latents at `path`, or a file of them is missing.
-          ValueError: the index does not fit the files.
+          UserError: the index does not fit the files.
         """
         self._path = pathlib.Path(path)
         index = self._path / _INDEX
         try:
             values = read_json(index, remedy="give a folder that `vidgen data latents` wrote")
         except json.JSONDecodeError as error:
-            raise ValueError(f"{index} is not JSON ({error}): {_REMEDY}") from error
+            raise UserError(f"{index} is not JSON ({error}): {_REMEDY}") from error
         self.info: RecordsInfo = resolve(RecordsInfo, values, where=str(index))
         for name in (_SIZES, *self.info.shards):
             if not (self._path / name).exists():
@@ -158,10 +159,10 @@ class LatentRecords:
             shards = [str(self._path / name) for name in self.info.shards]
             self._records: Any = grain.sources.ArrayRecordDataSource(shards)
         except (ValueError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
+            raise UserError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
         expected = sum(self.info.shards.values())
         if sizes.shape != (expected, 3) or len(self._records) != expected:
-            raise ValueError(
+            raise UserError(
                 f"{self._path} is damaged: {index} speaks of {expected} clips, {_SIZES} of {len(sizes)}, and "
                 f"the files have {len(self._records)}: {_REMEDY}"
             )
@@ -211,7 +212,7 @@ def _encode(clip: LatentClip) -> bytes:
         latents = np.ascontiguousarray(clip.latents, np.float16)
     if not np.isfinite(latents).all():
         largest = float(np.abs(clip.latents).max())
-        raise ValueError(
+        raise UserError(
             f"{clip.name}: latents of up to {largest:g} are not finite as float16. The VAE cannot be used "
             "for this clip: look at the clip, and at the VAE's weights"
         )

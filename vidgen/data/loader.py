@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.buckets import Mixture, stage_starts, takes_part
 from vidgen.data.source import BrokenClip, ClipSource
@@ -69,10 +70,10 @@ class Loader(Iterator[dict[str, Any]]):
           shuffle: whether the order is shuffled, anew in every epoch.
 
         Raises:
-          ValueError: the source is empty, or the numbers do not fit each other.
+          UserError: the source is empty, or the numbers do not fit each other.
         """
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
+            raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
         self.broken: dict[str, str] = {}
         self.num_replaced = 0
         self._parts = _parts(source, batch_size, seed, process_count, shuffle=shuffle)
@@ -119,15 +120,15 @@ class Loader(Iterator[dict[str, Any]]):
         """Goes to where `get_state` was taken: the next batch is the one that would have followed.
 
         Raises:
-          ValueError: the state is of another seed, or falls inside a batch of this size.
+          UserError: the state is of another seed, or falls inside a batch of this size.
         """
         if state["seed"] != self._seed:
-            raise ValueError(
+            raise UserError(
                 f"the loader's state is of seed {state['seed']}, this loader has seed {self._seed}."
             )
         step, rest = divmod(state["next_index"], self._positions_per_step)
         if rest:
-            raise ValueError(
+            raise UserError(
                 f"the loader's state stands after {state['next_index']} clips, not a whole number of "
                 f"batches of {self._positions_per_step}: use the batch size of the run that saved it."
             )
@@ -209,7 +210,7 @@ def _parts(
     """What the batches are made of.
 
     Raises:
-      ValueError: a source is empty, or a batch cannot be shared by the processes.
+      UserError: a source is empty, or a batch cannot be shared by the processes.
     """
     if not isinstance(source, Mixture):
         return [_part(source, batch_size, seed, processes, shuffle=shuffle)]
@@ -247,11 +248,11 @@ def _part(
     where: str = "",
 ) -> _Part:
     if len(clips) == 0:
-        raise ValueError(
+        raise UserError(
             f"{where}the source of clips is empty: {clips!r}. Give it at least one readable clip."
         )
     if size < 1 or size % processes:
-        raise ValueError(
+        raise UserError(
             f"{where}batch_size is {size}, which {processes} processes cannot share equally: "
             f"make it a positive multiple of {processes}."
         )
@@ -322,7 +323,7 @@ def _stack(key: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | list[Any
     shapes = [value.shape for value in values]
     for row, shape in zip(rows, shapes, strict=True):
         if shape != shapes[0]:
-            raise ValueError(
+            raise UserError(
                 f"clips of one batch differ in the shape of {key!r}: {shapes[0]} in {rows[0]['name']}, "
                 f"{shape} in {row['name']}. A source must give every clip the same shapes."
             )

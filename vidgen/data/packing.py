@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.source import BrokenClip
 
@@ -41,7 +42,7 @@ class PackingOptions:
     def __post_init__(self):
         for name in ("tokens_per_row", "clips_per_row", "window"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
 
 
 @runtime_checkable
@@ -75,13 +76,13 @@ def plan_rows(
       Grain's data set of lists of indices.
 
     Raises:
-      ValueError: there is no clip, or one is longer than a row; the row that would do is named.
+      UserError: there is no clip, or one is longer than a row; the row that would do is named.
     """
     if not len(lengths):
-        raise ValueError("there are no clips to pack: give at least one")
+        raise UserError("there are no clips to pack: give at least one")
     longest = int(np.argmax(lengths))
     if lengths[longest] > options.tokens_per_row:
-        raise ValueError(
+        raise UserError(
             f"clip {longest} has {lengths[longest]} tokens, more than a row's tokens_per_row "
             f"{options.tokens_per_row}: set it to {lengths[longest]} or more"
         )
@@ -141,17 +142,17 @@ class PackedLoader(Iterator[dict[str, Any]]):
           prefetch: how many batches are read ahead; 0 reads on demand.
 
         Raises:
-          ValueError: the source is empty, a clip is longer than a row, or the numbers do not fit each other.
+          UserError: the source is empty, a clip is longer than a row, or the numbers do not fit each other.
         """
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
+            raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
         if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
+            raise UserError(
                 f"batch_size is {batch_size} rows, which {process_count} processes cannot share equally: "
                 f"make it a positive multiple of {process_count}."
             )
         if len(lengths) != len(source):
-            raise ValueError(
+            raise UserError(
                 f"there are {len(lengths)} lengths for {len(source)} clips; expected one for each"
             )
         self.broken: dict[str, str] = {}
@@ -181,11 +182,11 @@ class PackedLoader(Iterator[dict[str, Any]]):
         """Goes to where `get_state` was taken: the next batch is the one that would have followed.
 
         Raises:
-          ValueError: the state is of another seed or number of clips.
+          UserError: the state is of another seed or number of clips.
         """
         for name, now in (("seed", self._seed), ("num_clips", self.num_clips)):
             if state.get(name) != now:
-                raise ValueError(
+                raise UserError(
                     f"the state of the packed clips is of {name} {state.get(name)}, and it is {now} now: "
                     "other clips would share the rows. Use the clips and the seed of the run that saved it"
                 )

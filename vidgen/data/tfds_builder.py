@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.tfds_clips import BUILDER_NAME, VERSION, Encoding, encode_record
@@ -81,7 +82,7 @@ class VidgenClips(tfds.core.GeneratorBasedBuilder):
             written += 1
             yield index, encode_record(example, fps=self._fps, encoding=self._encoding)
         if not written:
-            raise ValueError(
+            raise UserError(
                 f'"{split}": none of its {len(source)} clips can be decoded: '
                 f"{dict(list(self.broken.items())[:3])}."
             )
@@ -102,7 +103,7 @@ def build_records(
 
     Raises:
       FileExistsError: there are records in `out` already.
-      ValueError: a split has no clip that can be decoded.
+      UserError: a split has no clip that can be decoded.
     """
     builder = VidgenClips(sources=sources, fps=fps, encoding=encoding, data_dir=str(out))
     folder = pathlib.Path(builder.data_dir)

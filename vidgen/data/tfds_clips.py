@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import RGBClip
 from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.source import BrokenClip
@@ -48,7 +49,7 @@ class ArrayRecordData:
       fps: frames per second; what is stored at another rate is resampled.
 
     Raises:
-      ValueError: a number is not possible.
+      UserError: a number is not possible.
     """
 
     kind: Literal["array_record"] = "array_record"
@@ -63,16 +64,14 @@ class ArrayRecordData:
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "fps"):
             if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"array_record: {name} is {getattr(self, name)}; expected a positive number."
-                )
+                raise UserError(f"array_record: {name} is {getattr(self, name)}; expected a positive number.")
 
     def source(self) -> "ArrayRecordSource":
         """The clips.
 
         Raises:
           FileNotFoundError: there are no records at `path`.
-          ValueError: there is no such split, it is empty, or its clips are too short.
+          UserError: there is no such split, it is empty, or its clips are too short.
         """
         # Half a second of imports that no other kind of data needs.
         import tensorflow_datasets as tfds
@@ -80,17 +79,17 @@ class ArrayRecordData:
         builder = tfds.builder_from_directory(str(records_folder(pathlib.Path(self.path))))
         splits = builder.info.splits
         if self.split not in splits:
-            raise ValueError(
+            raise UserError(
                 f'{self.path}: no split "{self.split}"; there are: {", ".join(splits) or "none"}.'
             )
         records = builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
         if len(records) == 0:
-            raise ValueError(f'{self.path}: the split "{self.split}" has no clips.')
+            raise UserError(f'{self.path}: the split "{self.split}" has no clips.')
         source = ArrayRecordSource(self, records)
         try:
             source[0]
         except BrokenClip as error:
-            raise ValueError(f"{self.path}: the first clip cannot be read as asked: {error}") from error
+            raise UserError(f"{self.path}: the first clip cannot be read as asked: {error}") from error
         return source
 
     def bucket_sources(self) -> tuple["ArrayRecordSource", ...]:
@@ -98,14 +97,14 @@ class ArrayRecordData:
 
         Raises:
           FileNotFoundError: there are no records at `path`.
-          ValueError: the clips are too short for a bucket, which the message names.
+          UserError: the clips are too short for a bucket, which the message names.
         """
         sources = []
         for number, bucket in enumerate(self.buckets):
             try:
                 sources.append(with_size(self, bucket).source())
             except ValueError as error:
-                raise ValueError(f"bucket {number} ({bucket}): {error}") from error
+                raise UserError(f"bucket {number} ({bucket}): {error}") from error
         return tuple(sources)
 
 
@@ -219,7 +218,7 @@ def _to_json(key: str, value: Any) -> Any:
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return {"dtype": str(value.dtype), "shape": list(value.shape), "data": value.ravel().tolist()}
-    raise ValueError(
+    raise UserError(
         f"cannot store {key!r} of a clip: {type(value).__name__}; use a text or an array of numbers."
     )
 

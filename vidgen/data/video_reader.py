@@ -11,6 +11,7 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import RGBClip
 from vidgen.data import image_reader
 from vidgen.data.geometry import Crop
@@ -85,10 +86,10 @@ def read_clip(
 
     Raises:
       BrokenClip: the file is damaged, has no picture, or ends before the clip does.
-      ValueError: the arguments do not fit each other.
+      UserError: the arguments do not fit each other.
     """
     if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}: expected 1 or more.")
+        raise UserError(f"num_frames is {num_frames}: expected 1 or more.")
     name = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "video in memory")
     in_a_file = isinstance(file, (str, os.PathLike))
     if num_frames not in (None, 1) and in_a_file and image_reader.is_image(pathlib.Path(file)):
@@ -115,12 +116,12 @@ def read_frames(
 
     Raises:
       BrokenClip: the file is damaged or has no picture.
-      ValueError: the arguments do not fit each other.
+      UserError: the arguments do not fit each other.
     """
     if (height is None) != (width is None):
-        raise ValueError(f"height is {height} and width is {width}: give both, or none of them.")
+        raise UserError(f"height is {height} and width is {width}: give both, or none of them.")
     if start < 0 or (fps is not None and fps <= 0):
-        raise ValueError(f"start is {start}, fps {fps}: expected start >= 0 and fps > 0.")
+        raise UserError(f"start is {start}, fps {fps}: expected start >= 0 and fps > 0.")
     size = None if height is None or width is None else (height, width)
     return _frames(file, float(start), fps, size, crop_at)
 

@@ -17,6 +17,8 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, PngImagePlugin
 
+from vidgen.core.errors import UserError
+
 __all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_frames", "save_video", "write_mp4"]
 
 SUPPORTED_SUFFIXES = (".mp4", ".gif", ".png")
@@ -53,14 +55,12 @@ def save_video(
       crf: of H.264: 0 is lossless but for the colour format, 17 looks lossless, 28 is coarse.
 
     Raises:
-      ValueError: the name's ending is unknown, or the array is not a clip.
+      UserError: the name's ending is unknown, or the array is not a clip.
     """
     path = pathlib.Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUPPORTED_SUFFIXES:
-        raise ValueError(
-            f'{path}: cannot write "{suffix}" files; use one of {", ".join(SUPPORTED_SUFFIXES)}.'
-        )
+        raise UserError(f'{path}: cannot write "{suffix}" files; use one of {", ".join(SUPPORTED_SUFFIXES)}.')
     _check_clip(path, video, fps)
     texts = dict(metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is of a kind that cannot be read.
+      UserError: the file is of a kind that cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -112,7 +112,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with av.open(str(path)) as container:
             texts = dict(container.metadata)
     except (FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: cannot read it: {error}") from error
+        raise UserError(f"{path}: cannot read it: {error}") from error
     return _parse(texts.get("comment", "")) or texts
 
 
@@ -175,11 +175,11 @@ def write_mp4(
 def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float | int) -> None:
     found = f"{getattr(video, 'dtype', type(video).__name__)} {list(np.shape(video))}"
     if np.ndim(video) != 4 or np.shape(video)[-1] != 3 or video.dtype != np.uint8:
-        raise ValueError(f"{path}: a clip is uint8 [frames, height, width, 3]; got {found}.")
+        raise UserError(f"{path}: a clip is uint8 [frames, height, width, 3]; got {found}.")
     if video.size == 0:
-        raise ValueError(f"{path}: the clip is empty: {found}. Give it at least one frame with pixels.")
+        raise UserError(f"{path}: the clip is empty: {found}. Give it at least one frame with pixels.")
     if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"{path}: fps is {fps}; expected a positive number.")
+        raise UserError(f"{path}: fps is {fps}; expected a positive number.")
 
 
 def _rate(fps: float | int) -> Fraction:

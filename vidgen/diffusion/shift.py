@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal, Protocol, runtime_checkable
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Int
 
 __all__ = ["AnyShift", "GeometricShift", "RootShift", "Shift", "shift_at", "shift_timestep"]
@@ -59,7 +60,7 @@ class GeometricShift:
     def __post_init__(self):
         _check_positive(self, "base_tokens", "base_shift", "max_shift")
         if self.max_tokens <= self.base_tokens:
-            raise ValueError(f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens}")
+            raise UserError(f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens}")
 
     def at(self, num_tokens: int | Int[Array, "..."]) -> float | Float[Array, "..."]:
         way = (num_tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
@@ -77,4 +78,4 @@ def shift_at(shift: float | AnyShift, num_tokens: int | Int[Array, "..."]) -> fl
 def _check_positive(options: object, *names: str) -> None:
     for name in names:
         if getattr(options, name) <= 0:
-            raise ValueError(f"{name}={getattr(options, name)} must be positive")
+            raise UserError(f"{name}={getattr(options, name)} must be positive")

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Int
 from vidgen.diffusion.shift import AnyShift, shift_at, shift_timestep
 
@@ -46,9 +47,9 @@ class _Shifted:
 
     def __post_init__(self):
         if not 0.0 <= self.between[0] < self.between[1] <= 1.0:
-            raise ValueError(f"between={self.between}: expected 0 <= low < high <= 1")
+            raise UserError(f"between={self.between}: expected 0 <= low < high <= 1")
         if isinstance(self.shift, int | float) and self.shift <= 0:
-            raise ValueError(f"shift={self.shift} must be positive; 1 leaves the density as it is")
+            raise UserError(f"shift={self.shift} must be positive; 1 leaves the density as it is")
 
     def sample(self, key: Array, count: int, num_tokens: int | Int[Array, "b"]) -> Float[Array, "b"]:
         if self.stratified:
@@ -122,7 +123,7 @@ class Mode(_Shifted):
         super().__post_init__()
         largest = 2.0 / (math.pi - 2.0)
         if not -1.0 <= self.scale <= largest:
-            raise ValueError(f"scale={self.scale}: the mode density takes scales in [-1, {largest:.4f}]")
+            raise UserError(f"scale={self.scale}: the mode density takes scales in [-1, {largest:.4f}]")
 
     def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
         return level - self.scale * (jnp.square(jnp.sin(0.5 * jnp.pi * level)) - level)

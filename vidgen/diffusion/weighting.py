@@ -5,6 +5,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Int
 from vidgen.diffusion.timesteps import TimestepDensity
 
@@ -46,7 +47,7 @@ class MinSNR:
 
     def __post_init__(self):
         if self.gamma <= 0:
-            raise ValueError(f"gamma={self.gamma} must be positive")
+            raise UserError(f"gamma={self.gamma} must be positive")
 
     def weight(self, timestep: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.minimum(jnp.square(1.0 - timestep), self.gamma * jnp.square(timestep))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import optimize
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import UInt8
 from vidgen.data.sprites.captions import canonical
 from vidgen.data.sprites.motion import DIRECTIONS, SpriteObject
@@ -35,14 +36,14 @@ def evaluate_alignment(
         The table of `score_alignment`.
 
     Raises:
-        ValueError: there are no scenes, or a batch has another number of videos than prompts.
+        UserError: there are no scenes, or a batch has another number of videos than prompts.
     """
     results = []
     for start in range(0, len(scenes), batch_size):
         asked = scenes[start : start + batch_size]
         videos = generate([canonical(scene) for scene in asked])
         if len(videos) != len(asked):
-            raise ValueError(
+            raise UserError(
                 f"generate made {len(videos)} videos for {len(asked)} prompts; expected one for each"
             )
         results += [compare(scene, detect(np.asarray(v))) for scene, v in zip(asked, videos, strict=True)]
@@ -60,10 +61,10 @@ def score_alignment(
     clips. An attribute that nothing asked for is left out. `num_clips` is how many clips there were.
 
     Raises:
-        ValueError: there are no scenes, or not one video for each.
+        UserError: there are no scenes, or not one video for each.
     """
     if len(scenes) != len(videos):
-        raise ValueError(f"there are {len(videos)} videos for {len(scenes)} scenes; expected one for each")
+        raise UserError(f"there are {len(videos)} videos for {len(scenes)} scenes; expected one for each")
     return _table([compare(scene, detect(v)) for scene, v in zip(scenes, videos, strict=True)])
 
 
@@ -107,7 +108,7 @@ def _assign(asked: Sequence[SpriteObject], seen: Sequence[ObjectReading]) -> lis
 
 def _table(results: Sequence[Mapping[str, list[bool]]]) -> dict[str, float]:
     if not results:
-        raise ValueError("there are no scenes to score; give at least one")
+        raise UserError("there are no scenes to score; give at least one")
     pooled = {name: [answer for result in results for answer in result[name]] for name in ATTRIBUTES}
     table = {name: float(np.mean(answers)) for name, answers in pooled.items() if answers}
     return table | {"num_clips": float(len(results))}

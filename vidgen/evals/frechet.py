@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float
 
 __all__ = ["Moments", "frechet_distance"]
@@ -28,11 +29,11 @@ class Moments:
         """Of features all at once, at least one.
 
         Raises:
-          ValueError: some are not finite.
+          UserError: some are not finite.
         """
         x = np.asarray(features, np.float64)
         if not np.isfinite(x).all():
-            raise ValueError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} features are not finite numbers")
+            raise UserError(f"{(~np.isfinite(x).all(1)).sum()} of {len(x)} features are not finite numbers")
         mean = x.mean(0)
         return cls(count=len(x), mean=mean, scatter=(x - mean).T @ (x - mean))
 
@@ -52,10 +53,10 @@ class Moments:
         """Unbiased, over n - 1.
 
         Raises:
-          ValueError: there are fewer than two.
+          UserError: there are fewer than two.
         """
         if self.count < 2:
-            raise ValueError(f"a covariance needs the features of at least 2 clips; there is {self.count}")
+            raise UserError(f"a covariance needs the features of at least 2 clips; there is {self.count}")
         return self.scatter / (self.count - 1)
 
 
@@ -68,10 +69,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     out (Chong & Forsyth 2019, arXiv:1911.07023): compare figures of equally many clips only.
 
     Raises:
-      ValueError: a set has fewer than two members, or their features differ in number.
+      UserError: a set has fewer than two members, or their features differ in number.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"one set has {a.mean.size} features, the other {b.mean.size}: use the same network")
+        raise UserError(f"one set has {a.mean.size} features, the other {b.mean.size}: use the same network")
     covariance_a, covariance_b = a.covariance, b.covariance
     product = _square_root(covariance_a) @ _square_root(covariance_b)
     overlap = np.linalg.svd(product, compute_uv=False).sum()

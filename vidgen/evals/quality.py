@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float, Shaped, UInt8, Video
 
 __all__ = ["SMALLEST_FRAME", "evaluate_reconstruction", "flicker", "psnr", "ssim"]
@@ -38,10 +39,10 @@ def ssim(
     visibility to structural similarity, section III-B).
 
     Raises:
-        ValueError: frames are smaller than the window.
+        UserError: frames are smaller than the window.
     """
     if min(video.shape[-3:-1]) < WINDOW:
-        raise ValueError(
+        raise UserError(
             f"frames are {video.shape[-3]} x {video.shape[-2]}; ssim needs at least {WINDOW} x {WINDOW}"
         )
     x, y = _unit(video), _unit(reference)
@@ -82,20 +83,20 @@ def evaluate_reconstruction(
         `psnr` in decibels and `ssim`, means over all frames after rounding to 8 bits; `num_clips`.
 
     Raises:
-        ValueError: there are no clips, or the shape changed.
+        UserError: there are no clips, or the shape changed.
     """
     scores: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     num_clips = 0
     for batch in batches:
         output = np.asarray(reconstruct(jnp.asarray(batch, jnp.float32) / 127.5 - 1), np.float32)
         if output.shape != batch.shape:
-            raise ValueError(f"reconstruct made {output.shape} out of {batch.shape}; expected the same shape")
+            raise UserError(f"reconstruct made {output.shape} out of {batch.shape}; expected the same shape")
         rounded = np.clip(np.rint((output + 1) * 127.5), 0, 255).astype(np.uint8)
         scores["psnr"].append(psnr(rounded, batch).ravel())
         scores["ssim"].append(ssim(rounded, batch).ravel())
         num_clips += len(batch)
     if not num_clips:
-        raise ValueError("there are no clips to reconstruct; give at least one batch")
+        raise UserError("there are no clips to reconstruct; give at least one batch")
     return {name: float(np.concatenate(values).mean()) for name, values in scores.items()} | {
         "num_clips": float(num_clips)
     }

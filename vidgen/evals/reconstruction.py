@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, RGBClip, UInt8
 from vidgen.data.source import BrokenClip
 from vidgen.evals.frechet import Moments, frechet_distance
@@ -38,7 +39,7 @@ class FeatureNetworks:
       clip_frames: frames of a clip of rFVD. Videos are cut into clips end to end; a rest is left out.
 
     Raises:
-      ValueError: clips are too short for I3D.
+      UserError: clips are too short for I3D.
     """
 
     lpips: LPIPS | None = None
@@ -47,7 +48,7 @@ class FeatureNetworks:
 
     def __post_init__(self):
         if self.i3d is not None and self.clip_frames < i3d_model.FEWEST_FRAMES:
-            raise ValueError(
+            raise UserError(
                 f"rFVD of clips of {self.clip_frames} frames: I3D needs at least {i3d_model.FEWEST_FRAMES}"
             )
 
@@ -80,10 +81,10 @@ class RFVD:
         """The Frechet video distance.
 
         Raises:
-          ValueError: there are fewer than two clips.
+          UserError: there are fewer than two clips.
         """
         if self.original is None or self.made is None or self.num_clips < 2:
-            raise ValueError(f"rFVD needs at least 2 clips; there are {self.num_clips}")
+            raise UserError(f"rFVD needs at least 2 clips; there are {self.num_clips}")
         return frechet_distance(self.original, self.made)
 
 
@@ -98,7 +99,7 @@ def reconstruct_frames(vae: VideoVAE, frames: Iterable[Frame], *, group: int = 1
       group: latent frames computed at a time.
 
     Raises:
-      ValueError: the VAE makes numbers that are not finite.
+      UserError: the VAE makes numbers that are not finite.
     """
     waiting: collections.deque[np.ndarray] = collections.deque()
 
@@ -110,7 +111,7 @@ def reconstruct_frames(vae: VideoVAE, frames: Iterable[Frame], *, group: int = 1
 
     for block in decode_stream(vae, encode_stream(vae, prepared(), group=group)):
         if not bool(jnp.isfinite(block).all()):
-            raise ValueError("the VAE makes pixels that are not finite numbers: use an earlier checkpoint")
+            raise UserError("the VAE makes pixels that are not finite numbers: use an earlier checkpoint")
         made = np.asarray(pixels.to_uint8(block))[0, : len(waiting)]
         original = np.stack([waiting.popleft() for _ in made])
         yield original, made[:, : original.shape[1], : original.shape[2]]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Int
 from vidgen.models.condition import Condition
 from vidgen.models.text.tokenizer import tokenize
@@ -23,10 +24,10 @@ class BytePrompts:
           model: which has a byte encoder.
 
         Raises:
-          ValueError: it has none.
+          UserError: it has none.
         """
         if model.text is None:
-            raise ValueError("the model has no text encoder of its own: give the features of the prompts")
+            raise UserError("the model has no text encoder of its own: give the features of the prompts")
         self._model = model
         self._max_bytes = model.text.config.max_bytes
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
 from vidgen.models.condition import Condition, PackedCondition, packed_condition, with_given
 from vidgen.models.dit.config import DiTConfig
@@ -24,7 +25,7 @@ class TextToVideo(nnx.Module):
 
     def __init__(self, dit: DiT | TwoExperts, text: ByteEncoder | None = None):
         if text is not None and dit.config.text_dim != text.config.dim:
-            raise ValueError(
+            raise UserError(
                 f"dit.text_dim={dit.config.text_dim} differs from text.dim={text.config.dim}: "
                 "set them to the same width"
             )
@@ -99,14 +100,14 @@ def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> 
       size: frames, height and width of the clip.
 
     Raises:
-      ValueError: the clip's size is not one that both take; names the nearest sizes that are.
+      UserError: the clip's size is not one that both take; names the nearest sizes that are.
     """
     for name, length, patch in zip(("height", "width"), size[1:], dit.patch_size[1:], strict=True):
         multiple = vae.spatial_factor * patch
         if length < 1 or length % multiple:
             lower = max(length // multiple, 0) * multiple
             options = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
-            raise ValueError(f"{name}={length} is not a multiple of {multiple}; use {options}")
+            raise UserError(f"{name}={length} is not a multiple of {multiple}; use {options}")
     shape = vae.latent_shape(*size)
     dit.token_grid(*shape[:3])
     return shape

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float
 from vidgen.nn.layers import Linear
 from vidgen.nn.variables import param, zeros
@@ -38,7 +39,7 @@ class LoRAOptions:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}: it must be at least 1")
+            raise UserError(f"lora.rank is {self.rank}: it must be at least 1")
 
     @property
     def scale(self) -> float:
@@ -81,12 +82,12 @@ def add_low_rank(module: nnx.Module, options: LoRAOptions, *, rngs: nnx.Rngs) ->
     """Gives the linear maps that are targets an update, in place.
 
     Raises:
-      ValueError: no name fits; there are names to choose from in the message.
+      UserError: no name fits; there are names to choose from in the message.
     """
     found = [linear for name, linear in linears(module) if re.fullmatch(options.targets, name)]
     if not found:
         names = ", ".join(name for name, _ in linears(module))
-        raise ValueError(f"lora.targets={options.targets!r} fits no linear map; there are {names}")
+        raise UserError(f"lora.targets={options.targets!r} fits no linear map; there are {names}")
     for linear in found:
         setattr(linear, ATTRIBUTE, LowRank(linear, options.rank, options.scale, rngs=rngs))
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array
 
 
@@ -28,10 +29,10 @@ def param(
       axes: one logical axis name, or None, per dimension; `parallel/rules.py` maps them to mesh axes.
 
     Raises:
-      ValueError: `axes` and `shape` differ in length.
+      UserError: `axes` and `shape` differ in length.
     """
     if len(axes) != len(shape):
-        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, found {axes}")
+        raise UserError(f"a parameter of shape {shape} needs {len(shape)} axis names, found {axes}")
     return nnx.Param(init(rngs.params(), shape), axes=axes)
 
 

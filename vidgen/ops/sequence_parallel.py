@@ -16,6 +16,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import Implementation, attention
 from vidgen.ops.attention_blocks import ATTENTION
@@ -43,7 +44,7 @@ class SequenceParallel:
 
     def __post_init__(self):
         if self.ulysses is not None and (self.method != "ulysses" or self.ulysses < 1):
-            raise ValueError(
+            raise UserError(
                 f'sequence: ulysses={self.ulysses} with method "{self.method}"; expected 1 or more devices, '
                 'and method="ulysses"'
             )
@@ -56,7 +57,7 @@ class SequenceParallel:
           heads: that each of them has.
 
         Raises:
-          ValueError: the heads or the devices do not divide into so many; names the degrees that work.
+          UserError: the heads or the devices do not divide into so many; names the degrees that work.
         """
         if self.method == "ring":
             return 1
@@ -66,7 +67,7 @@ class SequenceParallel:
         if context % degree or heads % degree:
             common = math.gcd(context, heads)
             works = [str(d) for d in range(1, common + 1) if common % d == 0]
-            raise ValueError(
+            raise UserError(
                 f"sequence: {degree} devices shall exchange heads, of {context} over which tokens are cut, "
                 f"with {heads} heads on each (those of the model over the mesh axis `tensor`): both numbers "
                 f'must be multiples of `ulysses`. Use ulysses={" or ".join(works)}, or method="auto"'
@@ -96,7 +97,7 @@ def sequence_attention(
         TPUs, or plain JAX in blocks, which `cudnn` too stands for there.
 
     Raises:
-      ValueError: the tokens, or the heads, do not divide as the method asks.
+      UserError: the tokens, or the heads, do not divide as the method asks.
       NotImplementedError: the implementation that was named takes no such shapes or dtypes.
     """
     plain = functools.partial(attention, implementation=implementation)
@@ -105,7 +106,7 @@ def sequence_attention(
     spec = None if context == 1 else partition_spec(("batch", "tokens", "heads", None), query.shape, mesh)
     if spec is None or spec[1] is None:
         if options.method in ("ulysses", "ring") and context > 1:
-            raise ValueError(_not_divisible(query.shape[1], context, options.method))
+            raise UserError(_not_divisible(query.shape[1], context, options.method))
         both = None if segment_ids is None else (segment_ids, segment_ids)
         return plain(query, key, value, key_mask=key_mask, segment_ids=both)
     if options.method == "gather":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from vidgen.core.errors import UserError
+
 __all__ = ["AXES", "MeshOptions", "frame_mesh"]
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -29,7 +31,7 @@ class MeshOptions:
         """The mesh over `devices` (default: all devices of all processes), with automatic sharding.
 
         Raises:
-          ValueError: the sizes do not multiply to the number of devices.
+          UserError: the sizes do not multiply to the number of devices.
         """
         devices = jax.devices() if devices is None else list(devices)
         sizes = self._sizes(len(devices))
@@ -40,10 +42,10 @@ class MeshOptions:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-            raise ValueError(f"mesh ({shown}): sizes must be positive, and at most one may be -1")
+            raise UserError(f"mesh ({shown}): sizes must be positive, and at most one may be -1")
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if num_devices % fixed or (not free and fixed != num_devices):
-            raise ValueError(
+            raise UserError(
                 f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, "
                 f"found {num_devices}: change the sizes, or set one to -1 to take the devices that are left"
             )

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array
 from vidgen.parallel.rules import RULES, batch_sharding
 
@@ -30,7 +31,7 @@ def initialize(
       coordinator: host:port of process 0, or "auto".
 
     Raises:
-      ValueError: a coordinator without the number of processes and the number of this one.
+      UserError: a coordinator without the number of processes and the number of this one.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
     if coordinator is None:
@@ -47,7 +48,7 @@ def initialize(
 def _number(value: int | None, variable: str) -> int:
     text = os.environ.get(variable) if value is None else str(value)
     if text is None or not text.isdecimal():
-        raise ValueError(f"a coordinator is given, and {variable} is {text!r}: give a number")
+        raise UserError(f"a coordinator is given, and {variable} is {text!r}: give a number")
     return int(text)
 
 
@@ -79,7 +80,7 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices hold the same rows (those that share a model, not a batch) get the same index.
 
     Raises:
-      ValueError: the processes' rows do not cut the batch into equal contiguous parts.
+      UserError: the processes' rows do not cut the batch into equal contiguous parts.
     """
     rows_of: dict[int, set[int]] = {}
     batch_axes = [mesh.axis_names.index(name) for name in RULES["batch"]]
@@ -92,7 +93,7 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     total = sum(len(part) for part in parts)
     equal = all(part == tuple(range(i * len(part), (i + 1) * len(part))) for i, part in enumerate(parts))
     if not equal or total != len(set().union(*rows_of.values())):
-        raise ValueError(
+        raise UserError(
             f"the mesh {dict(mesh.shape)} over {len(rows_of)} processes gives them unequal rows of a batch "
             f"({rows_of}): make data * fsdp a multiple or a divisor of the number of processes"
         )
@@ -103,7 +104,7 @@ def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Arra
     """This process' rows of a batch as global arrays, cut over the mesh along the first axis.
 
     Raises:
-      ValueError: the rows do not divide over the devices that share the batch.
+      UserError: the rows do not divide over the devices that share the batch.
     """
     sharding = batch_sharding(mesh)
     _, count = row_shard(mesh)
@@ -119,11 +120,11 @@ def check_rows(rows: int, mesh: Mesh, name: str = "clips") -> None:
     """Sees to it that a global batch of `rows` can be cut over the mesh.
 
     Raises:
-      ValueError: it cannot.
+      UserError: it cannot.
     """
     ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
     if rows % ways:
-        raise ValueError(
+        raise UserError(
             f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
             f"make batch_size a multiple of {ways}, or give the mesh fewer"
         )
@@ -133,11 +134,11 @@ def check_tokens(tokens: int, mesh: Mesh) -> None:
     """Sees to it that a clip of so many tokens can be cut over the mesh.
 
     Raises:
-      ValueError: it cannot.
+      UserError: it cannot.
     """
     ways = mesh.shape["context"]
     if tokens % ways:
-        raise ValueError(
+        raise UserError(
             f"a clip of {tokens} tokens does not divide over context = {ways} devices: give the mesh "
             f"context = {math.gcd(tokens, ways)}, or choose a size of clips with a multiple of {ways} tokens"
         )

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, PyTree
 
 __all__ = [
@@ -52,12 +53,10 @@ def partition_spec(
     that dimension; everything else is replicated.
 
     Raises:
-      ValueError: a name that the table does not have, or not one name per dimension.
+      UserError: a name that the table does not have, or not one name per dimension.
     """
     if len(axes) != len(shape):
-        raise ValueError(
-            f"an array of shape {tuple(shape)} has the logical axes {tuple(axes)}: one name each"
-        )
+        raise UserError(f"an array of shape {tuple(shape)} has the logical axes {tuple(axes)}: one name each")
     used: set[str] = set()
     entries: list[tuple[str, ...] | str | None] = []
     for name, size in zip(axes, shape, strict=True):
@@ -149,7 +148,7 @@ def _rule(name: str | None) -> tuple[str, ...]:
         return ()
     if name not in RULES:
         nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
-        raise ValueError(
+        raise UserError(
             f'unknown logical axis "{name}"; did you mean "{nearest}"? Known: {", ".join(sorted(RULES))} '
             "(vidgen/parallel/rules.py)"
         )

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.core.config import resolve
+from vidgen.core.errors import UserError
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.clip import transformers_folder as clip_folder
 from vidgen.models.dit import diffusers_folder as dit_folder
@@ -79,7 +80,7 @@ def load_checkpoint(
 
     Raises:
       FileNotFoundError: a part is missing.
-      ValueError: it is of another kind, or asks for what is not supported here.
+      UserError: it is of another kind, or asks for what is not supported here.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     folder = pathlib.Path(folder)
@@ -110,12 +111,12 @@ def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is of another kind of model.
+      UserError: it is of another kind of model.
     """
     path = pathlib.Path(folder) / INDEX
     index = read_json(path, remedy="give the folder of a whole checkpoint of Wan for diffusers")
     if index.get("_class_name") not in _CLASSES:
-        raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected one of {', '.join(_CLASSES)}")
+        raise UserError(f"{path} is of {index.get('_class_name')!r}; expected one of {', '.join(_CLASSES)}")
     return index
 
 
@@ -124,7 +125,7 @@ def read_sampling(folder: pathlib.Path | str) -> SamplingOptions:
 
     Raises:
       FileNotFoundError: it has no configuration.
-      ValueError: the scheduler, or an option of it, is not supported.
+      UserError: the scheduler, or an option of it, is not supported.
     """
     path = pathlib.Path(folder) / "scheduler_config.json"
     values = read_json(path, remedy="give the folder `scheduler` of a checkpoint of Wan")
@@ -153,11 +154,11 @@ def read_sampling(folder: pathlib.Path | str) -> SamplingOptions:
     }
     kind = values.get("_class_name")
     if kind not in kinds:
-        raise ValueError(f"{path}: scheduler {kind!r} is not supported; expected one of {', '.join(kinds)}")
+        raise UserError(f"{path}: scheduler {kind!r} is not supported; expected one of {', '.join(kinds)}")
     stepper, convention, shift, expected = kinds[kind]
     for name, value in expected.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{path}: {name}={values[name]!r} is not supported; expected {value!r}")
+            raise UserError(f"{path}: {name}={values[name]!r} is not supported; expected {value!r}")
     return SamplingOptions(
         grid=TimeGrid(num_steps=50, shift=float(values.get(shift, 1.0)), convention=convention),
         stepper=stepper,
@@ -171,7 +172,7 @@ def load_transformers(
     """The transformer of a checkpoint, or its two.
 
     Raises:
-      FileNotFoundError, ValueError, WeightsError: as `load_checkpoint`.
+      FileNotFoundError, UserError, WeightsError: as `load_checkpoint`.
     """
     folder = pathlib.Path(folder)
     index = read_index(folder)
@@ -180,7 +181,7 @@ def load_transformers(
         return load(folder / "transformer")
     boundary = index.get("boundary_ratio")
     if boundary is None:
-        raise ValueError(f"{folder / INDEX} has transformer_2, but no boundary_ratio between the two")
+        raise UserError(f"{folder / INDEX} has transformer_2, but no boundary_ratio between the two")
     return TwoExperts(load(folder / "transformer"), load(folder / "transformer_2"), float(boundary))
 
 

@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import to_dict
+from vidgen.core.errors import UserError
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.diffusers_folder import save_diffusers
 from vidgen.models.dit.lora_file import Spelling, save_lora
@@ -60,7 +61,7 @@ def export(
 
     Raises:
       FileNotFoundError: `source` is neither.
-      ValueError: the model has what the format has not; `target` is not empty.
+      UserError: the model has what the format has not; `target` is not empty.
     """
     if is_checkpoint(source) and format == "diffusers":
         import_checkpoint(source, target, mesh=mesh)
@@ -88,7 +89,7 @@ def _parts(
         return TextToVideo(load_transformers(source, mesh)), vae, None
     experiment, _, model = load_trained(source, mesh, step=step)
     if not isinstance(model, TextToVideo):
-        raise ValueError(
+        raise UserError(
             f"{source} is a run of kind {experiment.task.kind!r}; only those of 'text_to_video' are exported "
             "whole (a VAE's weights are in its folder `vae`)"
         )
@@ -98,7 +99,7 @@ def _parts(
 
 def _single(model: TextToVideo) -> DiT:
     if not isinstance(model.dit, DiT):
-        raise ValueError("the model has two transformers; this format holds one")
+        raise UserError("the model has two transformers; this format holds one")
     return model.dit
 
 

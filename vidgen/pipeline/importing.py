@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.wan_file import load_wan
@@ -53,7 +54,7 @@ def import_checkpoint(
 
     Raises:
       FileNotFoundError: there is nothing that can be imported.
-      ValueError: the weights are pickled, or of another model; `target` is not empty.
+      UserError: the weights are pickled, or of another model; `target` is not empty.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     source = pathlib.Path(source)
@@ -110,7 +111,7 @@ def _refuse_pickles(source: pathlib.Path) -> None:
     if source.is_dir() and not any(source.rglob("*.safetensors")):
         pickled = [path for path in sorted(source.rglob("*")) if path.suffix in _PICKLES]
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"{pickled[0]} is a pickle, which can run any code when it is loaded, and is never loaded here. "
             "Take the safetensors files of the same model; or, if you trust it, convert it where PyTorch is: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
@@ -134,7 +135,7 @@ def _copy_rest(
     two = ["diffusers", "WanTransformer3DModel"] if experts else [None, None]
     kept = index | ({"transformer_2": two} if "transformer_2" in index or experts else {})
     if experts and kept.get("boundary_ratio") is None:
-        raise ValueError(
+        raise UserError(
             f"{source / INDEX} has no boundary_ratio, which two transformers need: "
             f"{'--parts must be' if of_parts else 'it must be'} of the same model"
         )
@@ -161,12 +162,12 @@ class new_folder:
         """Checks that there is room for it.
 
         Raises:
-          ValueError: `target` exists and is not an empty folder.
+          UserError: `target` exists and is not an empty folder.
         """
         self._target = pathlib.Path(target)
         self._temporary = self._target.with_name(self._target.name + ".part")
         if self._target.exists() and not (self._target.is_dir() and not any(self._target.iterdir())):
-            raise ValueError(f"{target} is not empty: name another folder, or remove it")
+            raise UserError(f"{target} is not empty: name another folder, or remove it")
 
     def __enter__(self) -> pathlib.Path:
         if processes.is_main_process():

@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
+from vidgen.core.errors import UserError
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.lora import merge_low_rank
@@ -41,14 +42,14 @@ def load(
 
     Raises:
       FileNotFoundError: neither is there, or a part of it is missing.
-      ValueError: the run trained something else, or the checkpoint is of another model.
+      UserError: the run trained something else, or the checkpoint is of another model.
     """
     mesh = MeshOptions().build() if mesh is None else mesh
     if is_checkpoint(path):
         return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)
     experiment, _, model = load_trained(path, mesh, dtype=dtype)
     if not isinstance(model, TextToVideo):
-        raise ValueError(
+        raise UserError(
             f"{path} is a run of kind {experiment.task.kind!r}; "
             "give one of kind 'text_to_video' (experiments/dit)"
         )

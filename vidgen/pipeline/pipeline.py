@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float, Latents, UInt8
 from vidgen.data.image_reader import fit_image, read_image
 from vidgen.data.source import BrokenClip
@@ -121,13 +122,13 @@ class Pipeline:
           uint8 frames `t h w 3`, with a leading batch axis if `prompt` is a sequence.
 
         Raises:
-          ValueError: a size that the models do not take (the message names the nearest), an image that is
+          UserError: a size that the models do not take (the message names the nearest), an image that is
             missing or not taken, noise of another shape.
           PromptTooLong: names what would be cut.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
-            raise ValueError("found no prompt: give at least one")
+            raise UserError("found no prompt: give at least one")
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
         options = self.with_options(
@@ -169,12 +170,12 @@ class Pipeline:
         Raises:
           FileNotFoundError: no such file.
           WeightsError: the file holds something else, or is of another model.
-          ValueError: `expert` of a model that has one transformer.
+          UserError: `expert` of a model that has one transformer.
         """
         dit = self.model.dit
         if isinstance(dit, DiT):
             if expert is not None:
-                raise ValueError(f"expert={expert!r}: the model has one transformer; leave it out")
+                raise UserError(f"expert={expert!r}: the model has one transformer; leave it out")
             targets = [dit]
         else:
             targets = [getattr(dit, name) for name in ("high_noise", "low_noise") if expert in (None, name)]
@@ -209,7 +210,7 @@ class Pipeline:
         if noise is None:
             return seeded_noise(range(seed, seed + len(prompts)), shape)
         if noise.shape != (len(prompts), *shape):
-            raise ValueError(f"noise has the shape {noise.shape}; expected {(len(prompts), *shape)}")
+            raise UserError(f"noise has the shape {noise.shape}; expected {(len(prompts), *shape)}")
         return jnp.asarray(noise, jnp.float32)
 
     def _given(
@@ -245,14 +246,14 @@ class Pipeline:
 
     def _check_images(self, image: AnyImage | None, last_image: AnyImage | None) -> None:
         if image is None and (self.images == "beside" or last_image is not None):
-            raise ValueError("image is missing: the model makes videos of a first frame")
+            raise UserError("image is missing: the model makes videos of a first frame")
         if image is not None and self.images is None:
-            raise ValueError("the model makes videos of text alone; leave out image, or load another model")
+            raise UserError("the model makes videos of text alone; leave out image, or load another model")
         if last_image is not None and self.images != "beside":
-            raise ValueError("the model takes a first frame, but no last_image; leave it out")
+            raise UserError("the model takes a first frame, but no last_image; leave it out")
         positions = self.model.dit.config.image_positions
         if positions and image is not None and last_image is None:
-            raise ValueError("last_image is missing: the model makes videos of a first and a last frame")
+            raise UserError("last_image is missing: the model makes videos of a first and a last frame")
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -279,4 +280,4 @@ def _read(path: pathlib.Path, size: tuple[int, int] | None) -> UInt8[np.ndarray,
     try:
         return read_image(path, size=size)
     except BrokenClip as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.ckpt.json_files import write_json
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array
 from vidgen.models.condition import Condition
 from vidgen.models.text.tokenizer import END, PADDING
@@ -44,11 +45,11 @@ def export_sampler(
       steps, guidance_scale: as in `Pipeline.__call__`; they are fixed in the program.
 
     Raises:
-      ValueError: a size that the model does not take; a model that makes videos of images alone; `target` is
+      UserError: a size that the model does not take; a model that makes videos of images alone; `target` is
         not empty.
     """
     if pipe.images == "beside":
-        raise ValueError("the model makes videos of images, which an exported sampler does not take")
+        raise UserError("the model makes videos of images, which an exported sampler does not take")
     size = pipe.size if size is None else size
     shape = latent_shape(pipe.vae.config, pipe.model.dit.config, size)
     options = pipe.with_options(steps=steps, guidance_scale=guidance_scale)

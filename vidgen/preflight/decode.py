@@ -94,7 +94,7 @@ def compile_decode(
       topology: how the devices are called.
 
     Raises:
-      ValueError: the size is not one that the VAE takes; names the nearest.
+      UserError: the size is not one that the VAE takes; names the nearest.
     """
     start = time.monotonic()
     latents_shape = (1, *config.latent_shape(*video))

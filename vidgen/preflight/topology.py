@@ -7,12 +7,14 @@ import re
 from collections.abc import MutableMapping
 from typing import Any
 
+from vidgen.core.errors import UserError
+
 __all__ = ["CHIPS", "Chip", "PreflightError", "chip_of", "prepare_environment", "topology_devices"]
 
 GIB = 2**30
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError):
     """A step that cannot be compiled here; the message says what to do."""
 
 

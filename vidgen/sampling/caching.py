@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
 from vidgen.models.condition import Condition
 from vidgen.models.dit.model import DiT
@@ -49,7 +50,7 @@ class TeaCache:
 
     def __post_init__(self):
         if self.threshold < 0:
-            raise ValueError(f"threshold={self.threshold} must be 0, which computes every step, or more")
+            raise UserError(f"threshold={self.threshold} must be 0, which computes every step, or more")
 
     def computed(
         self, dit: DiT, timesteps: Float[Array, "s"], forced: Bool[np.ndarray, "s"]

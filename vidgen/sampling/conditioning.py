@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Latents, Video
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.video_vae import streaming
@@ -20,7 +21,7 @@ def how_frames_enter(dit: DiTConfig, latent_channels: int, temporal_factor: int)
     """Which of the two a transformer is made for, by its channels.
 
     Raises:
-      ValueError: its channels are neither the latents' nor those of Wan's image to video.
+      UserError: its channels are neither the latents' nor those of Wan's image to video.
     """
     extra = dit.in_channels - dit.velocity_channels
     if dit.velocity_channels == latent_channels:
@@ -28,7 +29,7 @@ def how_frames_enter(dit: DiTConfig, latent_channels: int, temporal_factor: int)
             return "first"
         if extra == temporal_factor + latent_channels:
             return "beside"
-    raise ValueError(
+    raise UserError(
         f"the transformer takes {dit.in_channels} channels and gives {dit.velocity_channels}; with "
         f"{latent_channels} channels of latents expected are {latent_channels}, or "
         f"{2 * latent_channels + temporal_factor} and {latent_channels}"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Latents, UInt8, UInt32
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.condition import Condition, with_given
@@ -55,7 +56,7 @@ class SamplingOptions:
     def __post_init__(self):
         low, high = self.guidance_interval
         if not 0.0 <= low < high <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"guidance_interval={self.guidance_interval}: expected 0 <= low < high <= 1; "
                 "guidance_scale=1 is no guidance"
             )
@@ -83,12 +84,12 @@ def generate(
       negative_prompt: what guidance leads away from.
 
     Raises:
-      ValueError: a size that the models do not take, a seed that is no uint32, numbers of prompts and seeds
+      UserError: a size that the models do not take, a seed that is no uint32, numbers of prompts and seeds
         that differ.
       PromptTooLong: a prompt is longer than the text encoder takes.
     """
     if not prompts or len(prompts) != len(seeds):
-        raise ValueError(
+        raise UserError(
             f"found {len(prompts)} prompts and {len(seeds)} seeds: give at least one, and as many of each"
         )
     encode = BytePrompts(model)
@@ -104,11 +105,11 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Late
       shape: of a clip's latents.
 
     Raises:
-      ValueError: a seed that is no uint32.
+      UserError: a seed that is no uint32.
     """
     for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
-            raise ValueError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
+            raise UserError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
     return _noise(np.asarray(seeds, np.uint32), shape=shape)
 
 
@@ -128,7 +129,7 @@ def denoise(
       negative: what guidance leads away from; not looked at without guidance.
 
     Raises:
-      ValueError: an option that the model has no use for.
+      UserError: an option that the model has no use for.
     """
     return np.asarray(denoise_on_device(model, vae, noise, positive, negative, options=options))
 
@@ -145,9 +146,9 @@ def denoise_on_device(
     """`denoise` as one program on the devices, which may be a part of another."""
     experts = isinstance(model.dit, TwoExperts)
     if options.cache is not None and experts:
-        raise ValueError("cache: a model with two transformers has none; leave it out")
+        raise UserError("cache: a model with two transformers has none; leave it out")
     if options.guidance_scale_2 is not None and not experts:
-        raise ValueError("guidance_scale_2 is for models with two transformers; leave it out")
+        raise UserError("guidance_scale_2 is for models with two transformers; leave it out")
     scale = options.guidance_scale
     second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
     num_tokens = math.prod(model.dit.config.token_grid(*noise.shape[1:4]))

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float
 from vidgen.diffusion.shift import AnyShift, shift_at
 
@@ -30,9 +31,9 @@ class TimeGrid:
 
     def __post_init__(self):
         if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps}: sampling needs at least one step")
+            raise UserError(f"num_steps={self.num_steps}: sampling needs at least one step")
         if isinstance(self.shift, int | float) and self.shift <= 0:
-            raise ValueError(f"shift={self.shift} must be positive; 1 leaves the grid evenly spaced")
+            raise UserError(f"shift={self.shift} must be positive; 1 leaves the grid evenly spaced")
 
     def for_tokens(self, num_tokens: int) -> "TimeGrid":
         """The grid for clips of so many tokens, whose shift is a number."""
@@ -61,5 +62,5 @@ class TimeGrid:
 
     def _shifted(self, t: np.ndarray | np.floating) -> np.ndarray:
         if not isinstance(self.shift, int | float):
-            raise ValueError("the shift of this grid depends on the size: use grid.for_tokens(num_tokens)")
+            raise UserError("the shift of this grid depends on the size: use grid.for_tokens(num_tokens)")
         return np.asarray(self.shift * t / (1.0 + (self.shift - 1.0) * t))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Int, Metrics, PyTree, Video
 from vidgen.models.discriminator.config import DiscriminatorConfig
 from vidgen.models.discriminator.model import Discriminator
@@ -51,9 +52,9 @@ class Adversary:
     def __post_init__(self):
         for name in ("start_step", "weight", "r1_weight", "lecam_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.lecam_decay < 1:
-            raise ValueError(f"lecam_decay is {self.lecam_decay}: it must be in [0, 1)")
+            raise UserError(f"lecam_decay is {self.lecam_decay}: it must be in [0, 1)")
 
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """The discriminator's update rule in a run of `num_steps`; until `start_step` nothing changes."""

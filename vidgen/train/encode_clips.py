@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Latents, UInt8
 from vidgen.data.buckets import Bucket, BucketedData, training_sizes
 from vidgen.data.latents_records import LatentClip
@@ -33,7 +34,7 @@ def choose_clips(data: BucketedData, num_clips: int | None) -> list[tuple[Bucket
       Each bucket with its clips and the indices of those to take, in order.
 
     Raises:
-      ValueError: a bucket has fewer clips than its share, or no share at all.
+      UserError: a bucket has fewer clips than its share, or no share at all.
     """
     sizes = training_sizes(data, 1)
     sources = data.bucket_sources() if data.buckets else (data.source(),)
@@ -47,7 +48,7 @@ def choose_clips(data: BucketedData, num_clips: int | None) -> list[tuple[Bucket
             ends = np.rint(num_clips * np.concatenate([[0.0], shares.cumsum()]) / shares.sum()).astype(int)
             count = int(np.diff(ends)[number])
             if not 0 < count <= len(source):
-                raise ValueError(
+                raise UserError(
                     f"{num_clips} clips are {count} of the size {size}, of which there are {len(source)}: "
                     f"take {'more' if count < 1 else 'fewer'}, or change the weights of the buckets"
                 )

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, UInt8
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel import processes
@@ -55,7 +56,7 @@ def measure_latents(
       mesh: over which batches are cut; None is the one device.
 
     Raises:
-      ValueError: there is no clip, or the latents of one are not finite.
+      UserError: there is no clip, or the latents of one are not finite.
     """
     seen: Moments | None = None
     left = num_clips
@@ -66,7 +67,7 @@ def measure_latents(
         means, variances = jax.device_get(_of_each_clip(vae, video))
         taken = min(left, len(means))
         if not (np.isfinite(means[:taken]).all() and np.isfinite(variances[:taken]).all()):
-            raise ValueError(
+            raise UserError(
                 f"the latents of a training clip are not finite; one of {list(batch['name'])}. The VAE "
                 "cannot be used: look at the clips, and at the losses of its training"
             )
@@ -79,7 +80,7 @@ def measure_latents(
         if left <= 0:
             break
     if seen is None:
-        raise ValueError("latent statistics need at least one clip, and none was given")
+        raise UserError("latent statistics need at least one clip, and none was given")
     return seen
 
 

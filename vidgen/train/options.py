@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vidgen.core.errors import UserError
 from vidgen.train.power_law import PowerLaw
 
 __all__ = ["RunOptions"]
@@ -48,9 +49,9 @@ class RunOptions:
     def __post_init__(self):
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep", "grad_accumulation"):
             if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}: it must be at least 1")
+                raise UserError(f"run.{name} is {getattr(self, name)}: it must be at least 1")
         if self.batch_size % self.grad_accumulation:
-            raise ValueError(
+            raise UserError(
                 f"run.grad_accumulation is {self.grad_accumulation}, which does not divide "
                 f"run.batch_size {self.batch_size}"
             )

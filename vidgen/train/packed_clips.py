@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float, Int
 from vidgen.models.dit.config import DiTConfig
 from vidgen.nn.embeddings import grid_positions
@@ -45,7 +46,7 @@ def pack_rows(
       dit: patches and channels of the transformer.
 
     Raises:
-      ValueError: the clips of a row are too many or too long, or one does not divide into patches or has
+      UserError: the clips of a row are too many or too long, or one does not divide into patches or has
         other channels; it is named.
     """
     count = len(rows)
@@ -61,10 +62,10 @@ def pack_rows(
             try:
                 made, grid = host_patches(clip["latents"], dit)
             except ValueError as error:
-                raise ValueError(f"{clip['name']}: {error}") from error
+                raise UserError(f"{clip['name']}: {error}") from error
             start, end = end, end + len(made)
             if segment > clips_per_row or end > tokens_per_row:
-                raise ValueError(
+                raise UserError(
                     f"row {r} is full before {clip['name']} ({len(made)} tokens): it holds {clips_per_row} "
                     f"clips and {tokens_per_row} tokens"
                 )
@@ -81,12 +82,10 @@ def host_patches(
     """One clip's patches, as `vidgen.models.dit.model.patchify` orders them, and tokens per axis.
 
     Raises:
-      ValueError: the latents have other channels, or do not divide into patches.
+      UserError: the latents have other channels, or do not divide into patches.
     """
     if latents.shape[-1] != dit.in_channels:
-        raise ValueError(
-            f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}"
-        )
+        raise UserError(f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}")
     t, h, w = dit.token_grid(*latents.shape[:3])
     pt, ph, pw = dit.patch_size
     cut = latents.reshape(t, pt, h, ph, w, pw, -1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from vidgen.core.config import ConfigError
+from vidgen.core.errors import UserError
 from vidgen.data.latents_data import LatentsData
 from vidgen.data.latents_records import LatentRecords
 from vidgen.data.source import BrokenClip
@@ -21,7 +22,7 @@ def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
     """Tokens of each clip.
 
     Raises:
-      ValueError: the latents of a clip do not divide into patches; it is named.
+      UserError: the latents of a clip do not divide into patches; it is named.
     """
     known: dict[tuple[int, int, int], int] = {}
     for index, size in enumerate(records.sizes):
@@ -29,7 +30,7 @@ def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
             try:
                 t, h, w = dit.token_grid(*records.info.latent_size(*size))
             except ValueError as error:
-                raise ValueError(f"{_describe(records, index)}: {error}") from error
+                raise UserError(f"{_describe(records, index)}: {error}") from error
             known[size] = t * h * w
     return [known[size] for size in records.sizes]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Float, PyTree
 
 __all__ = ["Averaged", "PowerLaw", "averaging", "combination", "exponent"]
@@ -35,11 +36,11 @@ class PowerLaw:
 
     def __post_init__(self):
         if len(set(self.sigma_rels)) != len(self.sigma_rels) or not self.sigma_rels:
-            raise ValueError(f"sigma_rels={self.sigma_rels}: give different widths, such as (0.05, 0.1)")
+            raise UserError(f"sigma_rels={self.sigma_rels}: give different widths, such as (0.05, 0.1)")
         for sigma_rel in self.sigma_rels:
             exponent(sigma_rel)
         if self.every < 1:
-            raise ValueError(f"every={self.every}: it must be at least 1")
+            raise UserError(f"every={self.every}: it must be at least 1")
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether there is a snapshot of that step, of a run of so many."""
@@ -88,10 +89,10 @@ def exponent(sigma_rel: float) -> float:
     """The exponent of the profile of that width.
 
     Raises:
-      ValueError: no profile is as wide.
+      UserError: no profile is as wide.
     """
     if not 0.0 < sigma_rel < _WIDEST:
-        raise ValueError(f"sigma_rel={sigma_rel}: widths of averages are above 0 and below {_WIDEST:.4f}")
+        raise UserError(f"sigma_rel={sigma_rel}: widths of averages are above 0 and below {_WIDEST:.4f}")
     # sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3))
     inverse = sigma_rel**-2
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.errors import UserError
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
 from vidgen.train.power_law import Averaged, PowerLaw, combination, exponent
@@ -18,7 +19,7 @@ __all__ = ["SnapshotError", "averaged_weights", "save_snapshots"]
 _FOLDER = "averages"
 
 
-class SnapshotError(ValueError):
+class SnapshotError(UserError):
     """There is nothing to make an average of; the message says where, and what to do."""
 
 
@@ -55,7 +56,7 @@ def averaged_weights(
 
     Raises:
       SnapshotError: there are no snapshots, or none of that step.
-      ValueError: no average is as wide.
+      UserError: no average is as wide.
     """
     folder = pathlib.Path(workdir) / _FOLDER
     power = exponent(sigma_rel)

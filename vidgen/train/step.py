@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Key, Metrics, PyTree
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import constrain_tree
@@ -123,7 +124,7 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
 
     def split(x: Array) -> Array:
         if x.shape[0] % count:
-            raise ValueError(f"grad_accumulation is {count}, which does not divide the batch of {x.shape[0]}")
+            raise UserError(f"grad_accumulation is {count}, which does not divide the batch of {x.shape[0]}")
         # Row i goes to micro-batch i % count, so that each stays spread over all devices without
         # communication.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vidgen.core import pixels, rng
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, Metrics, Video
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
@@ -70,16 +71,16 @@ class TextToVideoTask:
 
     def __post_init__(self):
         if self.dit.image_dim is not None:
-            raise ValueError(
+            raise UserError(
                 "dit.image_dim: transformers that take features of images are sampled, not trained"
             )
         if not 0 <= self.image_share <= 1 or (self.images == "beside" and self.image_share != 1):
-            raise ValueError(
+            raise UserError(
                 f'image_share is {self.image_share}; expected a share, and 1 with images="beside", '
                 "whose transformers always have an image"
             )
         if self.draws_per_clip < 1:
-            raise ValueError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
+            raise UserError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
         text = ByteEncoder(self.text, rngs=rngs) if self.text_encoder is None else None
@@ -101,12 +102,12 @@ class TextToVideoTask:
         return load_vae(self.vae)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises ValueError for clips of a size that the VAE or the transformer does not take."""
+        """Raises UserError for clips of a size that the VAE or the transformer does not take."""
         vae = vae_config(self.vae)
         latent_shape(vae, self.dit, (num_frames, height, width))
         enter = how_frames_enter(self.dit, vae.latent_channels, vae.temporal_factor)
         if (enter == "beside") != (self.images == "beside"):
-            raise ValueError(
+            raise UserError(
                 f"dit.in_channels={self.dit.in_channels} is for images={enter!r}, found {self.images!r}"
             )
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Int, Metrics, Video
 from vidgen.models.adversarial_vae import AdversarialVAE
 from vidgen.models.lpips.model import LPIPS
@@ -59,13 +60,13 @@ class VAETask:
     def __post_init__(self):
         for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if self.statistics_clips < 0:
-            raise ValueError(f"statistics_clips is {self.statistics_clips}; expected 0 or more")
+            raise UserError(f"statistics_clips is {self.statistics_clips}; expected 0 or more")
         if self.wavelet_levels < 1:
-            raise ValueError(f"wavelet_levels is {self.wavelet_levels}: it must be at least 1")
+            raise UserError(f"wavelet_levels is {self.wavelet_levels}: it must be at least 1")
         if self.perceptual_weight and self.perceptual_weights is None:
-            raise ValueError(
+            raise UserError(
                 f"perceptual_weight is {self.perceptual_weight}, but perceptual_weights names no file: give "
                 "the safetensors file of LPIPS on VGG16, or a weight of 0"
             )
@@ -95,7 +96,7 @@ class VAETask:
         return load_lpips(self.perceptual_weights)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises ValueError for clips of a size that the VAE does not take; names the nearest sizes."""
+        """Raises UserError for clips of a size that the VAE does not take; names the nearest sizes."""
         self.model.latent_shape(num_frames, height, width)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

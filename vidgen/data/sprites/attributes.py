@@ -8,6 +8,8 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from vidgen.core.errors import UserError
+
 __all__ = [
     "BACKGROUND_COLOURS",
     "COLOURS",
@@ -133,5 +135,5 @@ def colour_shape_pairs(split: str) -> tuple[tuple[str, Shape], ...]:
     """
     wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}
     if split not in wanted:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(wanted)}")
+        raise UserError(f"split is {split!r}; expected one of {', '.join(wanted)}")
     return tuple((c, s) for c in COLOURS for s in Shape if is_held_out(c, s) in wanted[split])

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.sprites.attributes import Backdrop, Camera, Motion, Size
 from vidgen.data.sprites.captions import caption
@@ -43,7 +44,7 @@ class SpritesData:
         split: `train` without the held-out pairs of colour and shape, `heldout` with nothing else, or `all`.
 
     Raises:
-        ValueError: a name or a number is not possible.
+        UserError: a name or a number is not possible.
     """
 
     kind: Literal["sprites"] = "sprites"
@@ -65,16 +66,16 @@ class SpritesData:
     def __post_init__(self):
         for name in ("num_clips", "num_frames", "height", "width", "fps"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"sprites: {name} is {getattr(self, name)}; expected a positive number")
+                raise UserError(f"sprites: {name} is {getattr(self, name)}; expected a positive number")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
-            raise ValueError(
+            raise UserError(
                 f"sprites: min_objects is {self.min_objects} and max_objects {self.max_objects}; "
                 f"expected 1 <= min_objects <= max_objects <= {MAX_OBJECTS}"
             )
         world = self.world()
         moving_only = world.cameras and Camera.STATIC not in world.cameras
         if moving_only and world.backgrounds != (Backdrop.TEXTURED,):
-            raise ValueError(
+            raise UserError(
                 f"sprites: cameras are {self.cameras} on backgrounds {self.backgrounds or 'of all kinds'}; "
                 'a moving camera shows only on a texture: add "static" or set backgrounds to ("textured",)'
             )
@@ -154,5 +155,5 @@ def _parse(option: str, names: tuple[str, ...], kind: type[E]) -> tuple[E, ...]:
     valid = [str(member) for member in kind]
     for name in names:
         if name not in valid:
-            raise ValueError(f"sprites: {option} has {name!r}; expected any of {', '.join(valid)}")
+            raise UserError(f"sprites: {option} has {name!r}; expected any of {', '.join(valid)}")
     return tuple(kind(name) for name in names)

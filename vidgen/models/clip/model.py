@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float
 from vidgen.models.clip.config import CLIPVisionConfig
 from vidgen.nn.layers import Linear
@@ -79,11 +80,11 @@ class CLIPVision(nnx.Module):
           skip: how many of the last layers are left out; Wan's transformers take what the last but one gives.
 
         Raises:
-          ValueError: images of another size.
+          UserError: images of another size.
         """
         config, size = self.config, self.config.image_size
         if images.shape[1:3] != (size, size):
-            raise ValueError(
+            raise UserError(
                 f"images are {images.shape[1]} x {images.shape[2]}; the encoder takes {size} x {size}"
             )
         b, side, count = images.shape[0], config.patch_size, size // config.patch_size

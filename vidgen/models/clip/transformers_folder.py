@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import tensor_shapes
+from vidgen.core.errors import UserError
 from vidgen.models.clip.config import CLIPVisionConfig
 from vidgen.models.clip.model import CLIPVision
 from vidgen.models.clip.params import transformers_names
@@ -24,7 +25,7 @@ def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is of another model, or asks for what this one does not have.
+      UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / "config.json"
     return _config(
@@ -43,7 +44,7 @@ def load_transformers(
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      ValueError: config.json is of another model, or asks for what this one does not have.
+      UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     path = pathlib.Path(folder) / "model.safetensors"
@@ -62,11 +63,11 @@ def load_transformers(
 
 def _config(values: Mapping[str, Any], where: str) -> CLIPVisionConfig:
     if values.get("model_type") != "clip_vision_model":
-        raise ValueError(
+        raise UserError(
             f"{where} is of model_type={values.get('model_type')!r}; expected 'clip_vision_model'"
         )
     if values["hidden_act"] not in ("gelu", "quick_gelu"):
-        raise ValueError(
+        raise UserError(
             f"{where}: hidden_act={values['hidden_act']!r} is not supported; expected 'gelu' or 'quick_gelu'"
         )
     return CLIPVisionConfig(

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
@@ -22,9 +24,9 @@ class DiscriminatorConfig:
 
     def __post_init__(self):
         if not self.dim_mult:
-            raise ValueError("dim_mult is empty: a discriminator needs at least one level")
+            raise UserError("dim_mult is empty: a discriminator needs at least one level")
         if len(self.temporal_downsample) != len(self.dim_mult):
-            raise ValueError(
+            raise UserError(
                 f"temporal_downsample needs one entry for each of the {len(self.dim_mult)} levels of "
                 f"dim_mult={self.dim_mult}, found {self.temporal_downsample}"
             )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Video
 from vidgen.models.discriminator.config import DiscriminatorConfig
 from vidgen.nn.variables import Buffer, over_last_axis, param, zeros
@@ -56,11 +57,11 @@ class Discriminator(nnx.Module):
           video: pixels in [-1, 1], `b t h w 3`.
 
         Raises:
-          ValueError: a frame is smaller than one patch.
+          UserError: a frame is smaller than one patch.
         """
         factor = self.config.spatial_factor
         if min(video.shape[2:4]) < factor:
-            raise ValueError(
+            raise UserError(
                 f"frames are {video.shape[2]} x {video.shape[3]}; a discriminator of {len(self.levels)} "
                 f"levels needs at least {factor} x {factor}: take fewer levels (discriminator.dim_mult)"
             )

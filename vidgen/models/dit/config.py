@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
 from vidgen.nn.layers import FeedForwardKind
 from vidgen.nn.stack import Remat
 from vidgen.ops.attention import Implementation
@@ -52,13 +53,13 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:
-            raise ValueError(
+            raise UserError(
                 f"model_dim={self.model_dim} must be an even multiple of num_heads={self.num_heads}, "
                 "for rotary embedding turns pairs of each head"
             )
 
         if self.image_positions and self.image_dim is None:
-            raise ValueError(f"image_positions={self.image_positions} needs image_dim, the images' width")
+            raise UserError(f"image_positions={self.image_positions} needs image_dim, the images' width")
 
     @property
     def velocity_channels(self) -> int:
@@ -72,11 +73,11 @@ class DiTConfig:
         """Tokens per axis for latents of that size.
 
         Raises:
-          ValueError: the size is not a multiple of the patch.
+          UserError: the size is not a multiple of the patch.
         """
         size = (frames, height, width)
         if any(n % p for n, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"latents of (frames, height, width) {size} do not divide into patches of {self.patch_size}; "
                 "choose a video size whose latents do"
             )

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.errors import UserError
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
@@ -36,7 +37,7 @@ def read_config(folder: pathlib.Path | str) -> DiTConfig:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is of another model, or asks for what this one does not have.
+      UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
     values = read_json(path, remedy="give the folder `transformer` of a diffusers checkpoint of Wan")
@@ -59,7 +60,7 @@ def load_diffusers(
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      ValueError: config.json is of another model, or asks for what this one does not have.
+      UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     config = dataclasses.replace(read_config(folder), dtype=dtype)
@@ -86,7 +87,7 @@ def load_arrays(
     """The arrays of the transformer in `folder`, by our names, laid out as `abstract` says.
 
     Raises:
-      ValueError, WeightsError: as `load_diffusers`; the tensors do not fit `abstract`.
+      UserError, WeightsError: as `load_diffusers`; the tensors do not fit `abstract`.
     """
     names = diffusers_names(read_config(folder), abstract)
     path = pathlib.Path(folder) / _WEIGHTS
@@ -105,7 +106,7 @@ def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
     Only process 0 writes; all of them must call this.
 
     Raises:
-      ValueError: the transformer has what diffusers' has not.
+      UserError: the transformer has what diffusers' has not.
     """
     folder = pathlib.Path(folder)
     values = _values(dit.config)
@@ -117,15 +118,15 @@ def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
 
 def _config(values: Mapping[str, Any], where: str) -> DiTConfig:
     if values.get("_class_name") != _CLASS:
-        raise ValueError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
+        raise UserError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
     fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
     for name, expected in fixed.items():
         if values.get(name, expected) != expected:
-            raise ValueError(f"{where}: {name}={values[name]!r} is not supported; expected {expected!r}")
+            raise UserError(f"{where}: {name}={values[name]!r} is not supported; expected {expected!r}")
     model_dim = values["num_attention_heads"] * values["attention_head_dim"]
     image_dim, added = values.get("image_dim"), values.get("added_kv_proj_dim")
     if (image_dim is None) != (added is None) or added not in (None, model_dim):
-        raise ValueError(
+        raise UserError(
             f"{where}: image_dim={image_dim} with added_kv_proj_dim={added} is not supported; "
             f"expected neither of them, or added_kv_proj_dim={model_dim}"
         )
@@ -147,7 +148,7 @@ def _config(values: Mapping[str, Any], where: str) -> DiTConfig:
 
 def _values(config: DiTConfig) -> dict[str, Any]:
     if config.ffn != "gelu" or config.rope_theta != 10_000.0:
-        raise ValueError(
+        raise UserError(
             f"ffn={config.ffn!r}, rope_theta={config.rope_theta}: diffusers' {_CLASS} has only 'gelu', 10000"
         )
     return {

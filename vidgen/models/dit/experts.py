@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Latents
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
@@ -25,14 +26,14 @@ class TwoExperts(nnx.Module):
           boundary: timestep in (0, 1); 0.875 for Wan 2.2 T2V, 0.9 for I2V.
 
         Raises:
-          ValueError: the experts differ in shape, or the boundary is no timestep.
+          UserError: the experts differ in shape, or the boundary is no timestep.
         """
         if high_noise.config != low_noise.config:
-            raise ValueError(
+            raise UserError(
                 f"the experts differ in shape: {high_noise.config} and {low_noise.config}; they must be equal"
             )
         if not 0 < boundary < 1:
-            raise ValueError(f"boundary={boundary}: expected a timestep between 0 and 1")
+            raise UserError(f"boundary={boundary}: expected a timestep between 0 and 1")
         self.high_noise = high_noise
         self.low_noise = low_noise
         self.boundary = boundary

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
+from vidgen.core.errors import UserError
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.params import diffusers_names, wan_names
 from vidgen.nn.layers import Linear
@@ -33,11 +34,11 @@ def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -
     The second factor has the scale in it, so that readers that know of no `alpha` do the same.
 
     Raises:
-      ValueError: there are none, or one of a map that is no matrix there.
+      UserError: there are none, or one of a map that is no matrix there.
     """
     maps = adapted(dit)
     if not maps:
-        raise ValueError("the transformer has no update of low rank: train one with task.lora")
+        raise UserError("the transformer has no update of low rank: train one with task.lora")
     peft = spelling == "peft"
     prefix, names = (
         ("transformer", ("lora_A", "lora_B")) if peft else ("diffusion_model", ("lora_down", "lora_up"))
@@ -99,7 +100,7 @@ def _bases(dit: DiT, name: str, spelling: Spelling) -> list[str]:
     table = diffusers_names if spelling == "peft" else wan_names
     foreign = table(dit.config, [f"{name}.kernel"])[f"{name}.kernel"]
     if foreign.view is not None:
-        raise ValueError(f"{name} is a convolution elsewhere, which LoRA files do not hold: leave it out")
+        raise UserError(f"{name} is a convolution elsewhere, which LoRA files do not hold: leave it out")
     count = dit.config.num_layers if foreign.stacked else 1
     return [foreign.name.format(layer).removesuffix(".weight") for layer in range(count)]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.modules import Block, ConditionEmbedder, Head
@@ -52,17 +53,17 @@ class DiT(nnx.Module):
           run_blocks: in the place of `apply_blocks`.
 
         Raises:
-          ValueError: the latents do not divide into patches, or their channels are not `in_channels`; an
+          UserError: the latents do not divide into patches, or their channels are not `in_channels`; an
             image is missing, or given to a model that takes none.
         """
         config = self.config
         if latents.shape[-1] != config.in_channels:
-            raise ValueError(
+            raise UserError(
                 f"latents have {latents.shape[-1]} channels, the model takes {config.in_channels}"
             )
         if (image is None) != (config.image_dim is None):
             expected = "takes none" if config.image_dim is None else "needs them (image_dim)"
-            raise ValueError(
+            raise UserError(
                 f"features of an image are {'missing' if image is None else 'given'}; the model {expected}"
             )
         grid = config.token_grid(*latents.shape[1:4])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float
 from vidgen.nn.variables import Buffer, ones, over_last_axis, param, zeros
 from vidgen.ops.convolution import conv3d
@@ -107,10 +108,10 @@ class I3D(nnx.Module):
           video: pixels in [-1, 1], at least 9 frames, of any size: brought to 224 x 224 by `resize`.
 
         Raises:
-          ValueError: there are fewer frames.
+          UserError: there are fewer frames.
         """
         if video.shape[1] < FEWEST_FRAMES:
-            raise ValueError(f"a clip has {video.shape[1]} frames; I3D needs at least {FEWEST_FRAMES}")
+            raise UserError(f"a clip has {video.shape[1]} frames; I3D needs at least {FEWEST_FRAMES}")
         x = self.conv_1a(resize(video))
         x = self.conv_2b(_max_pool(x, (1, 3, 3), (1, 2, 2)))
         x = _max_pool(self.conv_2c(x), (1, 3, 3), (1, 2, 2))

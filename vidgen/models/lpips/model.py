@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.convolution import conv3d
@@ -62,12 +63,12 @@ class LPIPS(nnx.Module):
           b: likewise.
 
         Raises:
-          ValueError: the frames are too small.
+          UserError: the frames are too small.
         """
         height, width = a.shape[2:4]
         if min(height, width) < SMALLEST_SIDE:
             least = f"{SMALLEST_SIDE} x {SMALLEST_SIDE}"
-            raise ValueError(f"frames are {height} x {width}; LPIPS needs at least {least}")
+            raise UserError(f"frames are {height} x {width}; LPIPS needs at least {least}")
         a, b = _standardised(a), _standardised(b)
         distance = jnp.zeros(a.shape[:2], jnp.float32)
         for index, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):

@@ -12,6 +12,7 @@ import sentencepiece
 import tokenizers
 
 from vidgen.ckpt.json_files import read_json
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.core.typing import Bool, Int
 
@@ -40,7 +41,7 @@ class PromptTokenizer:
 
         Raises:
           FileNotFoundError: neither is in `folder`.
-          ValueError: the file is damaged, or has no padding or end mark.
+          UserError: the file is damaged, or has no padding or end mark.
         """
         self.max_tokens = max_tokens
         folder = pathlib.Path(folder)
@@ -88,7 +89,7 @@ def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises nothing narrower.
-        raise ValueError(f"{path} is no tokenizer ({error}): download it again") from error
+        raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     options = read_json(folder / _OPTIONS, remedy="") if (folder / _OPTIONS).exists() else {}
@@ -96,7 +97,7 @@ def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
     pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
     pad = tokenizer.token_to_id(pad_token)
     if pad is None:
-        raise ValueError(f"{path} has no token {pad_token!r} for padding: it is not that of T5 or UMT5")
+        raise UserError(f"{path} has no token {pad_token!r} for padding: it is not that of T5 or UMT5")
 
     def split(text: str) -> tuple[list[int], list[int]]:
         found = tokenizer.encode(text)
@@ -109,9 +110,9 @@ def _sentencepiece(path: pathlib.Path) -> tuple[_Split, int]:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is no SentencePiece model ({error}): download it again") from error
+        raise UserError(f"{path} is no SentencePiece model ({error}): download it again") from error
     if model.pad_id() < 0 or model.eos_id() < 0:
-        raise ValueError(f"{path} has no padding or no end mark: it is not that of T5 or UMT5")
+        raise UserError(f"{path} has no padding or no end mark: it is not that of T5 or UMT5")
     return functools.partial(_split_by, model), model.pad_id()
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
+from vidgen.core.errors import UserError
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
@@ -25,7 +26,7 @@ def read_config(folder: pathlib.Path | str) -> T5Config:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is of another model, or asks for what this one does not have.
+      UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / "config.json"
     return _config(
@@ -44,7 +45,7 @@ def load_transformers(
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      ValueError: config.json is of another model, or asks for what this one does not have.
+      UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     config = dataclasses.replace(read_config(folder), dtype=dtype)
@@ -62,9 +63,9 @@ def load_transformers(
 def _config(values: Mapping[str, Any], where: str) -> T5Config:
     kind = values.get("model_type")
     if kind not in _TYPES:
-        raise ValueError(f"{where} is of model_type={kind!r}; expected one of {sorted(_TYPES)}")
+        raise UserError(f"{where} is of model_type={kind!r}; expected one of {sorted(_TYPES)}")
     if values.get("feed_forward_proj") != "gated-gelu":
-        raise ValueError(
+        raise UserError(
             f"{where}: feed_forward_proj={values.get('feed_forward_proj')!r} is not supported; "
             "expected 'gated-gelu' (T5 v1.1, UMT5)"
         )

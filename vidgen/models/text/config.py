@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteEncoderConfig:
@@ -26,6 +28,6 @@ class ByteEncoderConfig:
 
     def __post_init__(self):
         if any(length < 2 for length in self.ngrams) or self.ngram_rows < 1:
-            raise ValueError(
+            raise UserError(
                 f"ngrams={self.ngrams} must be lengths of 2 or more, ngram_rows={self.ngram_rows} 1 or more"
             )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Bool, Int
 
 END = 256
@@ -11,7 +12,7 @@ PADDING = 257
 VOCABULARY = 258
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(UserError):
     """A prompt has more bytes than the text encoder was made for."""
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -39,13 +41,13 @@ class VAEConfig:
     def __post_init__(self):
         steps = len(self.dim_mult) - 1
         if len(self.temporal_downsample) != steps:
-            raise ValueError(
+            raise UserError(
                 f"temporal_downsample needs one entry for each of the {steps} steps between the levels of "
                 f"dim_mult={self.dim_mult}, found {self.temporal_downsample}"
             )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, self.latent_channels):
-                raise ValueError(
+                raise UserError(
                     f"{name} has {len(getattr(self, name))} entries; expected one for each of the "
                     f"{self.latent_channels} latent channels"
                 )
@@ -64,11 +66,11 @@ class VAEConfig:
         """Shape (t, h, w, c) of the latents of a clip.
 
         Raises:
-          ValueError: the clip's size is not one that the VAE takes; names the nearest sizes.
+          UserError: the clip's size is not one that the VAE takes; names the nearest sizes.
         """
         if num_frames < 1 or (num_frames - 1) % self.temporal_factor:
             lower = max((num_frames - 1) // self.temporal_factor, 0) * self.temporal_factor + 1
-            raise ValueError(
+            raise UserError(
                 f"num_frames={num_frames} is not 1 + {self.temporal_factor} n; "
                 f"use {lower} or {lower + self.temporal_factor}"
             )
@@ -76,7 +78,7 @@ class VAEConfig:
             if size < 1 or size % self.spatial_factor:
                 lower = size // self.spatial_factor * self.spatial_factor
                 options = f"{lower} or {lower + self.spatial_factor}" if lower else f"{self.spatial_factor}"
-                raise ValueError(f"{name}={size} is not a multiple of {self.spatial_factor}; use {options}")
+                raise UserError(f"{name}={size} is not a multiple of {self.spatial_factor}; use {options}")
         return (
             (num_frames - 1) // self.temporal_factor + 1,
             height // self.spatial_factor,

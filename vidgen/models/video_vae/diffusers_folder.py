@@ -10,6 +10,7 @@ from flax import nnx
 
 from vidgen.ckpt.json_files import read_json, write_json
 from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.models.video_vae.config import VAEConfig
@@ -35,7 +36,7 @@ def read_config(folder: pathlib.Path | str) -> VAEConfig:
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: it is of another model, or asks for what this one does not have.
+      UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
     return _config(
@@ -51,7 +52,7 @@ def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> 
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      ValueError: config.json is of another model, or asks for what this one does not have.
+      UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     folder = pathlib.Path(folder)
@@ -102,9 +103,9 @@ def _shortcuts_of_diffusers(config: VAEConfig) -> bool:
 
 def _config(values: Mapping[str, Any], where: str) -> VAEConfig:
     if values.get("_class_name") != _CLASS:
-        raise ValueError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
+        raise UserError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
     if values.get("attn_scales"):
-        raise ValueError(f"{where}: attn_scales={values['attn_scales']} is not supported; expected []")
+        raise UserError(f"{where}: attn_scales={values['attn_scales']} is not supported; expected []")
     return VAEConfig(
         base_dim=values["base_dim"],
         decoder_base_dim=values.get("decoder_base_dim"),

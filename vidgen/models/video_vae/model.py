@@ -146,7 +146,7 @@ class VideoVAE(nnx.Module):
           history: `video` is a group of frames of a longer one: frame 0 alone, then n * temporal_factor each.
 
         Raises:
-          ValueError: the size is not one that the VAE takes.
+          UserError: the size is not one that the VAE takes.
         """
         frames, height, width = video.shape[1:4]
         self.config.latent_shape(frames if history is None or history.begins else frames + 1, height, width)

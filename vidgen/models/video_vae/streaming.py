@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Latents, UInt8, Video
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.tiling import Tiles
@@ -84,7 +85,7 @@ def encode_stream(
       Normalised latents `b t h w c`: one latent frame for frame 0, then `group` at a time.
 
     Raises:
-      ValueError: a frame has another size than the first, or pixels that are not finite; names it.
+      UserError: a frame has another size than the first, or pixels that are not finite; names it.
     """
     step = _step(_jit_encode_group, vae, tiles, *_factors(vae, encoding=True))
     kept = None
@@ -215,9 +216,9 @@ def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np
     for index, frame in enumerate(frames):
         shape = frame.shape if shape is None else shape
         if frame.shape != shape:
-            raise ValueError(f"frame {index} is {list(frame.shape)}, those before it {list(shape)}")
+            raise UserError(f"frame {index} is {list(frame.shape)}, those before it {list(shape)}")
         if not np.isfinite(frame).all():
-            raise ValueError(f"frame {index} has pixels that are not finite")
+            raise UserError(f"frame {index} has pixels that are not finite")
         waiting.append(frame)
         if len(waiting) == wanted:
             yield np.stack(waiting, axis=1)

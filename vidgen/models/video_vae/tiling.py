@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from vidgen.core.errors import UserError
 from vidgen.core.typing import Array
 
 __all__ = ["Tiles"]
@@ -33,7 +34,7 @@ class Tiles:
 
     def __post_init__(self):
         if not 0 <= self.overlap < min(self.height, self.width):
-            raise ValueError(
+            raise UserError(
                 f"overlap={self.overlap} of tiles of {self.height} x {self.width}: "
                 "give 0 or more, and less than both sides"
             )
