@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import types
@@ -62,7 +63,7 @@ def test_user_errors_are_one_line(monkeypatch, capsys, error):
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes (2, 3) and (4,)"), RuntimeError("x"), TypeError("y")])
-def test_defects_keep_their_traceback(error):
+def test_errors_of_libraries_keep_their_traceback(error):
     def fails(argv):
         raise error
 
@@ -91,3 +92,19 @@ def test_as_a_module_and_light():
         [sys.executable, "-m", "vidgen.cli.main", "evalute"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and 'did you mean "evaluate"' in result.stderr
+
+
+def test_sigterm_ends_a_command_as_an_exception(capsys):
+    """So that what is half written is removed."""
+    cleaned = []
+
+    def stopped(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(stopped, []) == 143
+    assert cleaned == [True] and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "vidgen: terminated\n"

@@ -1,12 +1,15 @@
 """`vidgen <command> ...`: finds the command's module and runs it."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
 import keyword
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
@@ -30,21 +33,30 @@ _COMMANDS = {
 _USER_ERRORS = (UserError, OSError, flags.Error)
 
 
+class _Terminated(BaseException):
+    """SIGTERM was received. No `Exception`, as KeyboardInterrupt is none: nothing on the way takes it."""
+
+
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit status of a command's `main`: 2, after one line on stderr, for errors that users can mend.
 
     Those are a `UserError` (`ConfigError` and the like), an OSError (a missing file) and a wrong flag.
-    Anything else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback.
+    Anything else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback. SIGINT and
+    SIGTERM end a command as exceptions, so that it removes what it has half written: 130 and 143.
 
     Args:
       command: takes the arguments after the program's name; returns its exit status, None being 0.
       argv: those arguments; the process's own where not given.
     """
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        with _sigterm_raises():
+            return command(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt:
         print("vidgen: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("vidgen: terminated", file=sys.stderr)
+        return 143
     except _USER_ERRORS as error:
         if os.environ.get("VIDGEN_TRACEBACK") == "1":
             raise
@@ -74,6 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     return run(lambda rest: importlib.import_module(_module(name)).main(rest), arguments[1:])
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _module(command: str) -> str:

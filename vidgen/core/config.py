@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard, TypeVar, Union
 
 from vidgen.core.errors import UserError
+from vidgen.core.limits import Limit
 
 __all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
 
@@ -85,7 +86,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin is typing.Annotated:
-        return _convert(args[0], value, where)
+        converted = _convert(args[0], value, where)
+        for limit in hint.__metadata__:
+            if isinstance(limit, Limit) and not limit.holds(converted):
+                raise _wrong(where, value, str(limit))
+        return converted
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
@@ -211,7 +216,7 @@ def _convert_dataclass(cls: Any, values: Any, where: str) -> Any:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:

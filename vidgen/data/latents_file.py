@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.errors import UserError
+from vidgen.core.files import replacing
 from vidgen.core.typing import Float
 
 __all__ = ["LatentsInfo", "load_latents", "require_finite", "save_latents"]
@@ -54,11 +54,9 @@ def save_latents(path: pathlib.Path | str, latents: Float[np.ndarray, "t h w c"]
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: latents are written to .safetensors files")
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_dict(info))
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"latents": np.ascontiguousarray(latents)}, temporary, metadata={"vidgen": text})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({"latents": np.ascontiguousarray(latents)}, temporary, metadata={"vidgen": text})
     write_json(_json(path), to_dict(info))
 
 

@@ -14,9 +14,10 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.typing import Float
 from vidgen.data.source import BrokenClip
 

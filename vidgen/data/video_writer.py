@@ -1,14 +1,12 @@
 """Clips written as MP4, GIF or PNG, with text metadata that can be read back."""
 
-import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import av
@@ -18,6 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image, PngImagePlugin
 
 from vidgen.core.errors import UserError
+from vidgen.core.files import replacing
 
 __all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_frames", "save_video", "write_mp4"]
 
@@ -64,7 +63,7 @@ def save_video(
     _check_clip(path, video, fps)
     texts = dict(metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as temporary:
+    with replacing(path) as temporary:
         if suffix == ".mp4":
             write_mp4(temporary, video, fps=fps, metadata=texts, crf=crf)
         elif suffix == ".gif":
@@ -91,7 +90,7 @@ def save_frames(
         save_video(path, np.stack(list(frames)), fps=fps, metadata=metadata, crf=crf)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as temporary:
+    with replacing(path) as temporary:
         write_mp4(temporary, frames, fps=fps, metadata=metadata, crf=crf)
 
 
@@ -255,19 +254,3 @@ def _parse(comment: str) -> dict[str, str]:
     return (
         {key: str(value) for key, value in texts.items()} if isinstance(texts, dict) else {"comment": comment}
     )
-
-
-@contextlib.contextmanager
-def _atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary file beside `path` that takes its place at the end, or vanishes if something fails."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.core.config import resolve
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.clip import transformers_folder as clip_folder
 from vidgen.models.dit import diffusers_folder as dit_folder

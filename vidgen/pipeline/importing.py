@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.wan_file import load_wan

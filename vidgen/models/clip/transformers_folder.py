@@ -9,10 +9,10 @@ from typing import Any, Literal
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import tensor_shapes
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.models.clip.config import CLIPVisionConfig
 from vidgen.models.clip.model import CLIPVision
 from vidgen.models.clip.params import transformers_names

@@ -11,10 +11,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT

@@ -11,8 +11,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from vidgen.ckpt.json_files import read_json
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.core.typing import Bool, Int
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.json_files import read_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vidgen.ckpt.json_files import read_json, write_json
+from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.weights import load_weights, save_weights
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.models.video_vae.config import VAEConfig

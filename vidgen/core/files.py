@@ -1,0 +1,222 @@
+"""Files of users: text and JSON that are read with their limits, and files and folders that appear whole."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from vidgen.core.errors import UserError
+
+__all__ = [
+    "check_target",
+    "parse_json",
+    "read_json",
+    "read_lines",
+    "read_text",
+    "replacing",
+    "require_text",
+    "split_lines",
+]
+
+_MAX_BYTES = 64 << 20
+"""Of a text or JSON file; the largest that are met are tokenizers, of some 20 MB."""
+_MAX_DEPTH = 64
+"""Of mappings and lists within each other."""
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+      UserError: it is longer than `max_bytes`, not UTF-8, or holds NUL characters, as binary files do.
+      OSError: it cannot be read; names it.
+    """
+    path = pathlib.Path(path)
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: longer than {max_bytes:,} bytes, the most that is read as text")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}): save it as UTF-8") from error
+    return require_text(text, str(path))
+
+
+def require_text(text: str, where: str) -> str:
+    """`text` itself, which can be written as UTF-8 and shown.
+
+    Raises:
+      UserError: it holds a NUL character or half of a surrogate pair; begins with `where`.
+    """
+    found = _NO_TEXT.search(text)
+    if found:
+        kind = "a NUL character" if found[0] == "\0" else "half of a surrogate pair"
+        raise UserError(f"{where}: character {found.start()} is {kind}, which is no text: remove it")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    r"""The lines of `text`, which end in \n, \r\n or \r alone.
+
+    `str.splitlines` also splits at vertical tabs, form feeds, U+0085, U+2028 and U+2029, which are characters
+    of a line in text files, CSV and JSON lines.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_lines(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES) -> list[str]:
+    """The lines of a UTF-8 text file, without their ends; see `split_lines`.
+
+    Raises:
+      UserError, OSError: as `read_text`.
+    """
+    return split_lines(read_text(path, max_bytes=max_bytes))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that JSON text stands for.
+
+    Args:
+      text: UTF-8 where it is bytes.
+      where: the file, and the line or part of it, that error messages begin with.
+
+    Raises:
+      UserError: it is not JSON; a key stands twice in a mapping; a number is not finite; mappings and lists
+        are nested deeper than 64.
+    """
+    try:
+        value = json.loads(
+            text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+    except RecursionError as error:
+        raise UserError(f"{where}: nested deeper than {_MAX_DEPTH}, which no file of its kind is") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
+        raise UserError(f"{where}: not JSON ({error})") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise UserError(f"{where}: nested deeper than {_MAX_DEPTH}, which no file of its kind is")
+
+
+def read_json(path: pathlib.Path | str, *, remedy: str, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Args:
+      remedy: what to do where the file is missing or wrong; ends the message.
+
+    Raises:
+      FileNotFoundError: it is missing.
+      UserError: it is longer than `max_bytes`, not UTF-8, not JSON as `parse_json` takes it, or no mapping.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {remedy}")
+    try:
+        value = parse_json(read_text(path, max_bytes=max_bytes), str(path))
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: found JSON of type {type(value).__name__}, expected a mapping")
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from error
+    return value
+
+
+def check_target(path: pathlib.Path | str, *, folder: bool = False) -> None:
+    """Finds out, before the work, what would stop a file or folder from being written.
+
+    Args:
+      folder: the target is a folder, which may exist where it is empty.
+
+    Raises:
+      UserError: it exists and is of the other kind, or is a folder that is not empty; its name is too long;
+        the folder that it goes to is none, or nothing can be written there.
+    """
+    path = pathlib.Path(path)
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise UserError(f"{path}: this name cannot be written to ({error}): choose another") from error
+    if folder and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder: name another one, or remove it")
+    if not folder and path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{path} cannot be written: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: nothing may be written in {parent}")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path | str, *, folder: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary file or folder beside `path` that takes its place at the end, or vanishes on any failure.
+
+    Its name is new, so nothing else is touched; it has the mode that a file or folder made by other programs
+    would have. An existing file is replaced; an existing folder only where it is empty.
+
+    Raises:
+      UserError: as `check_target`.
+    """
+    path = pathlib.Path(path)
+    check_target(path, folder=folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names: dict[str, Any] = {"prefix": f".{path.name[:32]}.", "suffix": ".part", "dir": path.parent}
+    if folder:
+        temporary = pathlib.Path(tempfile.mkdtemp(**names))
+    else:
+        handle, name = tempfile.mkstemp(**names)
+        os.close(handle)
+        temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        temporary.chmod((0o777 if folder else 0o666) & ~_umask())
+        if folder and path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _not_finite(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f'key "{twice[:80]}" stands twice')
+    return values

@@ -1,0 +1,162 @@
+"""The ranges of numbers that come from command lines, configs and files: one table for all of them.
+
+A `Limit` is the type of an option of a command (`add_argument("--fps", type=limits.FPS)`), the annotation of
+a field of a config (`fps: Annotated[float, limits.FPS]`, checked by `core.config.resolve` and `check_fields`)
+and a check of any other number (`limits.FPS.check(value, "clip.json: fps")`).
+"""
+
+import argparse
+import dataclasses
+import math
+import numbers
+import typing
+from typing import Any
+
+from vidgen.core.errors import UserError
+
+__all__ = ["Limit", "check_fields"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A range of finite numbers.
+
+    Attributes:
+      low: the smallest.
+      high: the largest.
+      whole: only integers.
+      above: `low` itself is outside.
+      unit: of the numbers, for messages.
+    """
+
+    low: int | float
+    high: int | float
+    whole: bool = False
+    above: bool = False
+    unit: str = ""
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        start = "above" if self.above else "from"
+        joint = "and at most" if self.above else "to"
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{kind} {start} {_shown(self.low)} {joint} {_shown(self.high)}{unit}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is a number of the right type within the range."""
+        kind = numbers.Integral if self.whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        # An int of any length is compared exactly.
+        if not isinstance(value, int) and not math.isfinite(value):
+            return False
+        return bool((self.low < value if self.above else self.low <= value) and value <= self.high)
+
+    def check(self, value: Any, where: str) -> Any:
+        """`value` itself.
+
+        Args:
+          where: the option, or the file and key, that the message begins with.
+
+        Raises:
+          UserError: it is no number, not finite, not whole or out of range.
+        """
+        if not self.holds(value):
+            shown = repr(value)
+            raise UserError(
+                f"{where}: found {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {self}"
+            )
+        return value
+
+    def __call__(self, text: str) -> Any:
+        """The number that an argument of a command stands for.
+
+        Raises:
+          ArgumentTypeError: as `check`; argparse names the option.
+        """
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = None
+        if value is None or not self.holds(value):
+            raise argparse.ArgumentTypeError(f"found {text[:60]!r}, expected {self}")
+        return value
+
+
+def check_fields(obj: Any, where: str = "") -> None:
+    """Checks every field of a dataclass that is annotated with a `Limit`, for use in `__post_init__`.
+
+    None passes where the annotation allows it; of tuples and mappings each item is checked.
+
+    Args:
+      where: the place of the object, which stands before the names of its fields.
+
+    Raises:
+      UserError: names the field.
+    """
+    for name, hint in typing.get_type_hints(type(obj), include_extras=True).items():
+        _check(hint, getattr(obj, name), f"{where}.{name}" if where else name)
+
+
+def _check(hint: Any, value: Any, where: str) -> None:
+    for limit in getattr(hint, "__metadata__", ()):
+        if isinstance(limit, Limit):
+            limit.check(value, where)
+    arguments = typing.get_args(hint)
+    if value is None or not arguments:
+        return
+    if isinstance(value, tuple | list):
+        items = arguments[:1] * len(value) if len(arguments) < 2 or arguments[1] is ... else arguments
+        for index, (item, inner) in enumerate(zip(items, value, strict=False)):
+            _check(item, inner, f"{where}[{index}]")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check(arguments[-1], inner, f"{where}.{key}")
+    elif typing.get_origin(hint) is not typing.Annotated:
+        # A union: a number has at most one member with a range.
+        for member in arguments:
+            if getattr(member, "__metadata__", None):
+                _check(member, value, where)
+
+
+def _shown(number: int | float) -> str:
+    return f"{number:,.0f}" if float(number).is_integer() and abs(number) < 1e15 else f"{number:g}"
+
+
+# Videos
+NUM_FRAMES = Limit(low=1, high=1_000_000, whole=True, unit="frames")
+SIDE = Limit(low=1, high=16_384, whole=True, unit="pixels")
+FPS = Limit(low=0.001, high=1000, unit="frames per second")
+SECONDS = Limit(low=0.001, high=1e6, unit="seconds")
+FACTOR = Limit(low=1, high=1024, whole=True, unit="pixels or frames of a latent")
+
+# Runs
+STEPS = Limit(low=1, high=1e9, whole=True, unit="steps")
+STEP = Limit(low=0, high=1e9, whole=True, unit="steps")
+BATCH_SIZE = Limit(low=1, high=1e6, whole=True, unit="clips")
+COUNT = Limit(low=1, high=1e9, whole=True)
+NUM_CLIPS = Limit(low=0, high=1e9, whole=True, unit="clips")
+NUM_THREADS = Limit(low=1, high=1024, whole=True, unit="threads")
+NUM_PROCESSES = Limit(low=1, high=100_000, whole=True, unit="processes")
+SEED = Limit(low=0, high=2**32 - 1, whole=True)
+PROBABILITY = Limit(low=0, high=1)
+DECAY = Limit(low=0, high=1, unit="decay per step")
+LEARNING_RATE = Limit(low=0, high=1000)
+POSITIVE = Limit(low=0, high=1e30, above=True)
+NON_NEGATIVE = Limit(low=0, high=1e30)
+
+# Sampling
+SAMPLER_STEPS = Limit(low=1, high=1000, whole=True, unit="steps")
+SHIFT = Limit(low=0.001, high=1000)
+GUIDANCE_SCALE = Limit(low=0, high=1000)
+TIMESTEP = Limit(low=0, high=1, unit="0 data, 1 noise")
+LORA_SCALE = Limit(low=-1000, high=1000)
+
+# Models
+LAYERS = Limit(low=1, high=1000, whole=True, unit="layers")
+WIDTH = Limit(low=1, high=1_000_000, whole=True, unit="channels")
+HEADS = Limit(low=1, high=4096, whole=True, unit="heads")
+PATCH = Limit(low=1, high=64, whole=True)
+VOCABULARY = Limit(low=1, high=10_000_000, whole=True, unit="tokens")
+TOKENS = Limit(low=1, high=1_000_000, whole=True, unit="tokens")
+EPSILON = Limit(low=0, high=1)
