@@ -94,7 +94,7 @@ def test_folders_that_are_not_whole_are_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{shards[-1].name} is missing: write the latents again"):
         LatentRecords(folder)
     (folder / "latents.json").write_text("{")
-    with pytest.raises(ValueError, match=r"latents\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"latents\.json: not JSON"):
         LatentRecords(folder)
 
 
