@@ -3,17 +3,24 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vidgen.core.errors import UserError
+from vidgen.core.files import parse_json, read_json, replacing
 
-__all__ = ["TensorFiles", "TensorSpec", "WeightsError", "write_tensors"]
+__all__ = ["PICKLES", "TensorFiles", "TensorSpec", "WeightsError", "is_plain_name", "write_tensors"]
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
+"""How names of files end that can run any code when they are loaded; they are never loaded here."""
+
+_MAX_HEADER_BYTES = 16 << 20
+"""A header has some 100 bytes for each tensor; models of thousands of tensors have less than 1 MB."""
 
 _DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -45,12 +52,14 @@ class TensorFiles:
     """The tensors of one file, or of several that `NAME.index.json` lists (Hugging Face's layout).
 
     Arrays are views of the files, mapped into memory: what is not looked at is not read. (The library's own
-    reader for numpy, 0.8, knows neither bfloat16 nor 8-bit floats.)
+    reader for numpy, 0.8, knows neither bfloat16 nor 8-bit floats.) Files may be symbolic links, as those of
+    Hugging Face's cache are, to regular files; an index names files of its own folder only.
 
     Attributes:
       path: of the file, or of the index.
       shapes: of the tensors, by name.
       dtypes: as `shapes`.
+      metadata: strings of the header; of several files, of all headers together.
     """
 
     def __init__(self, path: pathlib.Path | str):
@@ -58,7 +67,9 @@ class TensorFiles:
 
         Raises:
           FileNotFoundError: there is neither the file nor an index of that name, or a file that it lists.
-          WeightsError: a file is not whole, or not a safetensors file, or does not hold what the index says.
+          WeightsError: a file is not whole, no safetensors file, or does not hold what the index says.
+          UserError: the index is no JSON file of its kind, or names a file outside its folder; there are
+            only pickles.
         """
         path = pathlib.Path(path)
         index = path.with_name(path.name + ".index.json")
@@ -67,6 +78,7 @@ class TensorFiles:
         self._places: dict[str, np.ndarray] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self.metadata: dict[str, str] = {}
         for file, expected in files.items():
             self._open(file, expected)
 
@@ -75,27 +87,62 @@ class TensorFiles:
         return self._places[name].view(self.dtypes[name]).reshape(self.shapes[name])
 
     def _open(self, path: pathlib.Path, expected: set[str] | None) -> None:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format")
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # It checks that the file is whole.
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is no complete safetensors file ({error}): write it again") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        header, begin = _header(path)
+        self.metadata |= header.pop("__metadata__", {})
         if expected is not None and (missing := sorted(expected - header.keys())):
-            raise WeightsError(f"{path} lacks {missing}, which {self.path.name} says it holds")
-        data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if header else np.zeros(0, np.uint8)
+            raise WeightsError(f"{path} lacks {missing[:10]}, which {self.path.name} says it holds")
+        if twice := sorted(self.shapes.keys() & header.keys()):
+            raise WeightsError(f"{path} holds {twice[:10]}, which another file of {self.path.name} holds too")
+        data = np.memmap(path, np.uint8, mode="r", offset=begin) if header else np.zeros(0, np.uint8)
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise WeightsError(f"{path}: {name} is of type {entry['dtype']}; known are {sorted(_DTYPES)}")
             start, end = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            assert end - start == math.prod(shape) * dtype.itemsize
+            if not end - start == math.prod(shape) * dtype.itemsize:
+                raise WeightsError(f"{path}: {name} has {end - start} bytes for {shape} of {dtype}")
             self._places[name], self.shapes[name], self.dtypes[name] = data[start:end], shape, dtype
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether `name`, which another file gives, is that of a file in the same folder, and nothing else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """The header of a file, checked by the library, and the byte at which the tensors begin."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format{_beside(path)}")
+    if not path.is_file():
+        raise WeightsError(f"{path} is no regular file: expected weights in safetensors format")
+    again = "write it again, or download it again"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        # Before the library reads it: a length in a damaged file may be anything.
+        if length > _MAX_HEADER_BYTES:
+            raise WeightsError(f"{path} is no safetensors file (a header of {length:,} bytes): {again}")
+        text = file.read(length)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # It checks that the file is whole: sizes, and that offsets neither overlap nor leave gaps.
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is no complete safetensors file ({str(error)[:300]}): {again}") from error
+    try:
+        header = parse_json(text, str(path))
+    except UserError as error:
+        raise WeightsError(f"{error}: {again}") from error
+    return header, 8 + length
+
+
+def _beside(path: pathlib.Path) -> str:
+    """What to say of pickles that are where a file is missing."""
+    pickles = [p.name for p in path.parent.glob("*") if p.suffix in PICKLES] if path.parent.is_dir() else []
+    if not pickles:
+        return ""
+    return (
+        f". There is {min(pickles)}, a pickle, which can run any code when it is loaded and is never loaded "
+        "here: get the safetensors files of the same model"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +175,6 @@ def write_tensors(
     Raises:
       OSError: the disk is full, say; what was there before is still there.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, spec in specs.items():
@@ -138,21 +183,25 @@ def write_tensors(
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
-                assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
-                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def _listed(index: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+    remedy = "download it again"
+    places = read_json(index, remedy=remedy).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: weight_map is no mapping from tensors to files: {remedy}")
     files: dict[pathlib.Path, set[str] | None] = {}
-    for name, file in json.loads(index.read_text())["weight_map"].items():
+    for name, file in places.items():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: {name} is said to be in {str(file)[:200]!r}; expected the name of a safetensors "
+                "file in the same folder"
+            )
         names = files.setdefault(index.parent / file, set())
         assert names is not None
         names.add(name)

@@ -15,13 +15,16 @@ from jax.sharding import AbstractMesh
 
 from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.scaled_tensors import ScaledTensors
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
 
-__all__ = ["WeightsError", "load_weights", "save_weights", "tensor_shapes"]
+__all__ = ["WeightsError", "check_weights", "load_weights", "save_weights", "tensor_shapes"]
 
+_SHOWN = 60
+"""Tensors that do not fit are named up to so many; of another model nothing fits."""
 
 MAX_FILE_BYTES = 5 * 10**9
 """Beyond this size weights are written in several files, as other programs do."""
@@ -90,27 +93,36 @@ def load_weights(
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: tensors are missing, left over, or of another shape; all of them are named.
+      WeightsError: tensors are missing, left over, of another shape or type; names them.
     """
-    files = TensorFiles(path)
+    files = ScaledTensors(path)
     leaves = named_leaves(abstract_tree)
     foreign = {name: _foreign(names, name, leaf) for name, leaf in leaves.items()}
-    wanted = {}
-    for name, leaf in leaves.items():
-        wanted |= foreign[name].shapes(tuple(leaf.shape))
-    found = {name: shape for name, shape in files.shapes.items() if not re.fullmatch(ignore or "", name)}
-    problems = list(_problems(wanted, found))
-    if problems:
-        listed = "\n  ".join(problems)
-        raise WeightsError(
-            f"{files.path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}"
-        )
+    _check(files, foreign, leaves, ignore=ignore, remedy=remedy)
     if keep_dtypes:
         leaves = {name: _as_stored(files, foreign[name], leaf) for name, leaf in leaves.items()}
     arrays = [
         _placed(functools.partial(_read, files, foreign[name], leaf), leaf) for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
+
+
+def check_weights(
+    path: pathlib.Path | str,
+    abstract_tree: PyTree,
+    *,
+    names: Mapping[str, Foreign] | None = None,
+    ignore: str | None = None,
+    remedy: str = "use the config of its run",
+) -> None:
+    """Checks that `load_weights` would find what it needs; reads the headers only.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `load_weights`.
+    """
+    leaves = named_leaves(abstract_tree)
+    foreign = {name: _foreign(names, name, leaf) for name, leaf in leaves.items()}
+    _check(ScaledTensors(path), foreign, leaves, ignore=ignore, remedy=remedy)
 
 
 def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
@@ -120,11 +132,46 @@ def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
       FileNotFoundError: no such file.
       WeightsError: it is no safetensors file.
     """
-    return TensorFiles(path).shapes
+    return ScaledTensors(path).shapes
 
 
 def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Foreign:
     return Foreign(name, tuple(range(len(leaf.shape)))) if names is None else names[name]
+
+
+def _check(
+    files: TensorFiles,
+    foreign: Mapping[str, Foreign],
+    leaves: Mapping[str, Any],
+    *,
+    ignore: str | None,
+    remedy: str,
+) -> None:
+    """Compares names, shapes and types of a file's tensors with those that are needed."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, np.dtype] = {}
+    for name, leaf in leaves.items():
+        shapes = foreign[name].shapes(tuple(leaf.shape))
+        wanted |= shapes
+        kinds |= dict.fromkeys(shapes, np.dtype(leaf.dtype))
+    found = {name: shape for name, shape in files.shapes.items() if not re.fullmatch(ignore or "", name)}
+    problems = list(_problems(wanted, found))
+    for name in sorted(wanted.keys() & found.keys()):
+        if not _holds(files.dtypes[name], kinds[name]):
+            problems.append(f"{name}: of type {files.dtypes[name]} in the file, expected {kinds[name]}")
+    if problems:
+        more = len(problems) - _SHOWN
+        listed = "\n  ".join([*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+        raise WeightsError(
+            f"{files.path} does not fit the model ({len(problems)} tensors): {remedy}\n  {listed}"
+        )
+
+
+def _holds(stored: np.dtype, wanted: np.dtype) -> bool:
+    """Whether numbers of one type stand for those of the other: floating point for floating point."""
+    kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
+    of = lambda dtype: [kind for kind in kinds if jax.numpy.issubdtype(dtype, kind)]  # noqa: E731
+    return of(stored) == of(wanted)
 
 
 def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -1,0 +1,83 @@
+"""Weights kept as 8-bit floats with a scale beside each, as in ComfyUI's `fp8_scaled` files."""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
+from vidgen.core.files import parse_json
+
+__all__ = ["ScaledTensors"]
+
+_SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale)")
+_UNUSED = re.compile(r"(?:.*\.)?scaled_fp8|.+\.(?:scale_input|input_scale|comfy_quant)")
+"""A mark of the format, and what ComfyUI multiplies in 8 bits by: products are of more bits here."""
+_FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+class ScaledTensors(TensorFiles):
+    """As `TensorFiles`; a weight that has a scale is its product with it, in float32.
+
+    A scale is one number, or one for each row of a matrix. Files without scales are as they are.
+    """
+
+    def __init__(self, path: pathlib.Path | str):
+        """Reads the headers.
+
+        Raises:
+          WeightsError: a scale belongs to nothing, or to what is not kept as 8-bit floats; the rest is as in
+            `TensorFiles`.
+        """
+        super().__init__(path)
+        self._scales = dict(self._scaled())
+        for name in [name for name in self.shapes if _SCALE.fullmatch(name) or _UNUSED.fullmatch(name)]:
+            self._check_format(name)
+            del self.shapes[name], self.dtypes[name]
+        self.dtypes |= dict.fromkeys(self._scales, np.dtype(np.float32))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor of that name, which must not be written to."""
+        if name not in self._scales:
+            return super().read(name)
+        scale, dtype = self._scales[name]
+        stored = self._places[name].view(dtype).reshape(self.shapes[name])
+        return stored.astype(np.float32) * scale
+
+    def _scaled(self) -> Iterator[tuple[str, tuple[np.ndarray, np.dtype]]]:
+        """Weights with their scale, which multiplies rows, and the type in which they are kept."""
+        for name in list(self.shapes):
+            if (match := _SCALE.fullmatch(name)) is None:
+                continue
+            weight = match[1] + ".weight"
+            shape, dtype = self.shapes.get(weight), self.dtypes.get(weight)
+            if shape is None or dtype not in _FLOAT8:
+                raise WeightsError(
+                    f"{self.path}: {name} scales {weight}, found {dtype or 'none'}; expected 8-bit floats"
+                )
+            sizes = {1, *shape[:1]}
+            if self.dtypes[name].kind not in "fV" or int(np.prod(self.shapes[name])) not in sizes:
+                raise WeightsError(
+                    f"{self.path}: {name} is {self.dtypes[name]} {self.shapes[name]}; expected one floating "
+                    f"point number, or one for each of the {shape[:1]} rows"
+                )
+            scale = super().read(name).astype(np.float32)
+            if not np.isfinite(scale).all():
+                raise WeightsError(f"{self.path}: {name} is not finite")
+            assert dtype is not None
+            yield (
+                weight,
+                (scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.size > 1 else scale.reshape(()), dtype),
+            )
+
+    def _check_format(self, name: str) -> None:
+        """Of weights that say in which format they are kept."""
+        if not name.endswith(".comfy_quant"):
+            return
+        said = parse_json(super().read(name).tobytes()[:4096], f"{self.path}: {name}")
+        kind = said.get("format") if isinstance(said, dict) else None
+        if kind not in _FORMATS:
+            raise WeightsError(f"{self.path}: {name} is of format {kind!r}; expected one of {_FORMATS}")
