@@ -7,10 +7,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.masks import KeyRanges
+from pallas_kernels.attention.masks import HIDDEN, KeyRanges
 from vidgen.core.typing import Array, Float
 
-__all__ = ["ATTENTION", "Attended", "Blocks", "PartAttention", "merge"]
+__all__ = ["ATTENTION", "Attended", "Blocks", "PartAttention", "block_score_bytes", "merge"]
 
 ATTENTION = "attention"
 """The name, for policies of what is saved, of what attention gives and its backward pass takes from it."""
@@ -93,12 +93,12 @@ class Blocks:
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
         """As `PartAttention` has it, by an online softmax (arXiv 1805.02867)."""
-        lowest = jnp.finfo(jnp.float32).min
+        lowest, cut = jnp.finfo(jnp.float32).min, _Cut(key, ranges)
 
         def absorb(carry: tuple[Array, Array, Array], block: tuple):
             total, weight, largest_before = carry
             key, value, codes = block
-            scores, mask = _scores(query, key, scale, ranges, codes)
+            scores, mask = _scores(query, key, scale, cut.ranges, codes)
             if mask is not None:
                 scores = jnp.where(mask, scores, lowest)
             largest = jnp.maximum(largest_before, scores.max(-1))
@@ -112,7 +112,7 @@ class Blocks:
 
         rows = jnp.zeros_like(query[..., 0].swapaxes(1, 2), jnp.float32)
         start = (jnp.zeros_like(query, jnp.float32), rows, rows + lowest)
-        (total, weight, largest), _ = jax.lax.scan(absorb, start, _blocks(key, value, ranges))
+        (total, weight, largest), _ = jax.lax.scan(absorb, start, cut.blocks(key, value))
         seen = weight > 0
         weight = jnp.where(seen, weight, 1.0)
         mean = total / weight.swapaxes(1, 2)[..., None]
@@ -131,11 +131,11 @@ class Blocks:
         ranges: KeyRanges | None,
     ) -> tuple[Array, Array, Array]:
         """As `PartAttention` has it; weights are computed again from scores (arXiv 2205.14135)."""
-        mean_cotangent = _product("bsnk,bsnk->bns", output, cotangent)
+        mean_cotangent, cut = _product("bsnk,bsnk->bns", output, cotangent), _Cut(key, ranges)
 
         def one(sum_query: Array, block: tuple) -> tuple[Array, tuple[Array, Array]]:
             key, value, codes = block
-            scores, mask = _scores(query, key, scale, ranges, codes)
+            scores, mask = _scores(query, key, scale, cut.ranges, codes)
             weights = jnp.exp(scores - log_sum_exp[..., None])
             if mask is not None:
                 weights = jnp.where(mask, weights, 0.0)
@@ -146,8 +146,8 @@ class Blocks:
             return sum_query, (_product("bnsr,bsnk->brnk", of_scores, query), of_value)
 
         start = jnp.zeros_like(query, jnp.float32)
-        of_query, (of_key, of_value) = jax.lax.scan(one, start, _blocks(key, value, ranges))
-        return of_query, _joined(of_key), _joined(of_value)
+        of_query, (of_key, of_value) = jax.lax.scan(one, start, cut.blocks(key, value))
+        return of_query, cut.joined(of_key), cut.joined(of_value)
 
 
 def _scores(
@@ -159,18 +159,44 @@ def _scores(
     return scores, KeyRanges(codes, ranges.low, ranges.high).visible()[:, None]
 
 
-def _blocks(key: Array, value: Array, ranges: KeyRanges | None) -> tuple[Array, Array, Array | None]:
-    """Keys, values, and the keys' codes, in equal blocks along a new first axis."""
-    length = key.shape[1]
-    size = max(n for n in range(1, min(length, _LARGEST) + 1) if length % n == 0)
-    if size < _LARGEST // 8:  # No good divisor: all at once is better than a few at a time.
-        size = length
+class _Cut:
+    """Keys in equal blocks of at most `_LARGEST`, the last of them filled up with keys that nobody sees.
 
-    def cut(x: Array) -> Array:
-        return x.reshape(x.shape[0], length // size, size, *x.shape[2:]).swapaxes(0, 1)
+    Attributes:
+      ranges: those given; where there are none and a block is filled up, ranges in which all other keys are.
+    """
 
-    return cut(key), cut(value), None if ranges is None else cut(ranges.codes)
+    def __init__(self, key: Array, ranges: KeyRanges | None):
+        self.length = key.shape[1]
+        self.count = _block_count(self.length)
+        self.size = -(-self.length // self.count)
+        if ranges is None and self.count * self.size > self.length:
+            zero = jnp.zeros((1, 1), jnp.int32)
+            ranges = KeyRanges(jnp.zeros((1, self.length), jnp.int32), zero, zero)
+        self.ranges = ranges
+
+    def blocks(self, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
+        """Keys, values and the codes of keys, the blocks along a new first axis."""
+        codes = None if self.ranges is None else self._cut(self.ranges.codes, HIDDEN)
+        return self._cut(key), self._cut(value), codes
+
+    def joined(self, x: Array) -> Array:
+        """Back from `blocks`."""
+        return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : self.length]
+
+    def _cut(self, x: Array, fill: int = 0) -> Array:
+        missing = self.count * self.size - self.length
+        x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
+        return x.reshape(x.shape[0], self.count, self.size, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _joined(x: Array) -> Array:
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+def _block_count(length: int) -> int:
+    """Blocks of so many keys: equal ones without a remainder, if there are such that are not too small."""
+    fewest = -(-length // _LARGEST)
+    exact = (n for n in range(fewest, 8 * fewest + 1) if length % n == 0)
+    return next(exact, fewest)
+
+
+def block_score_bytes(queries: int, keys: int) -> int:
+    """Bytes of the scores that `Blocks` has in memory at once, of one head of one clip."""
+    return 4 * queries * -(-keys // _block_count(keys))
