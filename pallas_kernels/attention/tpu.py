@@ -12,9 +12,10 @@ from jax import Array, lax
 from pallas_kernels.attention import specs
 from pallas_kernels.attention.masks import BlockMask, KeyRanges
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.attention.tpu_backward import BackwardKernel, fitting
+from pallas_kernels.attention.tpu_backward import BackwardKernel, equal_part, fitting
 from pallas_kernels.attention.tpu_forward import ForwardKernel
 from pallas_kernels.attention.tpu_layout import Heads, masking
+from pallas_kernels.attention.visits import most_listed
 
 __all__ = ["Call", "backward", "forward"]
 
@@ -56,6 +57,11 @@ def forward(
         generation=generation,
         blocks=blocks,
     )
+    if call.queries < query.shape[1]:
+        part = functools.partial(
+            forward, scale=scale, generation=call.generation, blocks=call.blocks, interpret=interpret
+        )
+        return _forward_in_parts(part, call.queries, query, (key, value), ranges, block_mask)
     masks = masking(query, key, call.blocks, ranges, block_mask, queries_outside=True)
     kernel = functools.partial(
         ForwardKernel,
@@ -70,8 +76,7 @@ def forward(
 
     def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
         """Computes the blocks with marked rows exactly, by a smaller program."""
-        heads = Heads.of(query)
-        small = dataclasses.replace(call.blocks, ahead=1, lag=1).dividing(512, 1024)
+        heads, small = Heads.of(query), _exact_blocks(call.blocks)
         marked = jnp.isnan(log_sum_exp).any((1, 2))
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
@@ -124,7 +129,7 @@ def backward(
             backward, scale=scale, generation=call.generation, blocks=call.blocks, interpret=interpret
         )
         of_queries = (query, output, log_sum_exp, cotangent)
-        return _in_parts(part, call.queries, of_queries, (key, value), ranges, block_mask)
+        return _backward_in_parts(part, call.queries, of_queries, (key, value), ranges, block_mask)
     kernel = BackwardKernel(
         heads=call.heads,
         blocks=call.blocks,
@@ -149,7 +154,32 @@ def backward(
     return d_query, d_key, d_value
 
 
-def _in_parts(
+def _forward_in_parts(
+    part: Callable[..., tuple[Array, Array]],
+    size: int,
+    query: Array,
+    of_keys: tuple[Array, Array],
+    ranges: KeyRanges | None,
+    block_mask: BlockMask | None,
+) -> tuple[Array, Array]:
+    """`forward` for so many queries at a time.
+
+    Args:
+      part: `forward`.
+      of_keys: key and value.
+    """
+    queries = query.shape[1]
+
+    def one(_: None, of_part: tuple[Array, Any, Array | None]) -> tuple[None, tuple[Array, Array]]:
+        query, seeing, rows = of_part
+        return None, part(query, *of_keys, **_masks_of_part(seeing, rows, ranges, block_mask))
+
+    parts = (_cut(query, size), *_cut_masks(size, ranges, block_mask))
+    _, (output, log_sum_exp) = lax.scan(one, None, parts)
+    return _joined(output, 1)[:, :queries], _joined(log_sum_exp, 2)[:, :, :queries]
+
+
+def _backward_in_parts(
     part: Callable[..., tuple[Array, Array, Array]],
     size: int,
     of_queries: tuple[Array, Array, Array, Array],
@@ -165,36 +195,63 @@ def _in_parts(
       of_keys: key and value.
     """
     queries = of_queries[0].shape[1]
-    count = -(-queries // size)
-
-    def cut(x: Array, axis: int = 1, size: int = size, **padding: Any) -> Array:
-        """The parts of an axis, along a new first one."""
-        beyond = [(0, count * size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
-        shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, beyond, **padding).reshape(shape), axis, 0)
 
     def add(sums: tuple[Array, Array], one: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         (query, output, log_sum_exp, cotangent), seeing, rows = one
-        d_query, d_key, d_value = part(
-            *(query, *of_keys, output, log_sum_exp, cotangent),
-            ranges=None if ranges is None else KeyRanges(ranges.codes, seeing[0], seeing[-1]),
-            block_mask=None if block_mask is None else dataclasses.replace(block_mask, blocks=rows),
-        )
+        masks = _masks_of_part(seeing, rows, ranges, block_mask)
+        d_query, d_key, d_value = part(query, *of_keys, output, log_sum_exp, cotangent, **masks)
         return (sums[0] + d_key, sums[1] + d_value), d_query
 
     query, output, log_sum_exp, cotangent = of_queries
     # A query of which the log-sum-exp is that of no keys takes and gives no gradient.
-    of_rows = cut(log_sum_exp, 2, constant_values=-jnp.inf)
-    # One array where both are one: the kernel then compares once.
-    ends = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
-    seeing = [cut(x, mode="edge") for x in ends]
-    rows = None if block_mask is None else cut(block_mask.blocks, 0, size // block_mask.query_size)
-    parts = ((cut(query), cut(output), of_rows, cut(cotangent)), seeing, rows)
+    of_rows = _cut(log_sum_exp, size, 2, constant_values=-jnp.inf)
+    parts = (
+        (_cut(query, size), _cut(output, size), of_rows, _cut(cotangent, size)),
+        *_cut_masks(size, ranges, block_mask),
+    )
     key, value = of_keys
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
     (d_key, d_value), d_query = lax.scan(add, zeros, parts)
-    d_query = jnp.moveaxis(d_query, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    return d_query[:, :queries], d_key.astype(key.dtype), d_value.astype(value.dtype)
+    return _joined(d_query, 1)[:, :queries], d_key.astype(key.dtype), d_value.astype(value.dtype)
+
+
+def _cut(x: Array, size: int, axis: int = 1, **padding: Any) -> Array:
+    """The parts of an axis, along a new first one; the last is filled up."""
+    count = -(-x.shape[axis] // size)
+    beyond = [(0, count * size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
+    shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(x, beyond, **padding).reshape(shape), axis, 0)
+
+
+def _joined(parts: Array, axis: int) -> Array:
+    """Back from `_cut`, with what the last part was filled up with."""
+    x = jnp.moveaxis(parts, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _cut_masks(
+    size: int, ranges: KeyRanges | None, block_mask: BlockMask | None
+) -> tuple[list[Array], Array | None]:
+    """Of each part of the queries: the ends of its ranges, and its rows of the block mask."""
+    # One array where both are one: the kernel then compares once.
+    ends = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
+    rows = None if block_mask is None else _cut(block_mask.blocks, size // block_mask.query_size, 0)
+    return [_cut(x, size, mode="edge") for x in ends], rows
+
+
+def _masks_of_part(
+    seeing: list[Array], rows: Array | None, ranges: KeyRanges | None, block_mask: BlockMask | None
+) -> dict[str, Any]:
+    """Arguments of `forward` and `backward`, of what `_cut_masks` gives for a part."""
+    if block_mask is not None and rows is not None:
+        block_mask = dataclasses.replace(block_mask, blocks=rows)
+    ranges = None if ranges is None else KeyRanges(ranges.codes, seeing[0], seeing[-1])
+    return {"ranges": ranges, "block_mask": block_mask}
+
+
+def _exact_blocks(blocks: BlockSizes) -> BlockSizes:
+    """Of the exact variant of the forward pass, which is a smaller program."""
+    return dataclasses.replace(blocks, ahead=1, lag=1).dividing(512, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +259,8 @@ class Call:
     """What the shapes of a call, its device and the table of block sizes decide.
 
     Attributes:
-      queries: that a kernel meets; all, or of a backward pass as many as have their gradients fit.
+      queries: that a kernel meets; all, or as many as have their blocks listed and, of a backward pass, their
+        gradients fit.
       vmem_bytes: of vector memory that a kernel may use.
     """
 
@@ -245,12 +303,21 @@ class Call:
         if block_mask is not None:
             blocks = blocks.dividing(block_mask.query_size, block_mask.key_size)
         vmem_bytes = GENERATIONS[generation].vmem_bytes
+        multiple = blocks.queries if block_mask is None else block_mask.query_size
         if which == "forward":
-            heads, queries = Heads.of(query, blocks.heads), query.shape[1]
+            # The exact variant lists what it meets even where nothing is masked.
+            heads, most = Heads.of(query, blocks.heads), _most_queries(query, key, _exact_blocks(blocks))
+            queries = equal_part(query.shape[1], multiple, most)
         else:
-            multiple = blocks.queries if block_mask is None else block_mask.query_size
-            heads, queries = fitting(query, blocks, vmem_bytes, multiple)
+            listed = masked or block_mask is not None
+            most = _most_queries(query, key, blocks) if listed else query.shape[1]
+            heads, queries = fitting(query, blocks, vmem_bytes, multiple, most)
         return cls(heads=heads, blocks=blocks, queries=queries, generation=generation, vmem_bytes=vmem_bytes)
+
+
+def _most_queries(query: Any, key: Any, blocks: BlockSizes) -> int:
+    """As many as have the pairs of their blocks with those of all keys listed (`visits.Sparse`)."""
+    return blocks.queries * most_listed(query.shape[0], -(-key.shape[1] // blocks.keys))
 
 
 def _check(query: Array, key: Array, value: Array) -> None:

@@ -32,7 +32,7 @@ from pallas_kernels.attention.tpu_layout import (
 )
 from pallas_kernels.attention.visits import Visit
 
-__all__ = ["BackwardKernel", "fitting"]
+__all__ = ["BackwardKernel", "equal_part", "fitting"]
 
 _SPILLS = 8 << 20
 """Bytes for what does not fit into registers, and rows of masks and of log-sum-exps."""
@@ -321,20 +321,22 @@ class _Step:
         total[where] = added + (total[where] if first is False else jnp.where(first, 0.0, total[where]))
 
 
-def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int) -> tuple[Heads, int]:
+def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int, most: int) -> tuple[Heads, int]:
     """What fits into vector memory: heads at once, and queries at once, of which the gradient is kept there.
 
     Args:
       blocks: whose `heads` are the most at once.
       multiple: of which queries are taken, if they are not taken all at once.
+      most: queries at once, whatever fits.
 
     Returns:
-      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts.
+      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts. Where
+      `most` is less than all queries, the fewest parts that it allows stand for all.
 
     Raises:
       NotImplementedError: not even one block of queries fits; or as of `Heads.of`.
     """
-    queries = query.shape[1]
+    queries = equal_part(query.shape[1], multiple, most)
 
     def fits(heads: Heads, at_once: int) -> bool:
         return _vmem_needed(heads, blocks, at_once, query.dtype) <= vmem_bytes
@@ -342,14 +344,31 @@ def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int) ->
     for at_once in range(blocks.heads, 0, -1):
         if fits(heads := Heads.of(query, at_once), queries):
             return heads, queries
-    heads, units = Heads.of(query), -(-queries // multiple)
-    for parts in range(2, units + 1):
+    heads, units = Heads.of(query), -(-query.shape[1] // multiple)
+    for parts in range(-(-query.shape[1] // queries) + 1, units + 1):
         if fits(heads, size := -(-units // parts) * multiple):
             return heads, size
     raise NotImplementedError(
         f"attention: the gradient of {multiple} queries, float32 in {heads.width} lanes, does not fit into "
         f"{vmem_bytes >> 20} MiB of vector memory; give smaller blocks"
     )
+
+
+def equal_part(length: int, multiple: int, most: int) -> int:
+    """Tokens of the fewest equal parts with at most `most`: all, or a multiple.
+
+    Raises:
+      NotImplementedError: `most` is less than the multiple, and than all.
+    """
+    if length <= most:
+        return length
+    units, at_once = -(-length // multiple), most // multiple
+    if not at_once:
+        raise NotImplementedError(
+            f"attention: more than {most} queries and all keys are too many blocks to list under a mask; "
+            f"a block has {multiple} queries"
+        )
+    return -(-units // -(-units // at_once)) * multiple
 
 
 def _vmem_needed(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any) -> int:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.masks import BlockMask, KeyRanges
 
-__all__ = ["Dense", "Seen", "Sparse", "Visit", "seen_blocks"]
+__all__ = ["Dense", "Seen", "Sparse", "Visit", "most_listed", "seen_blocks"]
 
 _FIRST, _LAST, _ACTIVE, _FULL, _FIRST_INNER, _LAST_INNER = (1 << bit for bit in range(6))
 _FLAG_BITS = 6
@@ -25,6 +25,7 @@ _MOST = 1 << 17
 """Visits of all rows together; their two words each lie in scalar memory."""
 _INNER_BITS = 13
 _MOST_INNER = 1 << _INNER_BITS
+_MOST_OUTER = 1 << 15
 
 
 class Visit(NamedTuple):
@@ -107,7 +108,7 @@ class Sparse:
           NotImplementedError: there are more blocks than the list can hold.
         """
         rows, outer, inner = some.shape
-        if rows * outer * inner > _MOST or inner > _MOST_INNER:
+        if inner > _MOST_INNER or outer > most_listed(rows, inner):
             raise NotImplementedError(
                 f"attention: {rows} x {outer} x {inner} blocks under a mask; at most {_MOST} can be listed, "
                 f"{_MOST_INNER} of them in a row"
@@ -179,6 +180,15 @@ class Sparse:
             active=has(_ACTIVE),
             full=has(_FULL),
         )
+
+
+def most_listed(rows: int, others: int) -> int:
+    """Blocks of one side that `Sparse` can list with so many of the other side; 0 where there is no room.
+
+    Args:
+      rows: of the batch, that lists are made for.
+    """
+    return min(_MOST // max(rows * others, 1), _MOST_OUTER)
 
 
 def seen_blocks(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import reference, specs, tpu
+from pallas_kernels.attention import reference, specs, tpu, visits
 from pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
 from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
 from pallas_kernels.attention.tpu_layout import Heads
-from tests.pallas_kernels.attention.cases import AttentionCases, error, exact
+from tests.pallas_kernels.attention.cases import AttentionCases, close_log_sum_exp, error, exact
 
 SMALL = BlockSizes(queries=128, keys=256, query_unit=128, key_unit=128)
 
@@ -161,6 +161,54 @@ def test_queries_of_which_the_gradients_do_not_fit_at_once(monkeypatch, kind):
     gradients = jitted(tpu.backward, interpret=True, **kernel)(*given, **options)
     expected = (d_query, d_key, d_value)
     assert all(error(a, b) <= 2e-6 for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["all", "segments", "frames", "blocks"])
+def test_more_blocks_than_can_be_listed(monkeypatch, kind):
+    """Both passes take the queries in parts, of which the last is not full."""
+    monkeypatch.setattr(visits, "_MOST", 14)
+    query, key, value, cotangent = inputs(800, 500, batch=2)
+    # The sum of one row overflows, and the exact kernel computes it anew.
+    query = query.at[..., 0].set(0.0).at[1, 700, 0, 0].set(10.0)
+    key = key.at[..., 0].set(0.0).at[1, 450, 0, 0].set(150.0)
+    own, theirs = (jnp.arange(n)[None].repeat(2, 0) * 5 // n for n in (800, 500))
+    options, mask = {}, np.ones((2, 800, 500), bool)
+    if kind in ("segments", "frames"):
+        options["ranges"] = (segment_ranges if kind == "segments" else causal_ranges)(own, theirs)
+        mask = np.asarray(options["ranges"].visible())
+    elif kind == "blocks":
+        blocks = jnp.asarray(np.random.default_rng(2).random((7, 2)) < 0.6)
+        options["block_mask"] = BlockMask(blocks=blocks, query_size=128, key_size=256)
+        mask = np.asarray(options["block_mask"].visible(800, 500))[None].repeat(2, 0)
+    kernel = {"generation": "v6e", "blocks": SMALL}
+    shapes = {"masked": "ranges" in options, "block_mask": options.get("block_mask")}
+    assert tpu.Call.of(query, key, "forward", **shapes, **kernel).queries == 384
+    assert tpu.Call.of(query, key, "backward", **shapes, **kernel).queries == (800 if kind == "all" else 384)
+    results = jitted(tpu.forward, interpret=True, **kernel)(query, key, value, **options)
+    gradients = jitted(tpu.backward, interpret=True, **kernel)(
+        query, key, value, *results, cotangent, **options
+    )
+    expected = exact(query, key, value, cotangent, mask)
+    close_log_sum_exp(results[1], expected[1], 2e-6)
+    for found, wanted in zip((results[0], *gradients), (expected[0], *expected[2:]), strict=True):
+        assert error(found, wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_minute_at_480p_in_one_row(generation, masked):
+    """241 latent frames of 30 x 52 tokens, at the block sizes that are shipped."""
+    tokens = jax.ShapeDtypeStruct((1, 241 * 1560, 12, 128), jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((1, 12, tokens.shape[1]), jnp.float32)
+    segments = jax.ShapeDtypeStruct(tokens.shape[:2], jnp.int32)
+
+    def both(query, log_sum_exp, segments):
+        ranges = segment_ranges(segments, segments) if masked else None
+        options = {"ranges": ranges, "generation": generation}
+        output, _ = tpu.forward(query, query, query, **options)
+        return tpu.backward(query, query, query, output, log_sum_exp, query, **options)
+
+    assert [x.shape for x in jax.eval_shape(both, tokens, rows, segments)] == [tokens.shape] * 3
 
 
 def test_no_races():
