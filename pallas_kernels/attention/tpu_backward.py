@@ -330,8 +330,8 @@ def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int, mo
       most: queries at once, whatever fits.
 
     Returns:
-      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts. Where
-      `most` is less than all queries, the fewest parts that it allows stand for all.
+      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts.
+      Where `most` is less than all queries, the fewest parts that it allows stand for all.
 
     Raises:
       NotImplementedError: not even one block of queries fits; or as of `Heads.of`.

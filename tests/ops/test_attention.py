@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.ops.array_shapes import array_shapes
+from tests.pallas_kernels.attention.cases import error
+from vidgen.ops import score_budget
 from vidgen.ops.attention import attention
+from vidgen.ops.score_budget import ScoresTooLarge
+from vidgen.parallel.mesh import MeshOptions
 
 
 def reference(query, key, value, mask=None):
@@ -114,3 +119,75 @@ def test_what_kernels_do_not_take_falls_to_the_next(qkv, monkeypatch):
     with pytest.raises(NotImplementedError, match="bias"):
         attention(*qkv, bias=bias, implementation="pallas_tpu")
     np.testing.assert_allclose(attention(*qkv, bias=bias), attention(*qkv, implementation="xla"), rtol=1e-6)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    score_budget._log_once.cache_clear()
+    for module in ("attention", "attention_kernels"):
+        monkeypatch.setattr(f"vidgen.ops.{module}.device_kind", lambda: ("tpu", "TPU v5 lite"))
+
+
+def test_a_fallback_is_logged_once_for_each_shape_with_its_reasons(qkv, on_tpu, caplog):
+    caplog.set_level("INFO")
+    bias = jnp.zeros((1, 3, 5, 7))
+    for _ in range(2):
+        attention(*qkv, bias=bias)
+    [record] = caplog.records
+    assert record.levelname == "INFO"
+    assert record.message == (
+        "attention of 2 x 5 queries to 7 keys, 3 heads of 8 channels, float32: xla, with 1 MiB of scores in "
+        "the memory of a device, for pallas_tpu: pallas_tpu takes no bias of the scores; use `xla`"
+    )
+    attention(*(x[:1] for x in qkv), bias=bias)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(("channels", "chosen"), [(512, "blocks"), (24, "pallas_tpu")])
+def test_a_long_sequence_that_kernels_do_not_take_is_attended_to_in_blocks(on_tpu, caplog, channels, chosen):
+    tokens = jax.ShapeDtypeStruct((1, 60_013, 1, channels), jnp.bfloat16)
+    loss = lambda x: attention(x, x, x).astype(jnp.float32).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(tokens)
+    assert ("pallas_call" in str(program)) == (chosen == "pallas_tpu")
+    assert max(np.prod(shape) for shape in array_shapes(program)) < 60_100 * 600
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (chosen == "blocks") and all("pallas_tpu: heads of 512" in text for text in warned)
+
+
+def test_scores_beyond_the_budget_are_refused_with_the_reasons(monkeypatch, qkv, on_tpu):
+    size = 4 * 2 * 3 * 5 * 7
+    monkeypatch.setattr(score_budget, "SCORE_BYTES", size)
+    wide = [jnp.tile(x, (1, 1, 1, 64)) for x in qkv]
+    attention(*wide), attention(*wide, implementation="xla")
+    monkeypatch.setattr(score_budget, "SCORE_BYTES", size - 1)
+    with pytest.raises(ScoresTooLarge, match=r"xla would have .*SCORE_BYTES.* Use .*bfloat16.*context"):
+        attention(*wide, implementation="xla")
+    with pytest.raises(
+        ScoresTooLarge, match=r"7 keys.*pallas_tpu: heads of 512.*xla would.*blocks would.*Use"
+    ):
+        attention(*wide)
+    # Each of eight devices has the scores of its own clips, queries and heads.
+    clips = [jnp.tile(x[:, :4], (2, 1, 1, 1)) for x in wide]
+    with jax.set_mesh(MeshOptions(data=4, fsdp=1, context=2).build()):
+        monkeypatch.setattr(score_budget, "SCORE_BYTES", 4 * 3 * 2 * 4)
+        jax.eval_shape(lambda *x: attention(*x), *clips)
+        monkeypatch.setattr(score_budget, "SCORE_BYTES", 4 * 3 * 2 * 4 - 1)
+        with pytest.raises(ScoresTooLarge):
+            jax.eval_shape(lambda *x: attention(*x), *clips)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_have_the_results_and_gradients_of_all_scores_at_once(monkeypatch, qkv, dtype):
+    monkeypatch.setattr("vidgen.ops.attention_blocks._LARGEST", 3)
+
+    def both(implementation, arrays):
+        call = lambda *x: attention(*x, key_mask=jnp.asarray(KEY_MASK), implementation=implementation)  # noqa: E731
+        y, back = jax.vjp(call, *arrays)
+        return y, *back(jnp.ones_like(y))
+
+    arrays = tuple(x.astype(dtype) for x in qkv)
+    found = jax.jit(both, static_argnums=0)("blocks", arrays)
+    assert [x.dtype for x in found] == [jnp.dtype(dtype)] * 4
+    expected = jax.jit(both, static_argnums=0)("xla", tuple(x.astype(jnp.float32) for x in arrays))
+    for one, wanted in zip(found, expected, strict=True):
+        assert error(one, wanted) <= (2e-6 if dtype == "float32" else 1e-2)

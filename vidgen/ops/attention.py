@@ -10,11 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops import attention_cpu
-from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.attention_blocks import ATTENTION, Blocks, block_score_bytes
 from vidgen.ops.attention_cpu import Masks, Statistics
 from vidgen.ops.attention_kernels import Kernels, device_kind, kernel_attention, over_mesh
+from vidgen.ops.score_budget import ScoresTooLarge, check_scores, heads_here, refusal, report_fallback
 
-Implementation = Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["auto", "xla", "blocks", "cudnn", "pallas_tpu", "pallas_gpu"]
 
 _MASK_BYTES = 2**28
 """A mask of all scores that is larger than this is not given to cuDNN, which reads it from memory."""
@@ -43,36 +44,55 @@ def attention(
       scale: of the products, 1 / sqrt(k) by default.
       implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted
         on CPUs, to test them); `cudnn` is NVIDIA's fused kernel, for 16 bits; `xla` is plain products and a
-        softmax, in blocks on CPUs where scores are many (`vidgen.ops.attention_cpu`). `auto` takes the first
-        that there is for the device, the shapes and the dtype.
+        softmax, in blocks on CPUs where scores are many (`vidgen.ops.attention_cpu`); `blocks` is plain JAX
+        with the scores of some of the keys in memory at a time. `auto` takes the first that there is for the
+        device, the shapes and the dtype, and logs, once for each shape, why it takes no kernel.
 
     Raises:
       NotImplementedError: the implementation that was named takes no such shapes or dtypes.
+      ScoresTooLarge: it has more scores in memory than `score_budget.SCORE_BYTES`; with `auto`, all have.
     """
     masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation != "auto":
         return _attend(implementation, query, key, value, masks, bias, factor)
+    reasons: dict[str, Exception] = {}
     for candidate in _candidates(query, key, masks):
         try:
-            return _attend(candidate, query, key, value, masks, bias, factor)
-        except NotImplementedError:
-            pass
-    return _attend("xla", query, key, value, masks, bias, factor)
+            y = _attend(candidate, query, key, value, masks, bias, factor)
+        except (NotImplementedError, ScoresTooLarge) as error:
+            reasons.setdefault(candidate, error)
+        else:
+            report_fallback(query, key, candidate, _score_bytes(candidate, query, key), reasons)
+            return y
+    raise refusal(query, key, reasons)
 
 
 def _candidates(query: Array, key: Array, masks: Masks) -> Iterator[Implementation]:
-    """What is tried before `xla`, the fastest first."""
+    """What is tried, the fastest first."""
     platform, _ = device_kind()
     if platform == "tpu":
         yield "pallas_tpu"
     elif platform in ("gpu", "cuda"):
-        batch, queries, _, channels = query.shape
         masked = masks.keys is not None or masks.query_segments is not None
-        if masked and batch * queries * key.shape[1] > _MASK_BYTES:
+        if masked and query.shape[0] * query.shape[1] * key.shape[1] > _MASK_BYTES:
             yield "pallas_gpu"
-        elif query.dtype in (jnp.bfloat16, jnp.float16) and channels <= 128 and channels % 8 == 0:
+        else:
             yield "cudnn"
+    yield "xla"
+    if platform in ("gpu", "cuda"):
+        yield "pallas_gpu"
+    yield "blocks"
+
+
+def _score_bytes(implementation: Implementation, query: Array, key: Array) -> int:
+    """Scores that an implementation has in the memory of a device at once."""
+    (heads, queries), keys = heads_here(query), key.shape[1]
+    if implementation == "blocks":
+        return heads * block_score_bytes(queries, keys)
+    if implementation != "xla" or (attention_cpu.pays(query, key) and device_kind()[0] == "cpu"):
+        return 0
+    return 4 * heads * queries * keys
 
 
 def _attend(
@@ -84,15 +104,23 @@ def _attend(
     bias: Array | None,
     scale: float,
 ) -> Array:
+    if bias is not None and implementation not in ("xla", "cudnn"):
+        raise NotImplementedError(f"attention: {implementation} takes no bias of the scores; use `xla`")
     if implementation == "pallas_tpu" or implementation == "pallas_gpu":
-        if bias is not None:
-            raise NotImplementedError(f"attention: {implementation} takes no bias of the scores; use `xla`")
         return kernel_attention(query, key, value, masks, scale, Kernels.of(implementation))
     if implementation == "cudnn":
+        if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] > 128 or query.shape[-1] % 8:
+            raise NotImplementedError(
+                f"attention: cudnn takes bfloat16 and float16, and heads of 8, 16, ... 128 channels; found "
+                f"{query.dtype} and {query.shape[-1]}"
+            )
         y = jax.nn.dot_product_attention(
             query, key, value, bias, _mask(masks), scale=scale, implementation="cudnn"
         )
         return checkpoint_name(y, ATTENTION)
+    check_scores(implementation, _score_bytes(implementation, query, key))
+    if implementation == "blocks":
+        return kernel_attention(query, key, value, masks, scale, Blocks())
     if bias is None and attention_cpu.pays(query, key):
         return _recomputing(query, key, value, masks, scale)
     return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), ATTENTION)

@@ -1,4 +1,4 @@
-"""The attention kernels of `pallas_kernels`, on each device of a mesh its part."""
+"""The attention kernels of `pallas_kernels`, or `Blocks`, on each device of a mesh its part."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from pallas_kernels.attention import gpu, tpu
 from pallas_kernels.attention.masks import HIDDEN, KeyRanges, segment_ranges
 from pallas_kernels.attention.specs import generation_of
 from vidgen.core.typing import Array, Float
-from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.attention_blocks import ATTENTION, PartAttention
 from vidgen.ops.attention_cpu import Masks
 from vidgen.parallel.rules import partition_spec
 
@@ -114,9 +114,9 @@ def kernel_attention(
     value: Float[Array, "b r n k"],
     masks: Masks,
     scale: float,
-    kernels: Kernels,
+    kernels: PartAttention,
 ) -> Float[Array, "b s n k"]:
-    """Softmax attention; a query that sees no key gives zeros.
+    """Softmax attention, each device its part; a query that sees no key gives zeros.
 
     Raises:
       NotImplementedError: the kernels take no such shapes or dtypes.
@@ -125,19 +125,19 @@ def kernel_attention(
 
 
 def _forward(
-    query: Array, key: Array, value: Array, masks: Masks, scale: float, kernels: Kernels
+    query: Array, key: Array, value: Array, masks: Masks, scale: float, kernels: PartAttention
 ) -> tuple[Array, Any]:
     def local(_, query, key, value, masks):
         ranges = key_ranges(masks, query)
         output, log_sum_exp = kernels.forward(query, key, value, scale=scale, ranges=ranges)
-        return output, log_sum_exp.swapaxes(1, 2)
+        return output.astype(value.dtype), log_sum_exp.swapaxes(1, 2)
 
     inputs = (query, key, value, masks)
     results = checkpoint_name(over_mesh(local, *inputs, outputs="qq"), ATTENTION)
     return results[0], (inputs, results)
 
 
-def _backward(scale: float, kernels: Kernels, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+def _backward(scale: float, kernels: PartAttention, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     inputs, results = residuals
 
     def local(axes, query, key, value, masks, output, log_sum_exp, cotangent):
@@ -147,7 +147,8 @@ def _backward(scale: float, kernels: Kernels, residuals: Any, cotangent: Array) 
             ranges=key_ranges(masks, query),
         )
         # Devices with other queries of the same clips and heads see the same keys.
-        return d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
+        gradients = d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
+        return tuple(grad.astype(x.dtype) for grad, x in zip(gradients, (query, key, value), strict=True))
 
     return *over_mesh(local, *inputs, *results, cotangent, outputs="qkk"), None
 

@@ -16,9 +16,17 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.attention.masks import KeyRanges
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import Implementation
-from vidgen.ops.attention_blocks import ATTENTION, Attended, Blocks, PartAttention, merge
+from vidgen.ops.attention_blocks import (
+    ATTENTION,
+    Attended,
+    Blocks,
+    PartAttention,
+    block_score_bytes,
+    merge,
+)
 from vidgen.ops.attention_cpu import Masks
 from vidgen.ops.attention_kernels import Kernels, device_kind, key_ranges
+from vidgen.ops.score_budget import check_scores, report_fallback
 
 __all__ = ["Ring", "ring_attention"]
 
@@ -70,6 +78,7 @@ def ring_attention(
 
     Raises:
       NotImplementedError: the implementation that was named takes no such shapes or dtypes.
+      ScoresTooLarge: plain JAX would have more than `score_budget.SCORE_BYTES` of scores in memory.
     """
     turns = _Turns(ring=ring, parts=_parts(implementation), scale=query.shape[-1] ** -0.5)
     return _attend(turns, query, key, value, key_mask, segments)
@@ -105,7 +114,7 @@ class _Turns:
     def attend(self, query: Array, keys: tuple[Array, ...], ranges: KeyRanges | None) -> Attended:
         arrays = (query, *(x.reshape(query.shape) for x in keys))
         call = lambda part: part.forward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
-        mean, log_sum_exp = _first_possible(call, self.parts)
+        mean, log_sum_exp = _first_possible(call, self.parts, *arrays[:2])
         return Attended(_flat(mean), log_sum_exp)
 
     def gradients(
@@ -119,7 +128,7 @@ class _Turns:
         """Of the query, and of keys and values; kernels round them to the inputs' dtype, `Blocks` not."""
         arrays = (query, *(x.reshape(query.shape) for x in keys), *results, cotangent)
         call = lambda part: part.backward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
-        of_query, *rest = (_flat(x) for x in _first_possible(call, self.parts))
+        of_query, *rest = (_flat(x) for x in _first_possible(call, self.parts, *arrays[:2]))
         return of_query, tuple(rest)
 
     def meanwhile(self, compute: Callable[[], Any], travelling: Any) -> tuple[Any, Any]:
@@ -148,13 +157,26 @@ def _flat(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _first_possible(call: Callable[[PartAttention], Any], parts: tuple[PartAttention, ...]) -> Any:
+def _first_possible(
+    call: Callable[[PartAttention], Any], parts: tuple[PartAttention, ...], query: Array, key: Array
+) -> Any:
+    """What the first part that takes the arrays gives; what refused is logged.
+
+    Raises:
+      NotImplementedError: the last part refuses too.
+      ScoresTooLarge: it has too many scores in memory.
+    """
     *preferred, last = parts
+    reasons: dict[str, Exception] = {}
     for part in preferred:
         try:
             return call(part)
-        except NotImplementedError:
-            pass
+        except NotImplementedError as error:
+            reasons[getattr(part, "kind", "blocks")] = error
+    if isinstance(last, Blocks):
+        size = query.shape[0] * query.shape[2] * block_score_bytes(query.shape[1], key.shape[1])
+        check_scores("blocks", size)
+        report_fallback(query, key, "blocks", size, reasons)
     return call(last)
 
 

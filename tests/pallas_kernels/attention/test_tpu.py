@@ -194,8 +194,7 @@ def test_more_blocks_than_can_be_listed(monkeypatch, kind):
         assert error(found, wanted) <= 2e-6
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("generation", "masked"), [("v5e", True), ("v6e", False)])
 def test_a_minute_at_480p_in_one_row(generation, masked):
     """241 latent frames of 30 x 52 tokens, at the block sizes that are shipped."""
     tokens = jax.ShapeDtypeStruct((1, 241 * 1560, 12, 128), jnp.bfloat16)
