@@ -1,3 +1,12 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+# The folders beside the package are installed as subpackages of it: `vidgen` is the only name at the top
+# level, so a user's own folder `experiments` hides none of it. In a checkout, vidgen/experiments and
+# vidgen/pallas_kernels are links to them.
+BESIDE = ("experiments", "pallas_kernels")
+linked = [f"vidgen.{name}*" for name in BESIDE]
+packages = find_packages(include=["vidgen", "vidgen.*"], exclude=linked)
+for name in BESIDE:
+    packages += [f"vidgen.{package}" for package in find_packages(include=[name, f"{name}.*"])]
+
+setup(packages=packages, package_dir={f"vidgen.{name}": name for name in BESIDE})

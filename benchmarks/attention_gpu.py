@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import gpu, reference
-from pallas_kernels.attention.masks import segment_ranges
+from vidgen.pallas_kernels.attention import gpu, reference
+from vidgen.pallas_kernels.attention.masks import segment_ranges
 
 PRESETS = {
     "wan": ((1, 32760, 12, 128), (1, 75600, 40, 128)),

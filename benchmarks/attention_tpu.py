@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.tpu_static.attention import PASSES, Shape
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.measure import Job, measure
-from pallas_kernels.tpu_static.report import Report
+from vidgen.pallas_kernels.tpu_static.attention import PASSES, Shape
+from vidgen.pallas_kernels.tpu_static.generations import GENERATIONS
+from vidgen.pallas_kernels.tpu_static.measure import Job, measure
+from vidgen.pallas_kernels.tpu_static.report import Report
 
 OURS, JAX, TOKAMAX = "vidgen", "jax", "tokamax"
 SWEEPS: dict[tuple[str, str], list[list[int]]] = {
@@ -140,7 +140,7 @@ def job_of_other(name: str, direction: str, blocks: Sequence[int], shape: Shape)
 def job_of_ours(direction: str, shape: Shape, generation: str) -> Job:
     """For `measure`; what is computed again, exactly, is what almost no input needs."""
     sizes = {"sequence": shape.sequence, "head_dim": shape.head_dim, "heads": shape.heads}
-    build = f"pallas_kernels.tpu_static.attention:{direction}"
+    build = f"vidgen.pallas_kernels.tpu_static.attention:{direction}"
     return Job(build=build, keywords=sizes | {"generation": generation}, branch="least")
 
 

@@ -27,13 +27,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from pallas_kernels.qk_norm_rope.rotation import LANES, Rotation
-from pallas_kernels.qk_norm_rope.vjp import block_rows, norm_rope
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.measure import Hint, Job, measure
-from pallas_kernels.tpu_static.report import Report
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.norms import RMSNorm
+from vidgen.pallas_kernels.qk_norm_rope.rotation import LANES, Rotation
+from vidgen.pallas_kernels.qk_norm_rope.vjp import block_rows, norm_rope
+from vidgen.pallas_kernels.tpu_static.generations import GENERATIONS
+from vidgen.pallas_kernels.tpu_static.measure import Hint, Job, measure
+from vidgen.pallas_kernels.tpu_static.report import Report
 
 SHAPES = ((32760, 12, 128), (8192, 40, 128))
 """Tokens, heads, channels of a head."""

@@ -29,17 +29,19 @@ import pathlib
 import subprocess
 import sys
 
-SOURCE = "vidgen"  # what pip installs in Colab: a name, a git address or the path of a clone
+# In Colab: where vidgen is installed from, "git+https://..." of its repository or the path of a clone.
+# On PyPI the name "vidgen" is another program's.
+SOURCE = ""
 if "google.colab" in sys.modules:
+    if not SOURCE:
+        raise ValueError("set SOURCE to the address of the repository, as git+https://github.com/NAME/vidgen")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", SOURCE], check=True)
 
 # %%
 from IPython.display import Image, display
 
-import experiments
 import vidgen
 
-EXPERIMENTS = pathlib.Path(experiments.__file__).parent
 RUNS = pathlib.Path("runs")
 VARIANT = os.environ.get(
     "VIDGEN_VARIANT", "demo"
@@ -58,7 +60,7 @@ VARIANT = os.environ.get(
 def train(experiment, workdir, *options):
     """Runs `vidgen train` and shows its last lines."""
     file, _, argument = experiment.partition(":")
-    config = f"{EXPERIMENTS / file}:{','.join(filter(None, [VARIANT, argument]))}".removesuffix(":")
+    config = f"experiments/{file}:{','.join(filter(None, [VARIANT, argument]))}".removesuffix(":")
     command = [
         sys.executable,
         "-m",

@@ -69,8 +69,17 @@ def test_commands_in_the_documents_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     files = {command: f"{command}_" if keyword.iskeyword(command) else command for command in commands}
     assert {c for c, file in files.items() if not (ROOT / f"vidgen/cli/{file}.py").exists()} == set()
-    assert {m for m in modules if not (ROOT / (m.replace(".", "/") + ".py")).exists()} == set()
+    programs = {
+        m: [ROOT / m.replace(".", "/") / "__main__.py", ROOT / f"{m.replace('.', '/')}.py"] for m in modules
+    }
+    assert {m for m, paths in programs.items() if not any(path.exists() for path in paths)} == set()
     assert {t for t in targets if not re.search(rf"^{t}:", makefile, flags=re.MULTILINE)} == set()
+
+
+def test_shapes_are_checked_in_every_package():
+    packages = {path.parts[1] for path in tracked("vidgen/*/__init__.py")}
+    option = re.search(r"--jaxtyping-packages=([\w.,]+)", (ROOT / "pyproject.toml").read_text())
+    assert {f"vidgen.{package}" for package in packages} | {"beartype.beartype"} == set(option[1].split(","))
 
 
 def test_pins_are_plain():

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from vidgen.data.video_io import save_video
     from vidgen.pipeline import Pipeline, load
 
-__all__ = ["Pipeline", "load", "save_video"]
+__all__ = ["Pipeline", "__version__", "load", "save_video"]
+
+__version__ = "0.1.0"
 
 _HOMES = {"Pipeline": "vidgen.pipeline", "load": "vidgen.pipeline", "save_video": "vidgen.data.video_io"}
 

@@ -11,7 +11,7 @@ Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from experiments.dit import sprites
+from . import sprites
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -19,13 +19,18 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from experiments.vae import folder, sprites
 from vidgen.models.discriminator.config import VARIANTS
+
+from . import folder, sprites
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     arguments = set(filter(None, arg.split(",")))
+    if unknown := arguments - {"folder", "decoder", "images", "demo", "tiny"}:
+        raise ValueError(
+            f"unknown argument {min(unknown)!r}: use none, folder, decoder, images, demo or tiny"
+        )
     source = folder if "folder" in arguments else sprites
     config = source.get_config(",".join(sorted(arguments - {"folder", "decoder"})))
     size = "tiny" if "tiny" in arguments else "small"

@@ -6,8 +6,8 @@ Run:       vidgen train --config=experiments/vae/folder.py --config.data.path=DI
            vidgen train --config=experiments/vae/folder.py:mixed --config.data.path=DIR --workdir=runs/vae
 Arguments: (none) a small VAE at 64 x 64; `images` the same on single frames; `mixed` images and clips of two
            lengths by turns, each length in a shape of its own (`config.data.buckets`; of one length there may
-           be several shapes, for files that suit them); `tiny` a few steps, for tests; for another VAE its
-           name in vidgen/models/video_vae/config.py, as `small-8x16x16`; several arguments with commas.
+           be several shapes, for files that suit them); `demo` 32 x 32; `tiny` a few steps, for tests; for
+           another VAE its name in vidgen/models/video_vae/config.py, as `small-8x16x16`; several with commas.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 """
 
@@ -16,14 +16,18 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from experiments.vae import sprites
 from vidgen.models.video_vae.config import VARIANTS
+
+from . import sprites
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
-    arguments = arg.split(",")
+    arguments = [word for word in arg.split(",") if word]
     own = {"mixed", *VARIANTS} - {"tiny"}
+    if unknown := set(arguments) - own - {"images", "demo", "tiny"}:
+        names = ", ".join(["none, images, demo, tiny", *sorted(own)])
+        raise ValueError(f"unknown argument {min(unknown)!r}: use {names}")
     config = sprites.get_config(",".join(word for word in arguments if word not in own))
     for name in (own & VARIANTS.keys()).intersection(arguments):
         # Statistics of published weights' latents are of no use to weights of one's own.

@@ -16,9 +16,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.attention import gpu_kernels
-from pallas_kernels.attention.gpu_visits import list_visits
-from pallas_kernels.attention.masks import BlockMask, KeyRanges
+from . import gpu_kernels
+from .gpu_visits import list_visits
+from .masks import BlockMask, KeyRanges
 
 __all__ = ["backward", "forward"]
 

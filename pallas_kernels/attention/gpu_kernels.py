@@ -16,8 +16,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.attention import gpu_visits
-from pallas_kernels.attention.masks import HIDDEN
+from . import gpu_visits
+from .masks import HIDDEN
 
 __all__ = ["Sizes", "forward", "of_keys", "of_queries"]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges
+from .masks import HIDDEN, BlockMask, KeyRanges
 
 __all__ = ["Visits", "list_visits", "run"]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.attention.masks import BlockMask, KeyRanges
+from .masks import BlockMask, KeyRanges
 
 __all__ = ["backward", "forward"]
 

@@ -105,7 +105,7 @@ def generation_of(device_kind: str) -> str:
 
 
 def block_sizes(generation: str, which: Pass, *, head_dim: int, bits: int, masked: bool) -> BlockSizes:
-    """What `python -m pallas_kernels.attention.tune` found best.
+    """What `python -m vidgen.pallas_kernels.attention.tune` found best.
 
     Args:
       generation: of `GENERATIONS`.

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.attention import specs
-from pallas_kernels.attention.masks import BlockMask, KeyRanges
-from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.attention.tpu_backward import BackwardKernel, equal_part, fitting
-from pallas_kernels.attention.tpu_forward import ForwardKernel
-from pallas_kernels.attention.tpu_layout import Heads, masking
-from pallas_kernels.attention.visits import most_listed
+from . import specs
+from .masks import BlockMask, KeyRanges
+from .specs import GENERATIONS, BlockSizes
+from .tpu_backward import BackwardKernel, equal_part, fitting
+from .tpu_forward import ForwardKernel
+from .tpu_layout import Heads, masking
+from .visits import most_listed
 
 __all__ = ["Call", "backward", "forward"]
 

@@ -23,9 +23,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.pipeline import pipelined
-from pallas_kernels.attention.specs import BlockSizes
-from pallas_kernels.attention.tpu_layout import (
+from .pipeline import pipelined
+from .specs import BlockSizes
+from .tpu_layout import (
     LANES,
     LOG2_E,
     NEGATIVE,
@@ -35,7 +35,7 @@ from pallas_kernels.attention.tpu_layout import (
     filled,
     visible,
 )
-from pallas_kernels.attention.visits import Sparse, Visit
+from .visits import Sparse, Visit
 
 __all__ = ["ForwardKernel"]
 

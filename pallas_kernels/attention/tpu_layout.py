@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges
-from pallas_kernels.attention.specs import BlockSizes
-from pallas_kernels.attention.visits import Dense, Sparse, seen_blocks
+from .masks import HIDDEN, BlockMask, KeyRanges
+from .specs import BlockSizes
+from .visits import Dense, Sparse, seen_blocks
 
 __all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "filled", "masking", "visible"]
 

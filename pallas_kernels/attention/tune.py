@@ -1,10 +1,10 @@
 """Finds the block sizes of `block_sizes.json` by static cycles; no TPU is needed, but libtpu.
 
-    python -m pallas_kernels.attention.tune --generation v6e [--pass forward] [--head-dim 128]
+    python -m vidgen.pallas_kernels.attention.tune --generation v6e [--pass forward] [--head-dim 128]
         [--masked | --no-masked] [--limit 300] [--write]
 
 Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
-(`pallas_kernels.tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
+(`tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
 Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
 smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half of the blocks
 count as if a segment ended within. What takes libtpu longer than `--limit` seconds to compile is not taken:
@@ -20,12 +20,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
-from pallas_kernels.attention import specs
-from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.tpu_static import attention
-from pallas_kernels.tpu_static.attention import PASSES, Shape
-from pallas_kernels.tpu_static.interior import Choice
-from pallas_kernels.tpu_static.measure import Job, measure
+from ..tpu_static import attention
+from ..tpu_static.attention import PASSES, Shape
+from ..tpu_static.interior import Choice
+from ..tpu_static.measure import Job, measure
+from . import specs
+from .specs import GENERATIONS, BlockSizes
 
 __all__ = ["candidates", "main", "tune"]
 
@@ -89,7 +89,7 @@ def tune(
         for take in BODIES if masked else BODIES[:1]:
             jobs.append(
                 Job(
-                    build="pallas_kernels.attention.tune:build",
+                    build="vidgen.pallas_kernels.attention.tune:build",
                     keywords=keywords | dataclasses.asdict(shape),
                     hints={
                         name: dataclasses.replace(

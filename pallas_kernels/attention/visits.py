@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.masks import BlockMask, KeyRanges
+from .masks import BlockMask, KeyRanges
 
 __all__ = ["Dense", "Seen", "Sparse", "Visit", "most_listed", "seen_blocks"]
 

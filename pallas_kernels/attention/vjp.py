@@ -6,8 +6,8 @@ from typing import Any, Literal
 import jax
 from jax import Array
 
-from pallas_kernels.attention import gpu, tpu
-from pallas_kernels.attention.masks import BlockMask, KeyRanges
+from . import gpu, tpu
+from .masks import BlockMask, KeyRanges
 
 __all__ = ["attention"]
 

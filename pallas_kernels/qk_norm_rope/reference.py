@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.qk_norm_rope.rotation import Rotation, cos_sin
+from .rotation import Rotation, cos_sin
 
 __all__ = ["norm_rope"]
 

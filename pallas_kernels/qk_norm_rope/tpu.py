@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.qk_norm_rope.rotation import LANES
+from .rotation import LANES
 
 __all__ = ["ROW_TILE", "Interpret", "Options", "backward", "forward"]
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.qk_norm_rope import tpu
-from pallas_kernels.qk_norm_rope.rotation import LANES, Rotation, rotation
+from . import tpu
+from .rotation import LANES, Rotation, rotation
 
 __all__ = ["block_rows", "norm_rope"]
 

@@ -1,7 +1,8 @@
 """Prints the cycles of kernels on a TPU that is not there.
 
-    python -m pallas_kernels.tpu_static attention --generation v6e [--head-dim 64] [--sequence 32768] [--json]
-    python -m pallas_kernels.tpu_static attention --update
+    python -m vidgen.pallas_kernels.tpu_static attention --generation v6e [--head-dim 64] [--sequence 32768]
+        [--json]
+    python -m vidgen.pallas_kernels.tpu_static attention --update
 
 Cycles are per tile of 1024 queries by 1024 keys, of one core, for the whole jitted call; of a packed sequence
 per tile that is seen, by the stall model, since the evaluator does not see what is packed. With --json the
@@ -12,11 +13,11 @@ import argparse
 import json
 import sys
 
-from pallas_kernels.tpu_static import attention
-from pallas_kernels.tpu_static.attention import PASSES, Shape
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.measure import MeasureError
-from pallas_kernels.tpu_static.report import Kernel, Operation, Report
+from . import attention
+from .attention import PASSES, Shape
+from .generations import GENERATIONS
+from .measure import MeasureError
+from .report import Kernel, Operation, Report
 
 MIB = 2**20
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.tpu_static",
+        prog="python -m vidgen.pallas_kernels.tpu_static",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

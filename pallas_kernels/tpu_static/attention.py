@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import tpu
-from pallas_kernels.attention.masks import segment_ranges
-from pallas_kernels.attention.specs import BlockSizes, Pass
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.interior import Choice
-from pallas_kernels.tpu_static.measure import Job, measure
-from pallas_kernels.tpu_static.report import Hint, Report
+from ..attention import tpu
+from ..attention.masks import segment_ranges
+from ..attention.specs import BlockSizes, Pass
+from .generations import GENERATIONS
+from .interior import Choice
+from .measure import Job, measure
+from .report import Hint, Report
 
 __all__ = [
     "HEAD_DIMS",

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-from pallas_kernels.tpu_static.dumps import DumpError, Listing, branches
+from .dumps import DumpError, Listing, branches
 
 __all__ = ["Alternative", "Choice", "Interior", "interior_step"]
 

@@ -1,6 +1,6 @@
 """Cycles of a jitted function on a TPU that is not there, from what its compiler, libtpu, knows of it.
 
-    job = Job(build="pallas_kernels.tpu_static.attention:forward", keywords={"generation": "v6e"})
+    job = Job(build="vidgen.pallas_kernels.tpu_static.attention:forward", keywords={"generation": "v6e"})
     [report] = measure([job], generation="v6e")
 
 Where figures come from, the most trusted first:
@@ -32,10 +32,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_kernels.tpu_static import worker
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.program import Branch
-from pallas_kernels.tpu_static.report import Hint, Report, read_report
+from . import worker
+from .generations import GENERATIONS
+from .program import Branch
+from .report import Hint, Report, read_report
 
 __all__ = ["Job", "MeasureError", "measure"]
 

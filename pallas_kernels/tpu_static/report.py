@@ -7,11 +7,11 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from pallas_kernels.tpu_static.dumps import DumpError, Listing, read_listing
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.interior import Choice, Interior, interior_step
-from pallas_kernels.tpu_static.program import Branch, Instruction, instructions
-from pallas_kernels.tpu_static.stalls import stall_cycles
+from .dumps import DumpError, Listing, read_listing
+from .generations import GENERATIONS
+from .interior import Choice, Interior, interior_step
+from .program import Branch, Instruction, instructions
+from .stalls import stall_cycles
 
 __all__ = ["Hint", "Kernel", "Operation", "Report", "read_report"]
 

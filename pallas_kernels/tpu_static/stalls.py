@@ -10,7 +10,7 @@ import collections
 import re
 from collections.abc import Iterable, Sequence
 
-from pallas_kernels.tpu_static.generations import Generation, Multiply
+from .generations import Generation, Multiply
 
 __all__ = ["stall_cycles"]
 

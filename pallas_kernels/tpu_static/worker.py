@@ -1,6 +1,6 @@
 """Compiles jobs for a TPU that is not there, in a process of its own: libtpu reads its flags when it loads.
 
-    python -m pallas_kernels.tpu_static.worker DIRECTORY
+    python -m vidgen.pallas_kernels.tpu_static.worker DIRECTORY
 
 `DIRECTORY/jobs.json` says what to compile; each job's program and dumps come to lie in a folder of its index.
 `measure.py` starts this and reads the folders. A compilation that takes the process down leaves its folder

@@ -22,7 +22,7 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it(name):
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"vidgen.{name}")
     path = name.replace(".", "/") + ".py"
     assert f"--config={path}" in (inspect.getdoc(module) or ""), f"{path}: the docstring gives no command"
 
@@ -40,7 +40,7 @@ MIXED += [
     ("name", "argument"), [(name, argument) for name in NAMES for argument in (None, "tiny")] + MIXED
 )
 def test_get_config_gives_values_that_resolve(name, argument):
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"vidgen.{name}")
     config = module.get_config() if argument is None else module.get_config(argument)
     assert isinstance(config, ml_collections.ConfigDict)
     if config.data.kind == "folder":
@@ -61,7 +61,7 @@ def leaves(value):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_differs_and_unknown_arguments_are_errors(name):
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"vidgen.{name}")
     assert str(module.get_config("tiny")) != str(module.get_config())
     with pytest.raises(ValueError, match="tiny"):
         module.get_config("no-such-argument")
@@ -69,7 +69,7 @@ def test_tiny_differs_and_unknown_arguments_are_errors(name):
 
 @pytest.mark.parametrize("argument", ["", "decoder", "images", "demo", "decoder,tiny"])
 def test_finetuning_takes_the_arguments_of_what_it_continues(argument):
-    from experiments.vae import finetune, sprites
+    from vidgen.experiments.vae import finetune, sprites
 
     experiment = resolve(Experiment, finetune.get_config(argument).to_dict())
     base = sprites.get_config(argument.replace("decoder", "").strip(",")).to_dict()
@@ -82,7 +82,7 @@ def test_finetuning_takes_the_arguments_of_what_it_continues(argument):
 
 
 def test_packed_has_the_model_and_the_tokens_of_the_run_that_it_is_compared_with():
-    from experiments.dit import sprites
+    from vidgen.experiments.dit import sprites
     from vidgen.models.video_vae.config import VARIANTS
 
     packed, fixed = (resolve(Experiment, sprites.get_config(name).to_dict()) for name in ("packed", ""))
@@ -105,8 +105,9 @@ def test_packed_has_the_model_and_the_tokens_of_the_run_that_it_is_compared_with
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("experiments.dit.sprites", "packed,demo"), ("experiments.dit.folder", "packed")]
+    ("name", "argument"),
+    [("experiments.dit.sprites", "packed,demo"), ("experiments.dit.folder", "packed")],
 )
 def test_arguments_that_do_not_go_together_are_errors(name, argument):
     with pytest.raises(ValueError, match=r"exclude each other|unknown argument 'packed'"):
-        importlib.import_module(name).get_config(argument)
+        importlib.import_module(f"vidgen.{name}").get_config(argument)

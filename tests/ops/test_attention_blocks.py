@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.masks import segment_ranges
 from tests.ops.array_shapes import array_shapes
 from tests.pallas_kernels.attention.cases import exact
 from vidgen.ops import attention_blocks
 from vidgen.ops.attention_blocks import Blocks, block_score_bytes
+from vidgen.pallas_kernels.attention.masks import segment_ranges
 
 SCALE = 8**-0.5
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.masks import HIDDEN, KeyRanges
 from vidgen.ops.attention import attention
 from vidgen.ops.attention_blocks import ATTENTION, Attended, Blocks, merge
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
+from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.hlo import count_collectives

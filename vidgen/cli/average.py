@@ -1,13 +1,13 @@
 """`vidgen average`: a run's weights averaged over another length, found after training."""
 
 import argparse
-import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="workdir of a training run")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to be made")
+    parser.add_argument("--checkpoint", required=True, type=path_option, help="workdir of a training run")
+    parser.add_argument("--out", required=True, type=path_option, help="folder to be made")
     parser.add_argument(
         "--sigma-rel",
         required=True,

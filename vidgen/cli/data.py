@@ -11,13 +11,13 @@ Examples:
 import argparse
 import concurrent.futures
 import contextlib
-import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from vidgen.cli.data_latents import add_latents_options, write_latents
+from vidgen.core.paths import path_option
 from vidgen.data.buckets import Bucket
 from vidgen.data.check import find_damage
 from vidgen.data.folder import FolderData, FolderReport, UsedFile
@@ -113,15 +113,19 @@ def _add_clip_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", metavar="DIR", help="the folder; those below it are searched too")
+    parser.add_argument(
+        "dir", type=path_option, metavar="DIR", help="the folder; those below it are searched too"
+    )
     _add_clip_options(parser)
     parser.add_argument("--stride", type=float, help="seconds between clips (default: end to end)")
-    parser.add_argument("--captions", metavar="FILE", help="a .jsonl or .csv with the captions of all files")
+    parser.add_argument(
+        "--captions", type=path_option, metavar="FILE", help="a .jsonl or .csv with the captions of all files"
+    )
     parser.add_argument("--require-captions", action="store_true", help="leave out files without a caption")
 
 
 def _add_build_options(parser: argparse.ArgumentParser, *, encoding: str) -> None:
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="OUT", help="folder to write to")
+    parser.add_argument("--out", type=path_option, required=True, metavar="OUT", help="folder to write to")
     parser.add_argument(
         "--encoding",
         choices=("lossless", "h264"),
@@ -143,13 +147,13 @@ def _bucket(text: str) -> Bucket:
 
 def _folder_data(options: argparse.Namespace, **more: object) -> FolderData:
     return FolderData(
-        path=options.dir,
+        path=str(options.dir),
         num_frames=options.num_frames,
         height=options.height,
         width=options.width,
         fps=options.fps,
         stride=options.stride,
-        captions=options.captions,
+        captions=None if options.captions is None else str(options.captions),
         require_captions=options.require_captions,
         **more,  # pyright: ignore[reportArgumentType]
     )

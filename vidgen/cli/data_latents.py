@@ -2,11 +2,11 @@
 
 import argparse
 import collections
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["add_latents_options", "write_latents"]
 
@@ -19,8 +19,14 @@ def add_latents_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:ARG]",
         help="the experiment whose clips are encoded, each of its buckets as a size",
     )
-    parser.add_argument("--vae", required=True, metavar="WORKDIR", help="of a run that trained or used a VAE")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--vae",
+        type=path_option,
+        required=True,
+        metavar="WORKDIR",
+        help="of a run that trained or used a VAE",
+    )
+    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--num-clips",
         type=int,

@@ -11,6 +11,7 @@ import numpy as np
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -90,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("latents", type=pathlib.Path, help="what `vidgen encode` wrote (.safetensors)")
-    parser.add_argument("--vae", type=pathlib.Path, help="a run, or a diffusers checkpoint")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help=".mp4, .gif or .png")
+    parser.add_argument("latents", type=path_option, help="what `vidgen encode` wrote (.safetensors)")
+    parser.add_argument("--vae", type=path_option, help="a run, or a diffusers checkpoint")
+    parser.add_argument("--out", required=True, type=path_option, help=".mp4, .gif or .png")
     add_frame_options(parser)
     return parser
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from vidgen.cli import sample, train
 from vidgen.cli.main import run
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -21,9 +22,9 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     parser = argparse.ArgumentParser(prog="vidgen demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the demo")
+    parser.add_argument("--out", type=path_option, default=pathlib.Path("demo"), help="folder of the demo")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--arg", default="demo", help="argument of the two experiments/*/sprites.py")
+    parser.add_argument("--arg", default="demo", help="argument of the two experiments sprites.py")
     arguments = parser.parse_args(argv)
 
     images, vae, dit = (arguments.out / name for name in ("vae_images", "vae", "dit"))

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +10,7 @@ import numpy as np
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -103,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("video", type=pathlib.Path, help="a video or an image")
-    parser.add_argument("--vae", required=True, type=pathlib.Path, help="a run, or a diffusers checkpoint")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="file of latents (.safetensors)")
+    parser.add_argument("video", type=path_option, help="a video or an image")
+    parser.add_argument("--vae", required=True, type=path_option, help="a run, or a diffusers checkpoint")
+    parser.add_argument("--out", required=True, type=path_option, help="file of latents (.safetensors)")
     parser.add_argument("--fps", type=float, help="frames per second to take; the file's own where not given")
     parser.add_argument("--height", type=int, help="pixels; the file's own where not given")
     parser.add_argument("--width", type=int)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vidgen.cli.main import run
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -155,16 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=pathlib.Path,
+        type=path_option,
         help="workdir of a run, or a VAE in diffusers' layout",
     )
     parser.add_argument(
         "--num-clips", type=int, help="how many clips or prompts (200), or files of --videos (all)"
     )
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the scores there too")
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the scores there too")
     vae = parser.add_argument_group("of a VAE")
     vae.add_argument(
-        "--videos", type=pathlib.Path, help="a folder or a file, instead of the run's held-out clips"
+        "--videos", type=path_option, help="a folder or a file, instead of the run's held-out clips"
     )
     vae.add_argument(
         "--fps", type=float, help="frames per second to take of --videos; their own where not given"
@@ -172,15 +173,15 @@ def _parser() -> argparse.ArgumentParser:
     vae.add_argument("--height", type=int, help="pixels, of --videos; their own where not given")
     vae.add_argument("--width", type=int)
     vae.add_argument(
-        "--lpips", type=pathlib.Path, metavar="FILE", help="weights of VGG16-LPIPS (.safetensors)"
+        "--lpips", type=path_option, metavar="FILE", help="weights of VGG16-LPIPS (.safetensors)"
     )
     vae.add_argument(
-        "--i3d", type=pathlib.Path, metavar="FILE", help="weights of I3D, for rFVD (.safetensors)"
+        "--i3d", type=path_option, metavar="FILE", help="weights of I3D, for rFVD (.safetensors)"
     )
     vae.add_argument("--clip-frames", type=int, default=16, help="of a clip of rFVD (16), at least 9")
     vae.add_argument(
         "--side-by-side",
-        type=pathlib.Path,
+        type=path_option,
         metavar="DIR",
         help="write each video beside its reconstruction there",
     )

@@ -1,11 +1,11 @@
 """`vidgen export`: a trained run, or a checkpoint, to files of other programs."""
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="WORKDIR",
-        type=pathlib.Path,
+        type=path_option,
         help="of a run; or a checkpoint for diffusers",
     )
     parser.add_argument("--format", choices=_FORMATS, default="diffusers")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="a new folder; for lora, a file")
+    parser.add_argument("--out", required=True, type=path_option, help="a new folder; for lora, a file")
     parser.add_argument("--step", type=int, help="which checkpoint of a run; by default the newest")
     parser.add_argument(
         "--spelling", choices=("peft", "comfyui"), default="peft", help="of the names in a LoRA file"

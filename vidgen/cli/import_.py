@@ -1,11 +1,11 @@
 """`vidgen import`: a checkpoint of another program to a folder that everything here reads."""
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -53,13 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="DIR_OR_FILE",
-        type=pathlib.Path,
+        type=path_option,
         help="a checkpoint for diffusers or of Wan's authors, or a transformer in one safetensors file",
     )
-    parser.add_argument("--to", required=True, type=pathlib.Path, help="a new folder")
+    parser.add_argument("--to", required=True, type=path_option, help="a new folder")
     parser.add_argument(
         "--parts",
-        type=pathlib.Path,
+        type=path_option,
         help="a checkpoint for diffusers that VAE, text encoder, tokenizer and scheduler are taken from",
     )
     parser.add_argument(

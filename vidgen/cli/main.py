@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import importlib
-import importlib.metadata
 import keyword
 import os
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
+from vidgen import __version__
 from vidgen.core.errors import UserError
 
 __all__ = ["main", "run"]
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage(), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name == "--version":
-        print(f"vidgen {importlib.metadata.version('vidgen')}")
+        print(f"vidgen {__version__}")
         return 0
     if name not in _COMMANDS:
         closest = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]

@@ -10,6 +10,7 @@ from typing import Any
 from vidgen.cli.main import run
 from vidgen.core.config import to_dict
 from vidgen.core.errors import UserError
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -136,17 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=pathlib.Path,
+        type=path_option,
         help="workdir of a training run, or a checkpoint of Wan for diffusers",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--prompt-file", type=pathlib.Path, help="one prompt per line")
+    what.add_argument("--prompt-file", type=path_option, help="one prompt per line")
     parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help=".mp4, .gif or .png")
+    parser.add_argument("--out", required=True, type=path_option, help=".mp4, .gif or .png")
     images = parser.add_argument_group("images", "for models that make videos of them")
-    images.add_argument("--image", type=pathlib.Path, help="the first frame")
-    images.add_argument("--last-image", type=pathlib.Path, help="the last frame")
+    images.add_argument("--image", type=path_option, help="the first frame")
+    images.add_argument("--last-image", type=path_option, help="the last frame")
     size = parser.add_argument_group("size", "by default that of training")
     size.add_argument("--num-frames", type=int, help="1 + 4 n; 1 makes an image")
     size.add_argument("--height", type=int, help="pixels")
@@ -155,10 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     weights = parser.add_argument_group("weights")
     weights.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
     weights.add_argument(
-        "--lora", type=pathlib.Path, action="append", help="safetensors, of PEFT or ComfyUI; may be repeated"
+        "--lora", type=path_option, action="append", help="safetensors, of PEFT or ComfyUI; may be repeated"
     )
     weights.add_argument("--lora-scale", type=float, default=1.0)
-    weights.add_argument("--text-cache", type=pathlib.Path, help="folder that keeps features of prompts")
+    weights.add_argument("--text-cache", type=path_option, help="folder that keeps features of prompts")
     sampler = parser.add_argument_group("sampler", "by default as the model was published or trained")
     sampler.add_argument("--steps", type=int)
     sampler.add_argument("--guidance-scale", type=float, help="1 is none")

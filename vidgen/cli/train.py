@@ -13,6 +13,7 @@ from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
 from vidgen.core.config import resolve
 from vidgen.core.logging import get_logger
+from vidgen.core.paths import path_option
 
 __all__ = ["main"]
 
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG)"
     )
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="folder of the run: config, checkpoints, metrics"
+        "--workdir", required=True, type=path_option, help="folder of the run: config, checkpoints, metrics"
     )
     several = parser.add_argument_group("several processes", "or from the environment, see launch/local.py")
     several.add_argument("--coordinator", metavar="HOST:PORT", help='of process 0, or "auto" on a cluster')

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union
 
 from vidgen.core.errors import UserError
 from vidgen.core.limits import Limit
+from vidgen.core.paths import require_local
 
 __all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
 
@@ -118,8 +120,10 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         raise _wrong(where, value, hint.__name__)
     if hint is float and isinstance(value, int):
         return float(value)
-    if issubclass(hint, pathlib.PurePath) and isinstance(value, str):
-        return hint(value)
+    if isinstance(value, str):
+        require_local(value, where)
+        if issubclass(hint, pathlib.PurePath):
+            return hint(value)
     if not isinstance(value, hint):
         raise _wrong(where, value, hint.__name__)
     return value
@@ -204,6 +208,7 @@ def _convert_dataclass(cls: Any, values: Any, where: str) -> Any:
         if required and name not in values:
             raise ConfigError(
                 f"{where}.{name}: missing; {cls.__name__} needs it (type {_name(_hints(cls)[name])})"
+                f"{_remedy(f'{where}.{name}')}"
             )
     arguments = {key: _convert(_hints(cls)[key], values[key], f"{where}.{key}") for key in values}
     try:
@@ -238,4 +243,11 @@ def _describe(value: Any) -> str:
 
 
 def _wrong(where: str, value: Any, expected: str) -> ConfigError:
-    return ConfigError(f"{where}: found {_describe(value)}, expected {expected}")
+    remedy = _remedy(where) if value is None else ""
+    return ConfigError(f"{where}: found {_describe(value)}, expected {expected}{remedy}")
+
+
+def _remedy(where: str) -> str:
+    """How a value is given on the command line, where `where` is a place that can be given there."""
+    kind = "DIR" if where.endswith("path") else "VALUE"
+    return f": give --{where}={kind}" if re.fullmatch(r"config(\.\w+)+", where) else ""

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.masks import HIDDEN, KeyRanges
 from vidgen.core.typing import Array, Float
+from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
 
 __all__ = ["ATTENTION", "Attended", "Blocks", "PartAttention", "block_score_bytes", "merge"]
 

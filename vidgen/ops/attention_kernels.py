@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.attention import gpu, tpu
-from pallas_kernels.attention.masks import HIDDEN, KeyRanges, segment_ranges
-from pallas_kernels.attention.specs import generation_of
 from vidgen.core.typing import Array, Float
 from vidgen.ops.attention_blocks import ATTENTION, PartAttention
 from vidgen.ops.attention_cpu import Masks
+from vidgen.pallas_kernels.attention import gpu, tpu
+from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges, segment_ranges
+from vidgen.pallas_kernels.attention.specs import generation_of
 from vidgen.parallel.rules import partition_spec
 
 __all__ = ["Kernels", "device_kind", "kernel_attention", "key_ranges", "over_mesh"]
@@ -26,11 +26,11 @@ _PADDING = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The kernels of one kind of device, as `pallas_kernels.attention.reference` has them.
+    """The kernels of one kind of device, as `vidgen.pallas_kernels.attention.reference` has them.
 
     Attributes:
       kind: `pallas_tpu` or `pallas_gpu`.
-      generation: of TPUs, as `pallas_kernels.attention.specs` names them.
+      generation: of TPUs, as `vidgen.pallas_kernels.attention.specs` names them.
       interpret: runs on a CPU, slowly, to test.
     """
 

@@ -3,10 +3,10 @@
 import jax
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.qk_norm_rope import vjp
 from vidgen.core.typing import Array, Float
 from vidgen.ops.attention import Implementation
 from vidgen.ops.attention_kernels import device_kind
+from vidgen.pallas_kernels.qk_norm_rope import vjp
 from vidgen.parallel.rules import partition_spec
 
 __all__ = ["norm_rope"]

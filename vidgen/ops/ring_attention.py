@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention.masks import KeyRanges
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import Implementation
 from vidgen.ops.attention_blocks import (
@@ -27,6 +26,7 @@ from vidgen.ops.attention_blocks import (
 from vidgen.ops.attention_cpu import Masks
 from vidgen.ops.attention_kernels import Kernels, device_kind, key_ranges
 from vidgen.ops.score_budget import check_scores, report_fallback
+from vidgen.pallas_kernels.attention.masks import KeyRanges
 
 __all__ = ["Ring", "ring_attention"]
 

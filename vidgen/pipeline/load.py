@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from vidgen.core.errors import UserError
+from vidgen.core.paths import local_path
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.lora import merge_low_rank
@@ -44,6 +45,7 @@ def load(
       FileNotFoundError: neither is there, or a part of it is missing.
       UserError: the run trained something else, or the checkpoint is of another model.
     """
+    path = local_path(path, "the checkpoint")
     mesh = MeshOptions().build() if mesh is None else mesh
     if is_checkpoint(path):
         return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)

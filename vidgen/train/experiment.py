@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import ConfigError, resolve, to_dict
+from vidgen.core.paths import hub_remedy
 from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData
 from vidgen.data.latents_data import LatentsData
@@ -93,7 +94,9 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {workdir} is not the workdir of a training run")
+        raise FileNotFoundError(
+            f"{path} is missing: {workdir} is not the workdir of a training run{hub_remedy(workdir)}"
+        )
     return resolve(Experiment, _read(path), where=str(path))
 
 

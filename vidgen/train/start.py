@@ -11,6 +11,7 @@ from flax import nnx
 
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.logging import get_logger
+from vidgen.core.paths import hub_remedy
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 from vidgen.models.dit.diffusers_folder import is_transformer, load_arrays
@@ -51,6 +52,7 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
     else:
         raise CheckpointError(
             f"{directory} is missing: expected the workdir of a training run, a VAE, or Wan's weights"
+            f"{hub_remedy(workdir)}"
         )
     fresh = sorted({_part(name) for name in wanted.keys() - source.keys()})
     _log.info("weights are those of %s%s%s", workdir, what, f"; new: {fresh}" if fresh else "")

@@ -14,6 +14,7 @@ from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.paths import hub_remedy, packaged
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import Metrics
 from vidgen.data.loader import Loader
@@ -69,7 +70,7 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
     if not has_vae(workdir):
         raise FileNotFoundError(
             f"{folder} holds no VAE; expected the workdir of a finished VAE run, or of a run that used one. "
-            "Train one with a config of experiments/vae, or correct task.vae"
+            f"Train one with a config of experiments/vae, or correct task.vae{hub_remedy(workdir)}"
         )
     if is_diffusers(folder):
         return read_config(folder)
@@ -91,7 +92,7 @@ def encoder_fingerprint(vae: VideoVAE) -> str:
 
 
 def _folder(workdir: pathlib.Path | str) -> pathlib.Path:
-    path = pathlib.Path(workdir)
+    path = packaged(workdir)
     return path if is_diffusers(path) else path / _FOLDER
 
 

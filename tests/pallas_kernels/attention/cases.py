@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges, causal_ranges, segment_ranges
+from vidgen.pallas_kernels.attention.masks import HIDDEN, BlockMask, KeyRanges, causal_ranges, segment_ranges
 
 TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 2e-6}
 """Of the root of the mean squared error, relative to that of what is expected."""

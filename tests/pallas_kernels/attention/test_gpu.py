@@ -10,11 +10,11 @@ import pytest
 from jax._src import compilation_cache
 from jax.experimental import topologies
 
-from pallas_kernels.attention import gpu
-from pallas_kernels.attention.gpu_visits import list_visits
-from pallas_kernels.attention.masks import BlockMask, KeyRanges, causal_ranges, segment_ranges
 from tests.pallas_kernels.attention import triton_numpy
 from tests.pallas_kernels.attention.cases import AttentionCases
+from vidgen.pallas_kernels.attention import gpu
+from vidgen.pallas_kernels.attention.gpu_visits import list_visits
+from vidgen.pallas_kernels.attention.masks import BlockMask, KeyRanges, causal_ranges, segment_ranges
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 

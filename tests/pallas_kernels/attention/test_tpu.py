@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import reference, specs, tpu, visits
-from pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
-from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.attention.tpu_layout import Heads
 from tests.pallas_kernels.attention.cases import AttentionCases, close_log_sum_exp, error, exact
+from vidgen.pallas_kernels.attention import reference, specs, tpu, visits
+from vidgen.pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
+from vidgen.pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from vidgen.pallas_kernels.attention.tpu_layout import Heads
 
 SMALL = BlockSizes(queries=128, keys=256, query_unit=128, key_unit=128)
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import tpu
-from pallas_kernels.attention.masks import causal_ranges, segment_ranges
-from pallas_kernels.attention.specs import GENERATIONS
-from pallas_kernels.tpu_static.measure import Job, measure
+from vidgen.pallas_kernels.attention import tpu
+from vidgen.pallas_kernels.attention.masks import causal_ranges, segment_ranges
+from vidgen.pallas_kernels.attention.specs import GENERATIONS
+from vidgen.pallas_kernels.tpu_static.measure import Job, measure
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install "vidgen[tpu]"'

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pallas_kernels.attention import specs, tune
-from pallas_kernels.attention.specs import GENERATIONS, BlockSizes
-from pallas_kernels.tpu_static.attention import PASSES
-from pallas_kernels.tpu_static.report import Report
+from vidgen.pallas_kernels.attention import specs, tune
+from vidgen.pallas_kernels.attention.specs import GENERATIONS, BlockSizes
+from vidgen.pallas_kernels.tpu_static.attention import PASSES
+from vidgen.pallas_kernels.tpu_static.report import Report
 
 
 class Measured(Report):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from pallas_kernels.attention import reference
-from pallas_kernels.attention.masks import BlockMask, causal_ranges
-from pallas_kernels.attention.vjp import attention
+from vidgen.pallas_kernels.attention import reference
+from vidgen.pallas_kernels.attention.masks import BlockMask, causal_ranges
+from vidgen.pallas_kernels.attention.vjp import attention
 
 TPU = {"backend": "tpu", "generation": "v6e", "interpret": True}
 GPU = {"backend": "gpu", "interpret": True}

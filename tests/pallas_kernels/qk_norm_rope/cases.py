@@ -6,7 +6,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from pallas_kernels.qk_norm_rope.rotation import rotation
+from vidgen.pallas_kernels.qk_norm_rope.rotation import rotation
 
 TOLERANCE = {"bfloat16": 4e-3, "float32": 2e-6}
 """Of the root of the mean squared error, relative to that of what is expected."""

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from pallas_kernels.qk_norm_rope.rotation import Rotation
-from pallas_kernels.qk_norm_rope.vjp import norm_rope
+from vidgen.pallas_kernels.qk_norm_rope.rotation import Rotation
+from vidgen.pallas_kernels.qk_norm_rope.vjp import norm_rope
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 

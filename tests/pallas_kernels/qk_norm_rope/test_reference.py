@@ -1,7 +1,7 @@
 import jax
 
-from pallas_kernels.qk_norm_rope import reference
 from tests.pallas_kernels.qk_norm_rope.cases import NormRopeCases
+from vidgen.pallas_kernels.qk_norm_rope import reference
 
 
 class TestReference(NormRopeCases):

@@ -6,8 +6,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.qk_norm_rope import vjp
 from tests.pallas_kernels.qk_norm_rope.cases import NormRopeCases
+from vidgen.pallas_kernels.qk_norm_rope import vjp
 
 
 class TestTpu(NormRopeCases):

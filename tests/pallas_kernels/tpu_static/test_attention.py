@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from pallas_kernels.attention.specs import BlockSizes
-from pallas_kernels.tpu_static import __main__ as command
-from pallas_kernels.tpu_static import attention
-from pallas_kernels.tpu_static.attention import PASSES, TABLE, Shape
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.interior import Interior
-from pallas_kernels.tpu_static.measure import MeasureError
-from pallas_kernels.tpu_static.program import Instruction
-from pallas_kernels.tpu_static.report import Kernel, Operation, Report
+from vidgen.pallas_kernels.attention.specs import BlockSizes
+from vidgen.pallas_kernels.tpu_static import __main__ as command
+from vidgen.pallas_kernels.tpu_static import attention
+from vidgen.pallas_kernels.tpu_static.attention import PASSES, TABLE, Shape
+from vidgen.pallas_kernels.tpu_static.generations import GENERATIONS
+from vidgen.pallas_kernels.tpu_static.interior import Interior
+from vidgen.pallas_kernels.tpu_static.measure import MeasureError
+from vidgen.pallas_kernels.tpu_static.program import Instruction
+from vidgen.pallas_kernels.tpu_static.report import Kernel, Operation, Report
 
 ALLOWED = 1.05
 """Times the table's cycles. Less is no difference: it is within what the model is good for."""
@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install "jax[tpu]"'
 )
 needs_table = pytest.mark.skipif(
-    not TABLE.exists(), reason="no table: python -m pallas_kernels.tpu_static attention --update"
+    not TABLE.exists(), reason="no table: python -m vidgen.pallas_kernels.tpu_static attention --update"
 )
 
 

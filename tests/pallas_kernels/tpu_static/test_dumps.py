@@ -2,8 +2,8 @@
 
 import pytest
 
-from pallas_kernels.tpu_static.dumps import Branch, DumpError, branches, read_listing
 from tests.pallas_kernels.tpu_static import cases
+from vidgen.pallas_kernels.tpu_static.dumps import Branch, DumpError, branches, read_listing
 
 
 def test_bundles_and_slots_are_read():

@@ -2,8 +2,6 @@
 
 import pytest
 
-from pallas_kernels.tpu_static.dumps import DumpError, read_listing
-from pallas_kernels.tpu_static.interior import Choice, interior_step
 from tests.pallas_kernels.tpu_static import cases
 from tests.pallas_kernels.tpu_static.cases import (
     ADD,
@@ -16,6 +14,8 @@ from tests.pallas_kernels.tpu_static.cases import (
     program,
     starting,
 )
+from vidgen.pallas_kernels.tpu_static.dumps import DumpError, read_listing
+from vidgen.pallas_kernels.tpu_static.interior import Choice, interior_step
 
 
 def step(bundles, **choice):

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from pallas_kernels.tpu_static import measure as measuring
-from pallas_kernels.tpu_static.measure import Job, MeasureError, measure
+from vidgen.pallas_kernels.tpu_static import measure as measuring
+from vidgen.pallas_kernels.tpu_static.measure import Job, MeasureError, measure
 
 FATAL = (
     "I0000 of no interest\nF1125 14:02:41.115671    9042 llo_module.cc:66] Check failed: no branch\n  at x\n"
@@ -23,7 +23,7 @@ def processes(monkeypatch):
 
     def run(command, *, env, stdout, stderr, check):
         directory = pathlib.Path(command[-1])
-        assert command[1:3] == ["-m", "pallas_kernels.tpu_static.worker"]
+        assert command[1:3] == ["-m", "vidgen.pallas_kernels.tpu_static.worker"]
         evaluator = "--xla_jf_dump_static_llo_profile_to" in env["LIBTPU_INIT_ARGS"]
         plan = json.loads((directory / "jobs.json").read_text())
         assert plan["topology"] == "v6e:2x2"

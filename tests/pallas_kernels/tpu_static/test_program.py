@@ -2,7 +2,7 @@
 
 import pytest
 
-from pallas_kernels.tpu_static.program import instructions, stored_bytes
+from vidgen.pallas_kernels.tpu_static.program import instructions, stored_bytes
 
 
 def config(evaluated=None, modelled=50, scoped=0):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pallas_kernels.tpu_static.interior import Choice
-from pallas_kernels.tpu_static.report import Hint, Report, read_report
 from tests.pallas_kernels.tpu_static import cases
+from vidgen.pallas_kernels.tpu_static.interior import Choice
+from vidgen.pallas_kernels.tpu_static.report import Hint, Report, read_report
 
 STEP = 59 + 50
 """Bundles of a step of cases.KERNEL with the mask."""

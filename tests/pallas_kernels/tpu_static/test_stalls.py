@@ -2,8 +2,8 @@
 
 import pytest
 
-from pallas_kernels.tpu_static.generations import GENERATIONS
-from pallas_kernels.tpu_static.stalls import stall_cycles
+from vidgen.pallas_kernels.tpu_static.generations import GENERATIONS
+from vidgen.pallas_kernels.tpu_static.stalls import stall_cycles
 
 V6E, V5E, TPU7X = (GENERATIONS[name] for name in ("v6e", "v5e", "tpu7x"))
 PUSH, POP = "%1 = vmatmul.mubr.bf16.gmra.mxu0 %v1", "%v2 = vpop.f32.mrf.mxu0"

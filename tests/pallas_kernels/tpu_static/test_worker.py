@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu_static import worker
+from vidgen.pallas_kernels.tpu_static import worker
 
 
 def test_a_worker_has_its_own_flags(monkeypatch, tmp_path):
