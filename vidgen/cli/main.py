@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from vidgen import __version__
+from vidgen.core.accelerators import skip_absent_tpu
 from vidgen.core.errors import UserError
 
 __all__ = ["main", "run"]
@@ -48,6 +49,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
       command: takes the arguments after the program's name; returns its exit status, None being 0.
       argv: those arguments; the process's own where not given.
     """
+    skip_absent_tpu()
     try:
         with _sigterm_raises():
             return command(sys.argv[1:] if argv is None else argv) or 0

@@ -1,5 +1,6 @@
-"""What a person sees of a run: one line that is rewritten."""
+"""What a person sees of a run: a bar on a terminal, elsewhere one line for each log interval."""
 
+import datetime
 import sys
 import time
 
@@ -11,42 +12,79 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A progress bar with loss, steps/s, frames/s and the time that is left; silent where not enabled."""
+    """Steps done, loss, steps/s, frames/s and the time that is left; silent where not enabled.
+
+    The first step, in which the program is compiled, counts as done, but in neither rates nor the time left.
+    """
 
     def __init__(self, *, start: int, total: int, enabled: bool = True):
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not enabled,
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            # What is no terminal keeps every line.
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,
-            bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining} {rate_fmt}{postfix}",
-        )
+        """Says nothing before it is entered.
+
+        Args:
+          start: steps that are done already.
+          total: steps of the whole run.
+        """
+        self._done, self._total, self._enabled = start, total, enabled
+        self._bar: tqdm | None = None
+        self._first: dict[str, float] | None = None
+        """Rates of the first step."""
         self._since, self._steps, self._frames = time.monotonic(), 0, 0
 
     def advance(self, frames: int) -> None:
         """Counts one step over `frames` frames."""
+        self._done += 1
         self._steps += 1
         self._frames += frames
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.update()
+        elif self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._done,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+                bar_format="{n_fmt}/{total_fmt} {bar:20} {elapsed}<{remaining} {rate_fmt}{postfix}",
+            )
+        if self._first is None:
+            self._first = self._rates()
+            self._start_interval()
 
     def rates(self) -> dict[str, float]:
-        """Steps and frames per second since the last call."""
-        now = time.monotonic()
-        seconds = max(now - self._since, 1e-9)
-        rates = {"steps_per_second": self._steps / seconds, "frames_per_second": self._frames / seconds}
-        self._since, self._steps, self._frames = now, 0, 0
+        """Steps and frames per second since the last call; of the first step, where there was no other."""
+        rates = self._rates() if self._steps or self._first is None else self._first
+        self._start_interval()
         return rates
 
     def show(self, metrics: Metrics) -> None:
-        """Puts the loss and the rate of frames behind the bar."""
-        self._bar.set_postfix_str(f"loss={metrics['loss']:.4f} {metrics['frames_per_second']:.1f} frames/s")
+        """Shows the loss and the rates of `rates`."""
+        loss, frames = f"loss={metrics['loss']:.4f}", f"{metrics['frames_per_second']:.1f} frames/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{loss} {frames}")
+        elif self._enabled:
+            rate = metrics["steps_per_second"]
+            left = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
+            known = self._first is not None and rate != self._first["steps_per_second"]
+            line = f"step {self._done}/{self._total} {loss} {rate:.3g} steps/s {frames}"
+            _say(f"{line}, {left} left" if known else line)
+
+    def _rates(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        return {"steps_per_second": self._steps / seconds, "frames_per_second": self._frames / seconds}
+
+    def _start_interval(self) -> None:
+        self._since, self._steps, self._frames = time.monotonic(), 0, 0
 
     def __enter__(self) -> "Progress":
+        if self._enabled and self._done < self._total:
+            _say(f"step {self._done + 1}/{self._total}: compiling")
+        self._start_interval()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
