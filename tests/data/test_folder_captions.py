@@ -3,7 +3,9 @@ import pathlib
 
 import pytest
 
+from vidgen.core.errors import UserError
 from vidgen.data.captions import FolderCaptions
+from vidgen.data.folder_files import FolderFiles
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_captions_without_a_clip_are_told(root):
         (
             "captions.csv",
             b"name,caption\na.mp4,x\n",
-            "line 2: expected a text under file or file_name or path",
+            "line 1: expected one column file or file_name or path; found name, caption",
         ),
         ("captions.csv", "file,caption\na.mp4,été\n".encode("latin-1"), r"captions\.csv: not UTF-8"),
     ],
@@ -101,3 +103,107 @@ def test_which_list(root):
     (root / "list.xml").touch()
     with pytest.raises(ValueError, match=r"ends in \.jsonl or \.csv"):
         FolderCaptions.load(root, str(root / "list.xml"))
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_end_lines(root, character):
+    caption = f"a red{character}circle"
+    (root / "captions.jsonl").write_text(
+        json.dumps({"file": "a.mp4", "caption": caption}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert captions_of(root) == ["a red circle", "", ""]
+    (root / "captions.jsonl").unlink()
+    (root / "captions.csv").write_text(
+        f"\ufefffile,caption\r\na.mp4,{caption}\r\nb.mp4,x\r\n", encoding="utf-8"
+    )
+    assert captions_of(root) == ["a red circle", "x", ""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("file,caption\na.mp4,red, and blue\n", "line 2: found 3 fields, expected 2"),
+        ("file,caption\na.mp4\n", "line 2: found 1 fields, expected 2"),
+        ('file,caption\na.mp4,"red\nb.mp4,blue\n', "line 3: not CSV"),
+        ('file,caption\na.mp4,"red\nb.mp4,"blue"\n', "line 3: not CSV"),
+        ("file,caption\na.mp4,red\n./a.mp4,blue\n", r"line 3: \./a\.mp4 has another caption in line 2"),
+        ("a.mp4,red\n", "line 1: expected one column file .* found a.mp4, red"),
+        ("", "line 1: expected one column"),
+        ("file,path,caption\na,b,c\n", "line 1: expected one column file"),
+        (f"file,caption\na.mp4,{'x' * 200_000}\n", "line 2: not CSV .*field limit"),
+    ],
+)
+def test_rows_that_would_be_read_wrongly(root, rows, message):
+    (root / "captions.csv").write_text(rows)
+    with pytest.raises(UserError, match=message):
+        FolderCaptions.load(root, None)
+
+
+def test_the_same_caption_twice(root):
+    (root / "captions.csv").write_text("file,caption\na.mp4,red\n\na.mp4,red\n")
+    assert captions_of(root)[0] == "red"
+
+
+@pytest.mark.parametrize("text", ["red\0", "red\ud800"])
+def test_a_caption_that_is_no_text_is_of_one_clip(root, text):
+    rows = [
+        {"file": "a.mp4", "caption": text},
+        {"file": "b.mp4", "caption": "x"},
+        {"file": text, "caption": "y"},
+    ]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    captions = FolderCaptions.load(root, None)
+    assert captions.of(root / "b.mp4") == "x"
+    with pytest.raises(UserError, match="line 1: character 3 is"):
+        captions.of(root / "a.mp4")
+    ((place, why),) = captions.without_clip([root / "a.mp4", root / "b.mp4"], [])
+    assert str(place).endswith("captions.jsonl, line 3") and "the file's name: character 3" in why
+    if text.isprintable():
+        return
+    (root / "captions.jsonl").unlink()
+    (root / "captions.csv").write_bytes(b"file,caption\na.mp4,red\0\nb.mp4,x\n")
+    assert FolderCaptions.load(root, None).of(root / "b.mp4") == "x"
+
+
+def test_text_files_in_capitals(root):
+    texts = [root / "a.TXT", root / "b.txt", root / "b.TXT"]
+    for text in texts:
+        text.write_text(text.name)
+    captions = FolderCaptions.load(root, None, texts)
+    assert [captions.of(root / name) for name in ("a.mp4", "b.mp4")] == ["a.TXT", "b.txt"]
+    told = captions.without_clip([root / "a.mp4", root / "b.mp4"], texts)
+    assert told == [(root / "b.TXT", "a caption of the same clip as b.txt, which is used")]
+
+
+def test_links_to_one_file_keep_their_captions(root):
+    for name in ("one.mp4", "two.mp4", "three.mp4"):
+        (root / name).symlink_to("a.mp4")
+    rows = [("one.mp4", "first"), ("two.mp4", "second"), ("sub/c.mp4", "third")]
+    (root / "captions.csv").write_text("file,caption\n" + "".join(f"{file},{text}\n" for file, text in rows))
+    (root / "c.mp4").symlink_to("sub/c.mp4")
+    captions = FolderCaptions.load(root, None)
+    names = ("one.mp4", "two.mp4", "three.mp4", "c.mp4")
+    assert [captions.of(root / name) for name in names] == ["first", "second", "", "third"]
+    assert not captions.without_clip([root / "one.mp4", root / "two.mp4", root / "c.mp4"], [])
+
+
+def test_folders_that_links_lead_to(tmp_path):
+    store, root = tmp_path / "store", tmp_path / "root"
+    (root / "real").mkdir(parents=True)
+    store.mkdir()
+    for file in (store / "x.mp4", root / "real" / "y.mp4"):
+        file.touch()
+    for name, target in {"a_first": "real", "more": store, "again": store, "loop": root}.items():
+        (root / name).symlink_to(target)
+    files = FolderFiles.look(root, None)
+    assert [file.name for file in files.found] == ["again/x.mp4", "real/y.mp4"]
+    assert dict(files.stray) == {
+        "a_first": f"a link to {root}/real, which is read already",
+        "more": f"a link to {root}/again, which is read already",
+        "loop": f"a link to {root}, which is read already",
+    }
+    (tmp_path / "link").symlink_to(root)
+    assert [file.name for file in FolderFiles.look(tmp_path / "link", None).found] == [
+        "again/x.mp4",
+        "real/y.mp4",
+    ]

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from vidgen.cli.data_latents import add_latents_options, write_latents
+from vidgen.core import limits
 from vidgen.core.paths import path_option
 from vidgen.data.buckets import Bucket
 from vidgen.data.check import find_damage
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--decode", action="store_true", help="decode every file to its end, to find damage inside"
     )
+    check.add_argument(
+        "--max-bytes",
+        type=limits.TOKENS,
+        metavar="N",
+        help="name captions longer than a byte encoder with task.text.max_bytes=N takes: training cuts them",
+    )
     check.set_defaults(run=_check)
     build = commands.add_parser(
         "build", help="write clips as records, for training from local or cloud storage"
@@ -80,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_folder_options(folder)
     folder.add_argument(
         "--heldout-every",
-        type=int,
+        type=limits.HELDOUT_EVERY,
         metavar="SECONDS",
         help="write a split `heldout` too: clips that touch the last of every so many seconds",
     )
@@ -90,11 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         "sprites", help="clips of the procedural world, with captions and ground truth"
     )
     _add_clip_options(sprites)
-    sprites.add_argument("--num-clips", type=int, default=1000, help="clips for training (default 1000)")
     sprites.add_argument(
-        "--num-heldout", type=int, default=0, help="clips of a split `heldout` (default none)"
+        "--num-clips", type=limits.COUNT, default=1000, help="clips for training (default 1000)"
     )
-    sprites.add_argument("--seed", type=int, default=0, help="of the clips (default 0)")
+    sprites.add_argument(
+        "--num-heldout", type=limits.NUM_CLIPS, default=0, help="clips of a split `heldout` (default none)"
+    )
+    sprites.add_argument("--seed", type=limits.SEED, default=0, help="of the clips (default 0)")
     _add_build_options(sprites, encoding="lossless")
     sprites.set_defaults(run=_build_sprites)
     latents = commands.add_parser(
@@ -106,10 +115,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_clip_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-frames", type=int, default=17, help="frames of a clip (default 17)")
-    parser.add_argument("--fps", type=float, default=8.0, help="frames per second of a clip (default 8)")
-    parser.add_argument("--height", type=int, default=64, help="pixels (default 64)")
-    parser.add_argument("--width", type=int, default=64, help="pixels (default 64)")
+    parser.add_argument(
+        "--num-frames", type=limits.NUM_FRAMES, default=17, help="frames of a clip (default 17)"
+    )
+    parser.add_argument("--fps", type=limits.FPS, default=8.0, help="frames per second of a clip (default 8)")
+    parser.add_argument("--height", type=limits.SIDE, default=64, help="pixels (default 64)")
+    parser.add_argument("--width", type=limits.SIDE, default=64, help="pixels (default 64)")
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +128,7 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
         "dir", type=path_option, metavar="DIR", help="the folder; those below it are searched too"
     )
     _add_clip_options(parser)
-    parser.add_argument("--stride", type=float, help="seconds between clips (default: end to end)")
+    parser.add_argument("--stride", type=limits.SECONDS, help="seconds between clips (default: end to end)")
     parser.add_argument(
         "--captions", type=path_option, metavar="FILE", help="a .jsonl or .csv with the captions of all files"
     )
@@ -182,6 +193,10 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{clips} at {data.fps:g} fps, from {len(report.used)} files{left}")
     if without := [name for name, file in used.items() if not file.caption]:
         print(f"{len(without)} of the files used have no caption")
+    if options.max_bytes is not None:
+        sizes_of = {name: len(file.caption.encode()) for name, file in sorted(used.items())}
+        long = [f"{name} ({size} bytes)" for name, size in sizes_of.items() if size > options.max_bytes]
+        print(f"{len(long)} captions are cut in training at {options.max_bytes} bytes", *long, sep="\n  ")
     empty = [size for size, report in zip(sizes, reports, strict=True) if not report.used]
     for size in empty:
         where = f" for the bucket {size}" if data.buckets else ""

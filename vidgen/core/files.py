@@ -30,8 +30,11 @@ _MAX_DEPTH = 64
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
-def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES) -> str:
+def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES, with_nul: bool = False) -> str:
     """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+      with_nul: NUL characters are kept, for the caller to find whose they are.
 
     Raises:
       UserError: it is longer than `max_bytes`, not UTF-8, or holds NUL characters, as binary files do.
@@ -46,7 +49,7 @@ def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}): save it as UTF-8") from error
-    return require_text(text, str(path))
+    return text if with_nul else require_text(text, str(path))
 
 
 def require_text(text: str, where: str) -> str:

@@ -127,6 +127,7 @@ def _shown(number: int | float) -> str:
 NUM_FRAMES = Limit(low=1, high=1_000_000, whole=True, unit="frames")
 SIDE = Limit(low=1, high=16_384, whole=True, unit="pixels")
 FPS = Limit(low=0.001, high=1000, unit="frames per second")
+HELDOUT_EVERY = Limit(low=2, high=1_000_000, whole=True, unit="seconds")
 SECONDS = Limit(low=0.001, high=1e6, unit="seconds")
 FACTOR = Limit(low=1, high=1024, whole=True, unit="pixels or frames of a latent")
 

@@ -249,7 +249,7 @@ class FolderData:
             return f'none of its {len(fitting)} clips belongs to "{self.split}"'
         try:
             caption = captions.of(file.path)
-        except ValueError as error:
+        except (UserError, OSError) as error:
             return f"its caption cannot be read: {error}"
         if self.require_captions and not caption:
             return "no caption"

@@ -1,5 +1,6 @@
 """The files of a folder, each looked into once."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -36,7 +37,7 @@ class FolderFiles:
     Attributes:
       found: its files but for captions, sorted.
       captions: of all of them.
-      stray: captions without a file, as (name, reason).
+      stray: captions without a file and folders that are not read, as (name, reason).
     """
 
     found: tuple[FoundFile, ...]
@@ -47,7 +48,8 @@ class FolderFiles:
     def look(cls, root: pathlib.Path, captions: str | None) -> "FolderFiles":
         """Looks at every file of a folder and of those below it, decoding one frame of each video.
 
-        Names that begin with a dot are left out.
+        Links are followed; a folder that several lead to is read once. Names that begin with a dot are left
+        out.
 
         Args:
           captions: path of a list of captions, or None.
@@ -58,9 +60,10 @@ class FolderFiles:
         """
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder of videos.")
-        clips = clip_files(root)
-        texts = [file for file in _files_below(root) if file.suffix.lower() in CAPTION_SUFFIXES]
-        listed = FolderCaptions.load(root, captions)
+        files, left_out = _files_below(root)
+        clips = [file for file in files if file.suffix.lower() not in CAPTION_SUFFIXES]
+        texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
+        listed = FolderCaptions.load(root, captions, texts)
         with concurrent.futures.ThreadPoolExecutor(_PROBE_THREADS) as pool:
             infos = list(pool.map(_probe, clips))
         return cls(
@@ -69,29 +72,60 @@ class FolderFiles:
                 for path, info in zip(clips, infos, strict=True)
             ),
             captions=listed,
-            stray=tuple((_name(root, path), why) for path, why in listed.without_clip(clips, texts)),
+            stray=tuple(
+                (_name(root, path), why) for path, why in (*left_out, *listed.without_clip(clips, texts))
+            ),
         )
 
 
 def clip_files(root: pathlib.Path) -> list[pathlib.Path]:
     """Every file of a folder and the folders below it but for captions and hidden ones, sorted."""
-    return [file for file in _files_below(root) if file.suffix.lower() not in CAPTION_SUFFIXES]
+    return [file for file in _files_below(root)[0] if file.suffix.lower() not in CAPTION_SUFFIXES]
 
 
-def _files_below(root: pathlib.Path) -> list[pathlib.Path]:
-    """Every file of a folder and the folders below it, but for hidden ones, sorted."""
-    found: list[pathlib.Path] = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
-        found += [pathlib.Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+def _files_below(root: pathlib.Path) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
+    """Every file of a folder and those below it but for hidden ones, sorted; folders not read, and why.
+
+    Folders that links lead to come last, so that a folder is found under its own name where it has one here.
+    """
+    files: list[pathlib.Path] = []
+    left_out: list[tuple[pathlib.Path, str]] = []
+    read: dict[str, pathlib.Path] = {}
+    folders, links = [root], collections.deque[pathlib.Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        target = os.path.realpath(folder)
+        if target in read:
+            left_out.append((folder, f"a link to {_shown(read[target])}, which is read already"))
+            continue
+        read[target] = folder
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            left_out.append((folder, f"cannot be read: {error.strerror}"))
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = pathlib.Path(entry.path)
+            if not entry.is_dir():
+                files.append(path)
+            elif entry.is_symlink():
+                links.append(path)
+            else:
+                folders.append(path)
+    return sorted(files), left_out
 
 
 def _probe(path: pathlib.Path) -> VideoInfo | str:
     """What a file holds, or why it cannot be read."""
     try:
+        if _shown(path) != str(path):
+            return "its name is not UTF-8: rename it"
+        if path.is_symlink() and not path.exists():
+            return "a link to a file that is not there"
         if path.stat().st_size == 0:
-            return "the file is empty"
+            return "not a regular file" if not path.is_file() else "the file is empty"
         return probe(path)
     except BrokenClip as error:
         return error.reason
@@ -99,5 +133,12 @@ def _probe(path: pathlib.Path) -> VideoInfo | str:
         return f"cannot be read: {error.strerror}"
 
 
-def _name(root: pathlib.Path, path: pathlib.Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+def _name(root: pathlib.Path, path: pathlib.Path | str) -> str:
+    if isinstance(path, str):
+        return path
+    return _shown(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _shown(path: pathlib.Path) -> str:
+    """The path with forward slashes, where bytes that are not UTF-8 are written as numbers."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

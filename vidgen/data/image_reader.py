@@ -3,12 +3,12 @@
 import pathlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from vidgen.core.errors import UserError
 from vidgen.core.typing import UInt8
+from vidgen.data.decoding import broken_clips
 from vidgen.data.geometry import Crop
-from vidgen.data.source import BrokenClip
 
 __all__ = ["fit_image", "is_image", "probe_image", "read_image"]
 
@@ -16,8 +16,8 @@ _SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff"
 _TURNED = frozenset({5, 6, 7, 8})
 """The EXIF orientations that swap width and height."""
 
-_ERRORS = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError)
-"""What Pillow raises on damaged files."""
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is looked for in a file, whatever its name: none of them runs a program, as Pillow does for EPS."""
 
 
 def is_image(path: pathlib.Path) -> bool:
@@ -31,14 +31,11 @@ def probe_image(path: pathlib.Path) -> tuple[int, int, str, str]:
     Raises:
       BrokenClip: it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
-                width, height = height, width
-            return width, height, (image.format or "unknown").lower(), image.mode
-    except _ERRORS as error:
-        raise BrokenClip(str(path), f"cannot be opened as an image: {error}") from error
+    with broken_clips(str(path), "cannot be opened as an image"), Image.open(path, formats=_FORMATS) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+            width, height = height, width
+        return width, height, (image.format or "unknown").lower(), image.mode
 
 
 def read_image(
@@ -57,12 +54,10 @@ def read_image(
     Raises:
       BrokenClip: it cannot be read, or has pixels that are not finite.
     """
-    try:
-        with Image.open(path) as file:
+    with broken_clips(str(path), "cannot be decoded as an image"):
+        with Image.open(path, formats=_FORMATS) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
-    except _ERRORS as error:
-        raise BrokenClip(str(path), f"cannot be decoded as an image: {error}") from error
-    return fit_image(image, size, crop_at=crop_at)
+        return fit_image(image, size, crop_at=crop_at)
 
 
 def fit_image(

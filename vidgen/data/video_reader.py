@@ -14,6 +14,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from vidgen.core.errors import UserError
 from vidgen.core.typing import RGBClip
 from vidgen.data import image_reader
+from vidgen.data.decoding import broken_clips
 from vidgen.data.geometry import Crop
 from vidgen.data.source import BrokenClip
 from vidgen.data.video_file import TIME_ROUNDING, TimedFrame, VideoFile, VideoInfo, orientation
@@ -141,7 +142,8 @@ def _frames(
     with VideoFile(file) as video:
         frames = video.frames_from(start)
         chosen = _one_by_one(frames, start) if fps is None else _nearest(frames, start, fps)
-        yield from _to_rgb_frames(video, chosen, size, crop_at)
+        with broken_clips(video.name, "cannot be converted to pixels"):
+            yield from _to_rgb_frames(video, chosen, size, crop_at)
 
 
 def _to_rgb_frames(

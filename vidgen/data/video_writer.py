@@ -11,12 +11,13 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from PIL import Image, PngImagePlugin
 
 from vidgen.core.errors import UserError
 from vidgen.core.files import replacing
+from vidgen.data.decoding import broken_clips, open_container
+from vidgen.data.source import BrokenClip
 
 __all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_frames", "save_video", "write_mp4"]
 
@@ -106,12 +107,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise FileNotFoundError(f"{path}: no such file.")
     try:
         if path.suffix.lower() in (".png", ".gif"):
-            with Image.open(path) as image:
+            with (
+                broken_clips(str(path), "cannot be opened"),
+                Image.open(path, formats=("PNG", "GIF")) as image,
+            ):
                 return _image_texts(image)
-        with av.open(str(path)) as container:
+        with open_container(path, str(path)) as container:
             texts = dict(container.metadata)
-    except (FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot read it: {error}") from error
+    except BrokenClip as error:
+        raise UserError(f"{path}: cannot read it: {error.reason}") from error
     return _parse(texts.get("comment", "")) or texts
 
 

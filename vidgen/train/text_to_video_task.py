@@ -1,6 +1,7 @@
 """Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
+from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
 from vidgen.train.packed_clips import pack_rows
 from vidgen.train.text_features import TextFeatures
@@ -132,6 +134,8 @@ class TextToVideoTask:
         return dataclasses.replace(self, dit=dit, text=text)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        if self.text_encoder is None:
+            self._long_captions.note(batch)
         if "rows" not in batch:
             return {"video": batch["video"], **self._text_arrays(batch["caption"])}
         packed = pack_rows(
@@ -146,6 +150,10 @@ class TextToVideoTask:
             one_for_all = name == "empty_text"
             arrays[name] = x[:rows, None] if one_for_all else x.reshape(rows, -1, *x.shape[1:])
         return arrays
+
+    @functools.cached_property
+    def _long_captions(self) -> LongCaptions:
+        return LongCaptions(self.text.max_bytes)
 
     def _text_arrays(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """What conditions are made of, a row for each caption."""
