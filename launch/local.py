@@ -2,18 +2,28 @@
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config=... --workdir=...
 
-For trying a multi-host setup where there is one host: each process gets its share of CPU devices. SIGTERM and
-SIGINT are passed on to all; when one process fails the others are ended, and its status is returned.
+For trying a multi-host setup where there is one host: each process gets its share of CPU devices. SIGTERM,
+SIGINT (Ctrl-C) and SIGHUP are passed on to all, once; when one process fails a line says which and how, the
+others are ended, and its status is returned (128 + n after signal n). The processes do not outlive this one,
+even where it is killed: they get SIGTERM, which saves a run.
 """
 
 import argparse
+import contextlib
 import os
+import pathlib
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+
+_SUPERVISED = "--supervised-by"
+_GRACE = 60.0
+"""Seconds between SIGTERM and SIGKILL for a process whose launcher is gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,25 +41,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     address = f"localhost:{_free_port()}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *_program(arguments.command)],
-            env=_environment(address, arguments.processes, index, arguments.devices_per_process),
-        )
-        for index in range(arguments.processes)
-    ]
+    # The processes read from a pipe that this one alone could write to: its end is the end of this one.
+    watched, _held = os.pipe()
+    processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: object) -> None:
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
+    for index in range(arguments.processes):
+        process = subprocess.Popen(
+            [sys.executable, __file__, _SUPERVISED, str(watched), *arguments.command],
+            env=_environment(address, arguments.processes, index, arguments.devices_per_process),
+            pass_fds=(watched,),
+            # A terminal sends SIGINT to the whole session: each process would get it twice.
+            start_new_session=True,
+        )
+        processes.append(process)
+    os.close(watched)
     return _wait(processes)
 
 
-def _program(command: Sequence[str]) -> list[str]:
-    return [*command] if command[0].endswith(".py") else ["-m", "vidgen.cli.main", *command]
+def supervised(watched: int, command: Sequence[str]) -> None:
+    """Runs a command within this process, which ends when the launcher does."""
+    threading.Thread(target=_end_with_launcher, args=(watched,), daemon=True).start()
+    program, *options = command
+    sys.argv = [program, *options]
+    if program.endswith(".py"):
+        sys.path[0] = str(pathlib.Path(program).absolute().parent)
+        runpy.run_path(program, run_name="__main__")
+    else:
+        sys.argv = ["vidgen", *command]
+        sys.path[0] = os.getcwd()
+        runpy.run_module("vidgen.cli.main", run_name="__main__", alter_sys=True)
+
+
+def _end_with_launcher(watched: int) -> None:
+    os.read(watched, 1)  # Nothing is ever written: it returns when the other end is closed.
+    with contextlib.suppress(OSError):  # stderr may have ended with it.
+        print("local.py: the launcher has ended; this process stops", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _environment(address: str, count: int, index: int, devices: int) -> dict[str, str]:
@@ -73,20 +108,35 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Until all have ended, or one has failed: then the others would wait for it for ever."""
     while True:
         statuses = [process.poll() for process in processes]
-        failed = [status for status in statuses if status]
+        failed = [index for index, status in enumerate(statuses) if status]
         if failed:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                try:
-                    process.wait(timeout=20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-            return failed[0]
+            status = statuses[failed[0]] or 0
+            how = (
+                f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed (status {status})"
+            )
+            what = f"process {failed[0]} of {len(processes)} (pid {processes[failed[0]].pid}) {how}"
+            print(f"local.py: {what}; ending the others", file=sys.stderr, flush=True)
+            _end(processes)
+            return 128 - status if status < 0 else status
         if None not in statuses:
             return 0
         time.sleep(0.1)
 
 
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + 20
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == [_SUPERVISED]:
+        supervised(int(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(main())

@@ -1,8 +1,10 @@
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -45,6 +47,67 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
         [*LOCAL, "--", str(script)], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 3
+    assert "process 1 of 2 (pid " in result.stderr and "failed (status 3)" in result.stderr
+
+
+def test_a_process_that_is_killed_is_named_with_the_status_of_shells(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    command = [*LOCAL, "--processes", "1", "--", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 137
+    assert "process 0 of 1 (pid " in result.stderr and "was ended by SIGKILL" in result.stderr
+
+
+LISTENS = """
+import os, pathlib, signal, sys, time
+notes = pathlib.Path(sys.argv[1]) / os.environ["JAX_PROCESS_ID"]
+received = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
+notes.write_text("ready")
+while not received:
+    time.sleep(0.02)
+time.sleep(0.5)
+notes.with_suffix(".tmp").write_text(" ".join(received))
+notes.with_suffix(".tmp").rename(notes)
+"""
+
+
+def listening(tmp_path):
+    """A launcher in a session of its own, as a terminal has one, whose two processes note their signals."""
+    script = tmp_path / "listens.py"
+    script.write_text(LISTENS)
+    launcher = subprocess.Popen(
+        [*LOCAL, "--", str(script), str(tmp_path)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    assert notes(tmp_path, "") == ["ready", "ready"]
+    return launcher
+
+
+def notes(tmp_path, before):
+    """What the processes note, once it is another text than `before`."""
+    for _ in range(600):
+        files = [tmp_path / "0", tmp_path / "1"]
+        found = [file.read_text() if file.exists() else "" for file in files]
+        if all(text not in ("", before) for text in found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"still {found}")
+
+
+def test_ctrl_c_at_a_terminal_reaches_each_process_once(tmp_path):
+    launcher = listening(tmp_path)
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert notes(tmp_path, "ready") == ["SIGINT", "SIGINT"] and launcher.returncode == 0
+
+
+def test_processes_do_not_outlive_a_killed_launcher(tmp_path):
+    launcher = listening(tmp_path)
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    assert notes(tmp_path, "ready") == ["SIGTERM", "SIGTERM"]
 
 
 def test_help_and_a_missing_command():

@@ -13,7 +13,16 @@ from vidgen.core.errors import UserError
 from vidgen.core.typing import Array
 from vidgen.parallel.rules import RULES, batch_sharding
 
-__all__ = ["global_batch", "initialize", "is_main_process", "row_shard", "stop_requested_anywhere", "sync"]
+__all__ = [
+    "all_agree",
+    "broadcast_text",
+    "global_batch",
+    "initialize",
+    "is_main_process",
+    "row_shard",
+    "stop_requested_anywhere",
+    "sync",
+]
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -61,6 +70,25 @@ def sync(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether `holds` is true on every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(np.all(multihost_utils.process_allgather(np.array(holds))))
+
+
+def broadcast_text(text: str) -> str:
+    """What process 0 gives, on every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return text
+    data = text.encode() if is_main_process() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    padded = np.zeros(length, np.uint8)
+    if is_main_process():
+        padded[:] = np.frombuffer(data, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8)).decode()
 
 
 def stop_requested_anywhere(step: int, requested_here: bool) -> bool:

@@ -28,6 +28,7 @@ from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
+from vidgen.parallel import processes
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
 from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
@@ -124,8 +125,12 @@ class TextToVideoTask:
         A run then stands alone: it can be resumed and sampled from wherever it is moved, whatever becomes of
         the VAE's own run. All processes must call this.
         """
-        if not has_vae(workdir):
+        missing = not has_vae(workdir)
+        # No process looks for it while another writes it, or reads it before it is whole.
+        processes.sync("the run's VAE was looked for")
+        if missing:
             save_vae(load_vae(self.vae), workdir)
+        processes.sync("the run's VAE is there")
         return dataclasses.replace(self, vae=str(workdir))
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "TextToVideoTask":
