@@ -240,7 +240,7 @@ def test_the_run_that_writes_moves_what_is_damaged_and_saves_that_step_again(tmp
     with CheckpointManager(tmp_path, cleanup=True) as manager:
         step, _, _ = manager.restore(abstract(saved[8]))
         assert step == 4 and manager.steps() == [4]
-        assert "going on from step 4: 4 steps are repeated" in caplog.text
+        assert "going on from step 4, to repeat 4 steps" in caplog.text
         manager.save(8, saved[8], {"data": {"next": 8}})
     assert restores_what_was_saved(tmp_path, saved, caplog, "saved again") == 8
     assert (tmp_path / "8.damaged" / "state").is_dir()

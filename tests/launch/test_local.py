@@ -7,7 +7,9 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
+from tests.launch import damaged_checkpoint
 from tests.train import toy
 from tests.train.test_interrupt import wait_for_step
 from vidgen.parallel.mesh import MeshOptions
@@ -114,3 +116,12 @@ def test_help_and_a_missing_command():
     result = subprocess.run([*LOCAL, "--help"], capture_output=True, text=True, check=True)
     assert "--devices-per-process" in result.stdout
     assert subprocess.run(LOCAL, capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_a_damaged_checkpoint_and_on_the_lock(tmp_path):
+    command = [*LOCAL, "--devices-per-process", "2", "--", damaged_checkpoint.__file__, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    verdicts = [(tmp_path / f"verdict_{index}").read_text() for index in (0, 1)]
+    assert verdicts == ["refused True step 1 left [1] same True none True"] * 2

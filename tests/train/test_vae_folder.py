@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.ckpt import weights
+from vidgen.ckpt.tensor_files import WeightsError
 from vidgen.core.config import ConfigError
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
@@ -49,6 +50,24 @@ def test_what_is_saved_is_loaded_weights_statistics_and_config(tmp_path):
     assert sorted(path.name for path in (tmp_path / "vae").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_flipped_bit_in_the_weights_is_found(tmp_path):
+    save_vae(vae(), tmp_path)
+    path = tmp_path / "vae" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:])
+    with pytest.raises(WeightsError, match=r"model.safetensors is damaged: 1 of \d+ arrays are not what was"):
+        load_vae(tmp_path)
+
+
+def test_weights_of_before_digests_load_with_a_line(tmp_path, caplog):
+    caplog.set_level("INFO")
+    saved = vae()
+    save_vae(saved, tmp_path)
+    weights.save_weights(tmp_path / "vae" / "model.safetensors", nnx.state(saved, graph=False))
+    assert_same(load_vae(tmp_path), saved)
+    assert "is from before weights had digests" in caplog.text
+
+
 def test_saving_again_replaces(tmp_path):
     save_vae(vae(0), tmp_path)
     KeepVAE(every=1)(vae(1), None, step=3, workdir=tmp_path)
@@ -75,7 +94,7 @@ def test_weights_come_before_the_config_that_says_they_are_there(tmp_path, monke
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("vidgen.train.vae_folder.save_weights", fails)
+    monkeypatch.setattr("vidgen.train.vae_folder.save_checked_weights", fails)
     with pytest.raises(OSError, match="disk full"):
         save_vae(vae(), tmp_path)
     assert not has_vae(tmp_path)

@@ -23,7 +23,9 @@ with WorkdirLock(workdir=pathlib.Path(sys.argv[1])):
 
 def record(workdir, **values):
     text = {"host": "another", "pid": 1, "started": "5", "since": "yesterday", "token": "t", "count": 3}
-    (workdir / ".lock").write_text(json.dumps(text | values))
+    handle = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+    os.pwrite(handle, json.dumps(text | values).ljust(400).encode(), 0)  # At once, as the lock does.
+    os.close(handle)
 
 
 def dead_pid():
@@ -100,7 +102,7 @@ def test_a_lock_of_another_host_that_is_alive_is_refused(tmp_path):
     holder.start()
     try:
         with pytest.raises(WorkdirLockedError, match="process 1 on another, since yesterday"):
-            WorkdirLock(workdir=tmp_path, patience=60).__enter__()
+            WorkdirLock(workdir=tmp_path, patience=60.0).__enter__()
     finally:
         done.set()
         holder.join()
@@ -108,7 +110,7 @@ def test_a_lock_of_another_host_that_is_alive_is_refused(tmp_path):
 
 def test_the_holder_counts_up_and_half_a_record_is_nobodys(tmp_path):
     (tmp_path / ".lock").write_text('{"host": "an')
-    with WorkdirLock(workdir=tmp_path, beat=0.01):
+    with WorkdirLock(workdir=tmp_path, beat=0.01, patience=0.1):
         for _ in range(500):
             if json.loads((tmp_path / ".lock").read_text())["count"] > 1:
                 return

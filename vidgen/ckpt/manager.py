@@ -264,14 +264,17 @@ class CheckpointManager:
 
     def _pass_over(self, reasons: Mapping[int, str], step: int) -> None:
         """Says that damaged checkpoints are not used; the run that writes here moves them out of the way."""
+        main = processes.is_main_process()
+        warn = _log.warning if main else _log.debug
         for damaged, reason in reasons.items():
-            _log.warning("%s is damaged: %s", self.directory / str(damaged), reason)
+            warn("%s is damaged: %s", self.directory / str(damaged), reason)
         lost = max(reasons) - step
+        steps = "1 step" if lost == 1 else f"{lost} steps"
         if not self._writes:
-            _log.warning("the checkpoint of step %d is used instead, %d steps before", step, lost)
+            warn("the checkpoint of step %d is used instead, %s before", step, steps)
             return
         processes.sync("damaged checkpoints were read")
-        if processes.is_main_process():
+        if main:
             for damaged in reasons:
                 # When the run comes to that step again, its checkpoint must not be taken for this one.
                 target = self.directory / f"{damaged}.damaged"
@@ -280,9 +283,4 @@ class CheckpointManager:
         processes.sync("damaged checkpoints were renamed")
         self._orbax.reload()
         names = ", ".join(f"{damaged}.damaged" for damaged in reasons)
-        _log.warning(
-            "going on from step %d: %d steps are repeated; what is damaged was renamed (%s)",
-            step,
-            lost,
-            names,
-        )
+        warn("going on from step %d, to repeat %s; what is damaged was renamed (%s)", step, steps, names)

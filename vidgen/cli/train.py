@@ -53,19 +53,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(experiment, workdir: pathlib.Path, command: str) -> int:
-    from vidgen.cli.evaluators import evaluators
-    from vidgen.parallel import processes
-    from vidgen.train.experiment import check_sizes, claim_workdir
-    from vidgen.train.loop import fit
-    from vidgen.train.recent import NonFiniteLoss
+    from vidgen.train.experiment import check_sizes
     from vidgen.train.text_to_video_task import TextToVideoTask
     from vidgen.train.vae_folder import has_vae
+    from vidgen.train.workdir_lock import WorkdirLock
 
     mesh = experiment.mesh.build()
     task = experiment.task
     if isinstance(task, TextToVideoTask) and has_vae(workdir):
         task = dataclasses.replace(task, vae=str(workdir))
     check_sizes(experiment, task, mesh)
+    with WorkdirLock(workdir=workdir):
+        return _train_in(workdir, experiment, task, mesh, command)
+
+
+def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> int:
+    from vidgen.cli.evaluators import evaluators
+    from vidgen.parallel import processes
+    from vidgen.train.experiment import claim_workdir
+    from vidgen.train.loop import fit
+    from vidgen.train.recent import NonFiniteLoss
+    from vidgen.train.text_to_video_task import TextToVideoTask
+
     claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
     if isinstance(task, TextToVideoTask):

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
 from vidgen.ckpt.json_files import write_json
-from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.ckpt.weights import load_weights
 from vidgen.core.errors import UserError
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
@@ -32,7 +33,7 @@ def save_snapshots(workdir: pathlib.Path | str, step: int, opt_state: Averaged, 
     listed = []
     for number, (sigma_rel, average) in enumerate(zip(options.sigma_rels, opt_state.averages, strict=True)):
         name = f"step_{step:07d}_{number}.safetensors"
-        save_weights(folder / name, average)
+        save_checked_weights(folder / name, average)
         listed.append({"file": name, "sigma_rel": sigma_rel})
     about = {"step": step, "updates": int(opt_state.count), "averages": listed}
     if processes.is_main_process():
@@ -56,6 +57,7 @@ def averaged_weights(
 
     Raises:
       SnapshotError: there are no snapshots, or none of that step.
+      WeightsError: a snapshot is not what was written.
       UserError: no average is as wide.
     """
     folder = pathlib.Path(workdir) / _FOLDER
@@ -75,6 +77,9 @@ def averaged_weights(
     total = None
     for file, share in zip(files, shares, strict=True):
         average = load_weights(file, abstract_params)
+        check_weights(
+            file, average, remedy="Remove it and the JSON of its step, or bring it back from a copy"
+        )
         part = jax.tree.map(lambda x, share=share: jnp.float32(share) * x, average)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return end, total

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
-from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.paths import hub_remedy, packaged
 from vidgen.core.tree import named_leaves
@@ -35,7 +35,7 @@ def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
     """
     folder = pathlib.Path(workdir) / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / _WEIGHTS, nnx.state(vae, graph=False))
+    save_checked_weights(folder / _WEIGHTS, nnx.state(vae, graph=False))
     write_json(folder / _CONFIG, to_dict(vae.config))
 
 
@@ -49,15 +49,16 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
 
     Raises:
       FileNotFoundError: there is none.
+      WeightsError: its weights do not fit its config, or are not those that were written.
     """
     if is_diffusers(_folder(workdir)):
         return load_diffusers(_folder(workdir))
     config = vae_config(workdir)
-    return load_module(
-        _folder(workdir) / _WEIGHTS,
-        lambda: VideoVAE(config, rngs=nnx.Rngs(0)),
-        remedy="use the config of its run",
-    )
+    weights = _folder(workdir) / _WEIGHTS
+    vae = load_module(weights, lambda: VideoVAE(config, rngs=nnx.Rngs(0)), remedy="use the config of its run")
+    remedy = "Bring it back from a copy, or from the run that trained it"
+    check_weights(weights, nnx.state(vae, graph=False), remedy=remedy)
+    return vae
 
 
 def vae_config(workdir: pathlib.Path | str) -> VAEConfig:

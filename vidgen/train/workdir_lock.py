@@ -50,6 +50,7 @@ class WorkdirLock:
     def __post_init__(self) -> None:
         self._path = pathlib.Path(self.workdir) / _NAME
         self._handle: int | None = None
+        self._created = False
         self._end = threading.Event()
         self._beating: threading.Thread | None = None
         self._token = uuid.uuid4().hex
@@ -87,6 +88,8 @@ class WorkdirLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         handle = self._open()
         try:
+            if not self._created and self._record() is None:
+                time.sleep(min(1.0, self.patience / 10))  # Another may be about to write its first record.
             self._await_the_dead(handle)
         except BaseException:
             os.close(handle)
@@ -103,7 +106,12 @@ class WorkdirLock:
           WorkdirLockedError: another process has flock.
         """
         while True:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._created = True
+            except FileExistsError:
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._created = False
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
