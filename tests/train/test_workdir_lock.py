@@ -46,6 +46,12 @@ def test_a_second_run_is_refused_until_the_first_is_done(tmp_path):
         pass
 
 
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WorkdirLockedError, match=r"file/.lock cannot be written .*: use another workdir"):
+        WorkdirLock(workdir=tmp_path / "file").__enter__()
+
+
 def test_the_lock_of_a_killed_run_is_taken_over(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

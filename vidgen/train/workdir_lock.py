@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class WorkdirLockedError(UserError):
-    """Another run has the workdir; the message says which, and what to do."""
+    """A workdir that this run cannot have; the message says why, who has it, and what to do."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,8 +59,7 @@ class WorkdirLock:
         """Takes the lock.
 
         Raises:
-          WorkdirLockedError: another run has it; on every process.
-          OSError: nothing can be written in `workdir`.
+          WorkdirLockedError: another run has it, or nothing can be written in `workdir`; on every process.
         """
         problem = ""
         if processes.is_main_process():
@@ -68,6 +67,8 @@ class WorkdirLock:
                 self._take()
             except WorkdirLockedError as error:
                 problem = str(error)
+            except OSError as error:  # The other processes wait to hear of it.
+                problem = f"{self._path} cannot be written ({error}): use another workdir, or mend its rights"
         problem = processes.broadcast_text(problem)
         if problem:
             raise WorkdirLockedError(problem)
