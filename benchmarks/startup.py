@@ -40,10 +40,10 @@ def start(path: str, started: float) -> None:
     from vidgen.data.sprites.source import SpritesData
     from vidgen.parallel.processes import global_batch
     from vidgen.train.experiment import Experiment
-    from vidgen.train.loop import step_options
     from vidgen.train.optimizer import partitioned
     from vidgen.train.state import init_state, place_frozen
     from vidgen.train.step import make_train_step
+    from vidgen.train.trainer import step_options
 
     experiment = resolve(Experiment, load_config(path, [f"--config.task.vae={VAE}"]))
     assert isinstance(experiment.data, SpritesData)

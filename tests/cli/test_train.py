@@ -10,6 +10,7 @@ from vidgen.cli import train
 from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
 from vidgen.core.config import ConfigError, resolve
+from vidgen.core.errors import UserError
 from vidgen.models.video_vae.config import VARIANTS
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train import loop
@@ -76,7 +77,10 @@ def test_overrides_are_literals_words_and_keys_that_the_file_leaves_out(config):
         ("--config.optimiser.b1=0", 'did you mean "optimizer"'),
         ("--config.run.num_steps=many", "config.run.num_steps: found 'many' of type str, expected int"),
         ("--config.run.seed.x=1", "run.seed is the value 0"),
-        ("--config.run.batch_size=0", "run.batch_size is 0: it must be at least 1"),
+        (
+            "--config.run.batch_size=0",
+            "config.run.batch_size: found 0 of type int, expected a whole number from 1",
+        ),
         ("--config.run.grad_accumulation=3", "does not divide run.batch_size 8"),
         ("--config.task.kind=vea", 'unknown value "vea"; did you mean "vae"'),
         ("--confg.run.seed=1", '"--confg.run.seed=1" is no option'),
@@ -132,7 +136,7 @@ def test_folders_that_are_no_workdir_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing: .* is not the workdir"):
         load_experiment(tmp_path)
     (tmp_path / "config.json").write_text('{"task": ')
-    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not JSON .*: restore it"):
         load_experiment(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"task": {"kind": "vae"}, "dta": 1}))
     with pytest.raises(ConfigError, match='unknown key "dta"'):

@@ -23,7 +23,7 @@ ADVERSARY = Adversary(
     r1_weight=0.1,
     lecam_weight=0.2,
 )
-PLAIN = VAETask(model=MODEL, kl_weight=1e-2)
+PLAIN = VAETask(model=MODEL, kl_weight=1e-2, statistics_clips=0)
 ADVERSARIAL = dataclasses.replace(PLAIN, adversary=ADVERSARY)
 
 

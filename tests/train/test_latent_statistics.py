@@ -15,7 +15,7 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.latent_statistics import Moments, measure_latents, with_statistics
-from vidgen.train.vae_folder import KeepVAE, load_vae
+from vidgen.train.vae_folder import export_vae, load_vae
 
 CONFIG = VAEConfig(
     base_dim=4, latent_channels=3, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)
@@ -133,7 +133,7 @@ def test_a_kept_vae_has_the_statistics_of_its_own_weights(vae, tmp_path):
     for seed in (0, 1):
         model = random_module(lambda: VideoVAE(CONFIG, rngs=nnx.Rngs(0)), seed)
         before = np.asarray(model.latents_mean[...])
-        KeepVAE(every=1, open_clips=opener(12), num_clips=100)(model, None, step=seed, workdir=tmp_path)
+        export_vae(model, tmp_path, step=seed, open_clips=opener(12), num_clips=100)
         kept = load_vae(tmp_path)
         raw = pooled(model, [Clips(12)[index]["video"] for index in range(12)])  # all, and each once
         np.testing.assert_allclose(kept.latents_mean[...], raw.mean(0), rtol=1e-5, atol=1e-6)
@@ -146,7 +146,7 @@ def test_statistics_can_be_left_as_they_are(vae, tmp_path):
     def never():
         raise AssertionError("clips are read")
 
-    KeepVAE(every=1, open_clips=never, num_clips=0)(vae, None, step=1, workdir=tmp_path)
+    export_vae(vae, tmp_path, step=1, open_clips=never, num_clips=0)
     for name, leaf in named_leaves(load_vae(tmp_path)).items():
         np.testing.assert_array_equal(leaf, named_leaves(vae)[name])
 

@@ -124,13 +124,18 @@ def test_lines_are_means_and_evaluators_see_averaged_weights(whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_names_the_clips_and_saves_nothing(tmp_path):
     run = {"task": toy.ToyTask(fragile=True), "loader": toy.ToyLoader(8, bad_batch=5), "log_every": 100}
-    with pytest.raises(NonFiniteLoss, match=r"step 6: loss is inf.* named in .*nonfinite_6\.json"):
-        toy.train(tmp_path, **run)  # Batch 5 is step 6; the checkpoint of step 8 finds it.
-    report = json.loads((tmp_path / "nonfinite_6.json").read_text())
+    with pytest.raises(
+        NonFiniteLoss, match=r"steps 6 to 6: .* clips are in .*nonfinite\.jsonl; .*=\[\[6,6\]\]"
+    ):
+        # Batch 5 is step 6; the checkpoint of step 8 finds it.
+        toy.train(tmp_path, stop_after_nonfinite=1, **run)
+    (report,) = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
     assert report["step"] == 6 and report["clips"] == [f"clip-5-{row}" for row in range(8)]
+    assert report["metrics"]["loss"] == "inf"
     with CheckpointManager(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [4]
     state = toy.train(tmp_path, task=toy.ToyTask(fragile=True))  # The clip was mended.
+    assert not (tmp_path / "nonfinite.jsonl").read_text()
     assert int(state.step) == 12 and np.isfinite(toy.losses(tmp_path)).all()
 
 

@@ -16,7 +16,7 @@ from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.text_to_video_task import TextToVideoTask
-from vidgen.train.vae_folder import KeepVAE, has_vae, load_vae, save_vae
+from vidgen.train.vae_folder import export_vae, has_vae, load_vae, save_vae
 
 CONFIG = VAEConfig(
     base_dim=4, latent_channels=3, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)
@@ -70,8 +70,19 @@ def test_weights_of_before_digests_load_with_a_line(tmp_path, caplog):
 
 def test_saving_again_replaces(tmp_path):
     save_vae(vae(0), tmp_path)
-    KeepVAE(every=1)(vae(1), None, step=3, workdir=tmp_path)
+    export_vae(vae(1), tmp_path, step=3)
     assert_same(load_vae(tmp_path), vae(1))
+
+
+def test_an_export_that_is_whole_is_not_repeated_and_one_that_is_not_is(tmp_path):
+    export_vae(vae(0), tmp_path, step=3)
+    export_vae(vae(1), tmp_path, step=3)
+    assert_same(load_vae(tmp_path), vae(0))
+    (tmp_path / "vae" / "config.json").unlink()
+    export_vae(vae(1), tmp_path, step=3)
+    assert_same(load_vae(tmp_path), vae(1))
+    export_vae(vae(2), tmp_path, step=4)
+    assert_same(load_vae(tmp_path), vae(2))
 
 
 def test_a_loaded_vae_computes_the_same(tmp_path):

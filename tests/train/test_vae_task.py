@@ -24,7 +24,7 @@ from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.optimizer import AdamW, partitioned
 from vidgen.train.state import init_state
 from vidgen.train.step import StepOptions, make_train_step
-from vidgen.train.vae_folder import KeepVAE, load_vae
+from vidgen.train.vae_folder import load_vae
 from vidgen.train.vae_task import VAETask
 from vidgen.train.wavelets import wavelet_loss
 
@@ -42,8 +42,7 @@ def plain(tmp_path_factory):
 def adversarial(tmp_path_factory):
     """The discriminator enters at the third step of four."""
     workdir = tmp_path_factory.mktemp("adversarial")
-    keep = KeepVAE(every=0)
-    return workdir, train(workdir, LATE, evaluators=[keep])
+    return workdir, train(workdir, LATE)
 
 
 def numbers(tree):
@@ -156,13 +155,15 @@ def test_resuming_an_adversarial_run_is_bit_exact(adversarial, tmp_path):
     class Crash(Exception):
         pass
 
-    class Crashing(KeepVAE):
+    class Crashing:
+        every, name = 3, "crashing"
+
         def __call__(self, model, frozen, *, step, workdir):
             assert isinstance(model, VideoVAE)
             raise Crash
 
     with pytest.raises(Crash):
-        train(tmp_path, LATE, evaluators=[Crashing(every=3)])
+        train(tmp_path, LATE, evaluators=[Crashing()])
     again = train(tmp_path, LATE)
     for part in ("params", "buffers", "ema", "opt_state"):
         assert_same(numbers(getattr(again, part)), numbers(getattr(state, part)))
@@ -254,7 +255,7 @@ def test_a_discriminator_that_is_not_finite_changes_nothing_but_the_step(monkeyp
 
 def test_training_the_decoder_leaves_the_encoder_as_it_is(plain, tmp_path):
     source = numbers(plain[1].ema) | numbers(plain[1].buffers)
-    state = train(tmp_path, DECODER, init_from=str(plain[0]), evaluators=[KeepVAE(every=0)])
+    state = train(tmp_path, DECODER, init_from=str(plain[0]))
     still = [name for name in source if name.startswith(("encoder.", "quant_conv.", "latents_"))]
     assert len(still) > 20
     kept = numbers(load_vae(tmp_path))

@@ -1,14 +1,13 @@
 """What a training run looks at while it goes, chosen by what it trains."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from vidgen.data.folder import FolderData
 from vidgen.data.latents_data import clips_of
-from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.sprites.source import SpritesData
 from vidgen.evals.previews import ReconstructionPreview, SamplePreview
@@ -19,20 +18,16 @@ from vidgen.pipeline import Pipeline
 from vidgen.train.evaluator import Evaluator
 from vidgen.train.experiment import Experiment
 from vidgen.train.text_to_video_task import TextToVideoTask
-from vidgen.train.vae_folder import KeepVAE
 
 __all__ = ["evaluators", "heldout_source"]
 
 NUM_CLIPS = 9
 
 
-def evaluators(
-    experiment: Experiment, *, open_clips: Callable[[], Loader], mesh: Mesh
-) -> Sequence[Evaluator]:
-    """Previews on held-out clips every `run.eval_every` steps; a VAE leaves its folder to later runs.
+def evaluators(experiment: Experiment, *, mesh: Mesh) -> Sequence[Evaluator]:
+    """Previews on held-out clips every `run.eval_every` steps.
 
     Args:
-      open_clips: opens a loader of the training clips from the beginning.
       mesh: the run's.
     """
     data, every = experiment.data, experiment.run.eval_every
@@ -40,14 +35,7 @@ def evaluators(
     if isinstance(experiment.task, TextToVideoTask):
         return _samples(experiment, experiment.task, clips, mesh)
     videos = np.stack([clip["video"] for clip in clips])
-    preview = ReconstructionPreview(clips=videos, every=every, fps=data.fps)
-    keep = KeepVAE(
-        every=experiment.run.checkpoint_every,
-        open_clips=open_clips,
-        num_clips=experiment.task.statistics_clips if experiment.task.train == "all" else 0,
-        mesh=mesh,
-    )
-    return [preview, keep]
+    return [ReconstructionPreview(clips=videos, every=every, fps=data.fps)]
 
 
 def _samples(

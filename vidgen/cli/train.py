@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
 
     Returns:
-      0 when the run is complete or was stopped by a signal and saved, 1 when the loss is not finite.
+      0 when the run is complete or was stopped by a signal and saved, 1 when the loss is not finite, 130 or
+      143 when a signal came before the first step.
     """
     arguments, overrides = _parser().parse_known_args(argv)
     values = load_config(arguments.config, overrides)
@@ -71,11 +72,12 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
     from vidgen.cli.evaluators import evaluators
     from vidgen.parallel import processes
     from vidgen.train.experiment import claim_workdir
+    from vidgen.train.interrupt import Stopped
     from vidgen.train.loop import fit
     from vidgen.train.recent import NonFiniteLoss
     from vidgen.train.text_to_video_task import TextToVideoTask
 
-    claim_workdir(experiment, workdir, write=processes.is_main_process())
+    experiment = claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
     if isinstance(task, TextToVideoTask):
         task = task.with_own_vae(workdir)
@@ -90,12 +92,16 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
                 optimizer=experiment.optimizer,
                 workdir=workdir,
                 mesh=mesh,
-                evaluators=evaluators(experiment, open_clips=open_clips, mesh=mesh),
+                evaluators=evaluators(experiment, mesh=mesh),
+                open_clips=open_clips,
                 resume_with=command,
             )
     except NonFiniteLoss as error:
         print(f"vidgen: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"vidgen: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     if loader.broken:
         _log.warning(
             "%d clips could not be decoded and were left out or replaced: %s",

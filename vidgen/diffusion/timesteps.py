@@ -18,8 +18,20 @@ __all__ = ["AnyDensity", "LogitNormal", "Mode", "TimestepDensity", "Uniform"]
 class TimestepDensity(Protocol):
     """Where in time training looks."""
 
-    def sample(self, key: Array, count: int, num_tokens: int | Int[Array, "b"]) -> Float[Array, "b"]:
-        """`count` timesteps in [0, 1], float32; `num_tokens` is the size of all clips, or of each."""
+    def sample(
+        self,
+        key: Array,
+        count: int,
+        num_tokens: int | Int[Array, "b"],
+        strata: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b"]:
+        """`count` timesteps in [0, 1], float32.
+
+        Args:
+          num_tokens: size of all clips, or of each.
+          strata: which of `count` equal shares of the density each is from, where it is stratified: a
+            permutation; None is in order.
+        """
         ...
 
     def quantile(
@@ -51,9 +63,16 @@ class _Shifted:
         if isinstance(self.shift, int | float) and self.shift <= 0:
             raise UserError(f"shift={self.shift} must be positive; 1 leaves the density as it is")
 
-    def sample(self, key: Array, count: int, num_tokens: int | Int[Array, "b"]) -> Float[Array, "b"]:
+    def sample(
+        self,
+        key: Array,
+        count: int,
+        num_tokens: int | Int[Array, "b"],
+        strata: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b"]:
         if self.stratified:
-            level = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+            index = jnp.arange(count) if strata is None else strata
+            level = (jax.random.uniform(key) + index / count) % 1.0
         else:
             level = jax.random.uniform(key, (count,))
         # Quantiles of 0 and 1 may be infinite on the way.

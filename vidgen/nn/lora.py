@@ -58,8 +58,8 @@ class LowRank(nnx.Module):
         *layers, inputs, outputs = linear.kernel.shape
         *stacked, axis_in, axis_out = linear.kernel.get_metadata("axes")
         self.scale = scale
-        self.down = param(rngs, _down_init, (*layers, inputs, rank), (*stacked, axis_in, None))
-        self.up = param(rngs, zeros, (*layers, rank, outputs), (*stacked, None, axis_out))
+        self.down = param(rngs, _down_init, (*layers, inputs, rank), (*stacked, axis_in, "rank"))
+        self.up = param(rngs, zeros, (*layers, rank, outputs), (*stacked, "rank", axis_out))
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         down, up = (variable[...].astype(x.dtype) for variable in (self.down, self.up))

@@ -144,17 +144,22 @@ def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Arra
     return batch
 
 
-def check_rows(rows: int, mesh: Mesh, name: str = "clips") -> None:
+def check_rows(rows: int, mesh: Mesh, name: str = "clips", *, parts: int = 1) -> None:
     """Sees to it that a global batch of `rows` can be cut over the mesh.
+
+    Args:
+      parts: micro-batches that it is computed in, each of which is cut over the mesh.
 
     Raises:
       UserError: it cannot.
     """
     ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
-    if rows % ways:
+    if rows % (ways * parts):
+        inside = f" in {parts} micro-batches" if parts > 1 else ""
+        fewer = ", or run.grad_accumulation smaller" if parts > 1 else ""
         raise UserError(
-            f"a batch of {rows} rows ({name}) does not divide over data * fsdp = {ways} devices: "
-            f"make batch_size a multiple of {ways}, or give the mesh fewer"
+            f"a batch of {rows} rows ({name}){inside} does not divide over data * fsdp = {ways} devices: "
+            f"make batch_size a multiple of {ways * parts}{fewer}, or give the mesh fewer"
         )
 
 

@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "conv_in": ("fsdp",),
     "conv_out": (),  # In convolutions `tensor` cuts the height of what they filter.
     "patch": (),
+    "features": (),  # What another model or a fixed embedding gives.
+    "rank": (),
     # Activations. The batch goes first, so `embed` of an activation finds `fsdp` taken and stays whole.
     "batch": ("data", "fsdp"),
     "tokens": ("context",),

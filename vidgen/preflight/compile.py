@@ -20,12 +20,12 @@ from vidgen.parallel.rules import RULES, batch_sharding, shardings
 from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.topology import GIB, PreflightError
 from vidgen.train.experiment import Experiment
-from vidgen.train.loop import step_options
 from vidgen.train.optimizer import partitioned
 from vidgen.train.power_law import averaging
 from vidgen.train.state import TrainState, abstract_state
 from vidgen.train.step import make_train_step
 from vidgen.train.task import Task
+from vidgen.train.trainer import step_options
 from vidgen.train.vae_task import VAETask
 
 __all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "placed"]

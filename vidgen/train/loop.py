@@ -1,43 +1,28 @@
-"""The training loop, written once: restore, step, log, evaluate, save."""
+"""The training loop, written once: restore, step, save, evaluate, log; at the end what the run makes."""
 
+import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.manager import CheckpointManager
-from vidgen.core.logging import get_logger
-from vidgen.core.tree import count
 from vidgen.core.typing import Metrics
 from vidgen.parallel import processes
 from vidgen.train.evaluator import Evaluator
-from vidgen.train.interrupt import StopSignal
-from vidgen.train.metrics import MetricsWriter
-from vidgen.train.optimizer import AdamW, Muon, partitioned
+from vidgen.train.interrupt import Stopped, StopSignal
+from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
-from vidgen.train.power_law import averaging
 from vidgen.train.progress import Progress
 from vidgen.train.recent import RecentSteps
-from vidgen.train.snapshots import save_snapshots
-from vidgen.train.start import start_from
-from vidgen.train.state import (
-    TrainState,
-    abstract_state,
-    ema_model,
-    init_state,
-    place_frozen,
-)
-from vidgen.train.step import StepOptions, make_train_step
+from vidgen.train.report import Report
+from vidgen.train.state import TrainState
 from vidgen.train.task import Task
+from vidgen.train.trainer import Trainer
 
-__all__ = ["Batches", "fit", "step_options"]
-
-_log = get_logger(__name__)
-_DATA = "data"
+__all__ = ["Batches", "fit"]
 
 
 @runtime_checkable
@@ -60,70 +45,75 @@ def fit(
     workdir: pathlib.Path | str,
     mesh: Mesh,
     evaluators: Sequence[Evaluator] = (),
+    open_clips: Callable[[], Any] | None = None,
     resume_with: str = "the same command",
 ) -> TrainState:
     """Trains to `options.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     A run that was stopped, killed or preempted goes on bit-exactly: same parameters, moments, averages, noise
-    and clips. SIGTERM and SIGINT finish the step, save, and return.
+    and clips, and the same lines of metrics. SIGTERM and SIGINT finish the step, save, and return. What an
+    interruption left out, an evaluation or `Task.finish`, is done when the run goes on.
 
     Args:
       loader: batches with `name` (for reports), for this process; for the rate of frames they have `video`,
         or `num_frames`, those of the whole step.
       evaluators: called with the averaged weights at their own intervals and at the end.
+      open_clips: opens the training clips from the beginning, for `Task.finish`.
       resume_with: the command that goes on, for the message when the run is interrupted.
 
     Returns:
       The state after the last step.
 
     Raises:
-      NonFiniteLoss: the clips of the step are in `workdir`/nonfinite_<step>.json; checkpoints stay as they
-        were.
+      NonFiniteLoss: of too many steps in a row, or of the last step; checkpoints stay as they were.
       CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
+      Stopped: a signal was received before the first step.
     """
-    workdir = pathlib.Path(workdir)
-    main = processes.is_main_process()
-    tx = averaging(partitioned(optimizer, task.apart, options.num_steps), options.power_law)
-    schedule = optimizer.schedule(options.num_steps)
-    with jax.set_mesh(mesh), _checkpoints(workdir, options) as checkpoints, StopSignal() as stop:
-        state, graphdef, start = _restore_or_init(task, tx, options, loader, mesh, checkpoints)
-        frozen_graphdef, frozen = place_frozen(task.frozen(), mesh) or (None, None)
-        train_step = make_train_step(task, graphdef, frozen_graphdef, tx, step_options(options), schedule)
-        recent = RecentSteps(workdir)
-        writer = MetricsWriter(workdir, resume_step=start, enabled=main)
-        progress = Progress(start=start, total=options.num_steps, enabled=main)
-        step = start
-        with writer, progress:
+    workdir, num_steps = pathlib.Path(workdir), options.num_steps
+    stop = StopSignal(f"stopped before the first step, nothing is lost; start again with: {resume_with}")
+    # The signal encloses the checkpoints: one that comes while the last is written does not end the process.
+    with jax.set_mesh(mesh), stop, _checkpoints(workdir, options) as checkpoints:
+        with stop.at_once(end_process=True):
+            trainer = Trainer(task, optimizer, options, mesh, checkpoints)
+        if stop.requested():
+            raise Stopped(stop.message)
+        step = start = trainer.start
+        recent = RecentSteps(workdir, options.stop_after_nonfinite, start, trainer.saved.get("recent"))
+        report = Report(workdir, evaluators, trainer.models, start=start, num_steps=num_steps, stop=stop)
+        with report, Progress(start=start, total=num_steps, enabled=processes.is_main_process()) as progress:
+            stopped = not report.make_up(trainer.saved.get("line", {}))
             # The range goes first: no batch is taken beyond the last step.
-            for step, batch in zip(range(start + 1, options.num_steps + 1), loader, strict=False):
-                state, metrics = train_step(state, frozen, processes.global_batch(task.arrays(batch), mesh))
+            steps = range(start + 1, 1 if stopped else num_steps + 1)
+            for step, batch in zip(steps, _from(loader, trainer.saved), strict=False):
+                # The first step is compiled.
+                with stop.at_once(end_process=True) if step == steps.start else contextlib.nullcontext():
+                    metrics = trainer.step(step, batch)
                 recent.add(step, batch, metrics)
                 progress.advance(_num_frames(batch))
-                interrupted = processes.stop_requested_anywhere(step, stop.received)
-                ending = interrupted or step == options.num_steps
+                stopped, last = stop.requested(), step == num_steps
                 line: Metrics = {}
-                if ending or step % options.log_every == 0:
-                    line |= recent.means() | progress.rates()
-                    progress.show(line)
-                if not interrupted:
-                    due = [
-                        e
-                        for e in evaluators
-                        if step == options.num_steps or (e.every and step % e.every == 0)
-                    ]
-                    line |= _evaluate(due, task, state, graphdef, frozen_graphdef, frozen, step, workdir)
-                writer.write(step, line)
-                if ending or checkpoints.should_save(step):
-                    recent.check()
-                    checkpoints.save(step, state, {_DATA: loader.get_state()})
-                if options.power_law and options.power_law.due(step, options.num_steps):
-                    recent.check()
-                    save_snapshots(workdir, step, state.opt_state, options.power_law)
-                if interrupted:
+                if last or step % options.log_every == 0:
+                    line = recent.means() | progress.rates()
+                    if "loss" in line:  # not where all steps were skipped
+                        progress.show(line)
+                if options.power_law and options.power_law.due(step, num_steps):
+                    recent.check(last=last)
+                    trainer.save_snapshot(step, workdir)
+                if stopped or last or checkpoints.should_save(step) or report.evaluates(step):
+                    recent.check(last=last)
+                    beside = {"loader": loader.get_state(), "recent": recent.state(), "line": line}
+                    trainer.save(step, beside)
+                stopped = not report.after(step, line, finite=recent.finite, stopped=stopped)
+                if stopped:
                     break
-    if step < options.num_steps and main:
-        print(f"stopped after step {step} of {options.num_steps}; resume with: {resume_with}", flush=True)
-    return state
+        stopped = stopped or not stop.completes(
+            lambda: task.finish(
+                trainer.models()[0], step=step, workdir=workdir, open_clips=open_clips, mesh=mesh
+            )
+        )
+    if stopped and processes.is_main_process():
+        print(f"stopped after step {step} of {num_steps}; resume with: {resume_with}", flush=True)
+    return trainer.state
 
 
 def _checkpoints(workdir: pathlib.Path, options: RunOptions) -> CheckpointManager:
@@ -136,57 +126,11 @@ def _checkpoints(workdir: pathlib.Path, options: RunOptions) -> CheckpointManage
     )
 
 
-def _restore_or_init(
-    task: Task,
-    tx: optax.GradientTransformation,
-    options: RunOptions,
-    loader: Batches,
-    mesh: Mesh,
-    checkpoints: CheckpointManager,
-) -> tuple[TrainState, nnx.GraphDef, int]:
-    """The state to go on from, the module's graph, and the steps done; the loader is set to that place."""
-    if checkpoints.latest_step() is None:
-        state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
-        _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
-        if options.init_from is not None:
-            state = start_from(options.init_from, state, task.apart)
-        return state, graphdef, 0
-    abstract, graphdef = abstract_state(task, tx, mesh)
-    step, state, parts = checkpoints.restore(abstract, parts=(_DATA,))
-    loader.set_state(parts[_DATA])
-    _log.info("resuming after step %d of %d, from %s", step, options.num_steps, checkpoints.directory)
-    return state, graphdef, step
-
-
-def step_options(options: RunOptions) -> StepOptions:
-    """The options of a run that a step has."""
-    return StepOptions(
-        grad_accumulation=options.grad_accumulation,
-        grad_clip=options.grad_clip,
-        ema_decay=options.ema_decay,
-    )
-
-
-def _evaluate(
-    due: Sequence[Evaluator],
-    task: Task,
-    state: TrainState,
-    graphdef: nnx.GraphDef,
-    frozen_graphdef: nnx.GraphDef | None,
-    frozen: nnx.State | None,
-    step: int,
-    workdir: pathlib.Path,
-) -> Metrics:
-    """The scores of the evaluators that are due, each under its name."""
-    if not due:
-        return {}
-    model = task.product(ema_model(state, graphdef))
-    frozen_model = None if frozen_graphdef is None else nnx.merge(frozen_graphdef, frozen)
-    return {
-        f"{evaluator.name}/{name}": value
-        for evaluator in due
-        for name, value in evaluator(model, frozen_model, step=step, workdir=workdir).items()
-    }
+def _from(loader: Batches, saved: Mapping[str, Any]) -> Batches:
+    """The loader, at the place where it was saved."""
+    if "loader" in saved:
+        loader.set_state(saved["loader"])
+    return loader
 
 
 def _num_frames(batch: Mapping[str, Any]) -> int:

@@ -3,13 +3,17 @@
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
+from vidgen.core.files import replacing
 from vidgen.core.typing import Metrics
 
-__all__ = ["MetricsWriter"]
+__all__ = ["MetricsWriter", "drop_after"]
 
 
 class MetricsWriter:
@@ -31,24 +35,32 @@ class MetricsWriter:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        _drop_after(path, resume_step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1, flush_secs=30)
+        drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._folder, self._resume_step = workdir / "tensorboard", resume_step
+        self._board: EventsWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, and one scalar per metric; nothing for no metrics."""
+        """One line, and one scalar per metric; nothing for no metrics. Both are on disk on return."""
         if not self._enabled or not metrics:
             return
-        values: Metrics = {name: float(value) for name, value in metrics.items()}
+        if self._board is None:
+            # Not before there is something to write: each writer makes a file of its own.
+            self._board = _board(self._folder, self._resume_step + 1)
+        # In an order of their own, which a checkpoint does not keep.
+        values: Metrics = {name: float(metrics[name]) for name in sorted(metrics)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+        self._board.flush()
 
     def close(self) -> None:
-        """Flushes both."""
-        if self._enabled:
-            self._file.close()
+        """Closes the files."""
+        if not self._enabled:
+            return
+        self._file.close()
+        if self._board is not None:
             self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -58,14 +70,28 @@ class MetricsWriter:
         self.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the whole lines up to `step`; a line that a killed run left half-written goes too."""
+def _board(folder: pathlib.Path, purge_step: int) -> EventsWriter:
+    """A file of TensorBoard, which then shows nothing of older files from `purge_step` on.
+
+    Unlike those of `SummaryWriter`, whose thread writes when it likes, its events are in the file when it is
+    flushed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    start = SessionLog(status=SessionLog.START)
+    board.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
+    return board
+
+
+def drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps the lines of JSON of steps up to `step`; a line that a killed run left half-written goes too."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -128,19 +128,20 @@ class Muon:
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """The update rule for a run of `num_steps`."""
         directions = optax.contrib.muon(
-            1.0,
+            self.learning_rate,
             beta=self.beta,
             consistent_rms=self.consistent_rms,
-            adam_learning_rate=None
-            if self.adam_learning_rate is None
-            else self.adam_learning_rate / self.learning_rate,
+            adam_learning_rate=self.adam_learning_rate,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
             muon_weight_dimension_numbers=_matrices,
         )
         # Muon's own decay has no mask for what Adam takes. The updates descend already, hence the minus.
-        decay = optax.add_decayed_weights(-self.weight_decay, mask=_decayed)
-        return optax.chain(directions, decay, optax.scale_by_schedule(self.schedule(num_steps)))
+        decay = optax.add_decayed_weights(-self.weight_decay * self.learning_rate, mask=_decayed)
+        shape = cosine_schedule(
+            1.0, warmup_steps=self.warmup_steps, num_steps=num_steps, end=self.end_fraction
+        )
+        return optax.chain(directions, decay, optax.scale_by_schedule(shape))
 
 
 _REST = ""

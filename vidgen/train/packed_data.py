@@ -35,11 +35,12 @@ def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
     return [known[size] for size in records.sizes]
 
 
-def check_latents(data: LatentsData, task: Task, batch_size: int, mesh: Mesh) -> None:
+def check_latents(data: LatentsData, task: Task, batch_size: int, parts: int, mesh: Mesh) -> None:
     """Sees to it that a run can be trained on these latents, before it begins.
 
     Args:
       batch_size: rows per step.
+      parts: micro-batches per step.
 
     Raises:
       ConfigError: the task takes no latents; they are of another VAE than the task's, or of sizes that the
@@ -59,7 +60,7 @@ def check_latents(data: LatentsData, task: Task, batch_size: int, mesh: Mesh) ->
             f"is {task.dit.in_channels}"
         )
     try:
-        check_rows(batch_size, mesh, "rows")
+        check_rows(batch_size, mesh, "rows", parts=parts)
         task.check_size(data.num_frames, data.height, data.width)
         counts = token_counts(records, task.dit)
     except ValueError as error:

@@ -2,69 +2,142 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from vidgen.core.logging import get_logger
 from vidgen.core.typing import Metrics
+from vidgen.train.metrics import drop_after
 
 __all__ = ["NonFiniteLoss", "RecentSteps"]
+
+_log = get_logger(__name__)
 
 _IN_FLIGHT = 2
 """Steps that the host may be ahead of the device: enough to hide the loading, few enough to bound memory."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is not finite; the message says at which step, and where its clips are."""
+    """The loss or the gradient stays not finite; the message says since when, and where the clips are."""
 
 
 class RecentSteps:
-    """Gathers metrics without waiting for them; they are fetched when a line or a checkpoint needs them."""
+    """Gathers metrics without waiting for them; they are fetched when a line or a checkpoint needs them.
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
+    A step whose loss or gradient is not finite has changed nothing (`make_train_step`): it counts as
+    `skipped`, is left out of the means, and its clips are named in `workdir`/nonfinite.jsonl.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        stop_after: int,
+        start: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ):
+        """Goes on after a step.
+
+        Args:
+          stop_after: steps in a row that are not finite at which to give up.
+          start: steps done.
+          state: what `state` was then.
+        """
+        index = jax.process_index()
+        self._path = workdir / f"nonfinite{f'.{index}' if index else ''}.jsonl"
+        drop_after(self._path, start)
+        self._stop_after = stop_after
         self._steps: list[tuple[int, list[str], Metrics]] = []
-        self._fetched: list[Metrics] = []
+        state = state or {}
+        self._sums: dict[str, float] = dict(state.get("sums", {}))
+        self._counted: int = state.get("counted", 0)
+        self._skipped: int = state.get("skipped", 0)
+        self._in_a_row: int = state.get("in_a_row", 0)
+        self._checked = start
 
     def add(self, step: int, batch: Mapping[str, Any], metrics: Metrics) -> None:
-        """Notes a step that was started."""
+        """Notes a step that was started, or one that was left out, which has no metrics."""
         self._steps.append((step, list(batch["name"]), metrics))
         if len(self._steps) > _IN_FLIGHT:
-            jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][2]["loss"])
+            jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][2])
 
-    def check(self) -> None:
+    @property
+    def finite(self) -> bool:
+        """Whether the newest step that was checked is."""
+        return self._in_a_row == 0
+
+    def check(self, *, last: bool = False) -> None:
         """Waits for the steps noted so far.
 
+        Args:
+          last: the run ends with the newest of them, which then has to be finite.
+
         Raises:
-          NonFiniteLoss: one of them; its clips are in nonfinite_<step>.json.
+          NonFiniteLoss: too many of them in a row.
         """
         steps, self._steps = self._steps, []
         for (step, names, _), metrics in zip(steps, jax.device_get([m for *_, m in steps]), strict=True):
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                self._report(step, names, metrics)
-            self._fetched.append(metrics)
+            values = {name: float(value) for name, value in metrics.items()}
+            self._checked = step
+            if not values:
+                self._skipped += 1
+                self._in_a_row = 0
+            elif math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+                self._in_a_row = 0
+                self._counted += 1
+                for name, value in values.items():
+                    self._sums[name] = self._sums.get(name, 0.0) + value
+            else:
+                self._skip(step, names, values)
+        if last and not self.finite:
+            self._give_up()
 
     def means(self) -> Metrics:
-        """The mean of each metric over the steps since the last call; checks them first."""
-        self.check()
-        fetched, self._fetched = self._fetched, []
-        return {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
+        """The mean of each metric over the steps since the last call, and how many of these were skipped.
 
-    def _report(self, step: int, names: list[str], metrics: Metrics) -> None:
-        index = jax.process_index()
-        path = self._workdir / f"nonfinite_{step}{f'.{index}' if index else ''}.json"
-        values = {name: float(value) for name, value in metrics.items()}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"step": step, "clips": names, "metrics": {k: str(v) for k, v in values.items()}})
+        Where all were, there are no other metrics. Checks the steps first.
+        """
+        self.check()
+        means: Metrics = {name: value / self._counted for name, value in self._sums.items()}
+        means["skipped"] = float(self._skipped)
+        self._sums, self._counted, self._skipped = {}, 0, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the steps that were checked; JSON-able, and equal on all processes."""
+        return {
+            "sums": self._sums,
+            "counted": self._counted,
+            "skipped": self._skipped,
+            "in_a_row": self._in_a_row,
+        }
+
+    def _skip(self, step: int, names: list[str], values: Metrics) -> None:
+        self._skipped += 1
+        self._in_a_row += 1
+        # As text: infinity and NaN are not JSON.
+        shown = {name: str(value) for name, value in values.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "clips": names, "metrics": shown}) + "\n")
+        _log.warning(
+            "step %d skipped: loss is %s, norm of the gradient is %s; its clips are in %s",
+            step,
+            values["loss"],
+            values["grad_norm"],
+            self._path,
         )
-        os.replace(temporary, path)
+        if self._in_a_row >= self._stop_after:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        step = self._checked
+        first = step - self._in_a_row + 1
         raise NonFiniteLoss(
-            f"step {step}: loss is {values['loss']}, norm of the gradient is {values['grad_norm']}. "
-            f"The clips of this batch are named in {path}; nothing was saved since the last checkpoint, from "
-            "which the same command goes on. "
-            "Look at the clips, or lower optimizer.learning_rate or run.grad_clip."
+            f"steps {first} to {step}: the loss or its gradient is not finite. Their clips are in "
+            f"{self._path}; the checkpoints are as they were. Look at these clips. The same command goes on "
+            f"without them with --config.run.skip_steps=[[{first},{step}]]. Where the loss rose before, also "
+            "give a lower --config.optimizer.learning_rate or --config.run.grad_clip, and remove the folders "
+            "of checkpoints newer than the rise: the run then goes on from before it."
         )

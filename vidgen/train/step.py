@@ -16,7 +16,7 @@ from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import constrain_tree
 from vidgen.train.optimizer import part_names
 from vidgen.train.state import TrainState
-from vidgen.train.task import Task
+from vidgen.train.task import Task, Total
 
 __all__ = ["StepOptions", "TrainStep", "clipped", "make_train_step"]
 
@@ -120,7 +120,7 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
         (loss, (metrics, buffers)), grads = grad_fn(
             state.params, state.buffers, frozen, batch, key, state.step
         )
-        return loss, metrics, buffers, grads
+        return loss, _of_step(metrics, lambda x: x, lambda x: x), buffers, grads
 
     def split(x: Array) -> Array:
         if x.shape[0] % count:
@@ -140,8 +140,16 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     inputs = (jax.tree.map(split, batch), jnp.arange(count))
     (buffers, total), (losses, metrics) = jax.lax.scan(body, (state.buffers, zeros), inputs)
-    mean = lambda x: x.mean(0)  # noqa: E731
-    return mean(losses), jax.tree.map(mean, metrics), buffers, jax.tree.map(lambda g: g / count, total)
+    metrics = _of_step(metrics, lambda x: x.mean(0), lambda x: x.sum(0))
+    return losses.mean(0), metrics, buffers, jax.tree.map(lambda g: g / count, total)
+
+
+def _of_step(metrics: Metrics, mean: Callable[[Array], Array], total: Callable[[Array], Array]) -> Metrics:
+    """Metrics of a step out of those of its micro-batches."""
+    return {
+        name: total(value.value) if isinstance(value, Total) else mean(value)
+        for name, value in metrics.items()
+    }
 
 
 def _decay(step: Array, decay: float) -> Float[Array, ""]:

@@ -1,13 +1,29 @@
 """The role that a kind of training plays in the loop."""
 
-from collections.abc import Mapping
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from vidgen.core.typing import Array, Float, Int, Metrics
 from vidgen.train.optimizer import Optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """A metric of a loss that adds up over the micro-batches of a step, as others are averaged.
+
+    Attributes:
+      value: scalar.
+    """
+
+    value: Any
 
 
 @runtime_checkable
@@ -51,11 +67,33 @@ class Task(Protocol):
         key: Array,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Mean loss over the batch, and scalar metrics. May update the `Buffer`s of `model` in place.
+        """Mean loss over the batch, and scalar metrics or `Total`s. May update `Buffer`s of `model` in place.
 
         Args:
           batch: arrays as given by `arrays`, on device.
           key: a key of this step alone.
           step: steps done before this one.
+        """
+        ...
+
+    def finish(
+        self,
+        model: nnx.Module,
+        *,
+        step: int,
+        workdir: pathlib.Path,
+        open_clips: Callable[[], Any] | None,
+        mesh: Mesh,
+    ) -> None:
+        """Leaves below `workdir` what a complete run makes for others, if anything.
+
+        Called on all processes after the last step, and again whenever the complete run is started: what is
+        there of this step stays. A signal may end it anywhere.
+
+        Args:
+          model: with averaged weights (`product`).
+          step: the last.
+          open_clips: opens a loader of the training clips from the beginning.
+          mesh: the run's.
         """
         ...

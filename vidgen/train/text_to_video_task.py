@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from vidgen.core import pixels, rng
 from vidgen.core.errors import UserError
@@ -33,6 +34,7 @@ from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_e
 from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
 from vidgen.train.packed_clips import pack_rows
+from vidgen.train.task import Total
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
@@ -198,6 +200,17 @@ class TextToVideoTask:
         losses = velocity_loss(network, clean, noise, timestep, counted)
         return (losses * weight).mean(), {"latent_std": clean.std()}
 
+    def finish(
+        self,
+        model: nnx.Module,
+        *,
+        step: int,
+        workdir: pathlib.Path,
+        open_clips: Callable[[], Any] | None,
+        mesh: Mesh,
+    ) -> None:
+        """Nothing: what is sampled from is in the checkpoints."""
+
     def _condition(self, model: TextToVideo, batch: Mapping[str, Array], key: Array) -> Condition:
         """What the transformer is told of the captions that are not dropped."""
         if self.text_encoder is None:
@@ -236,10 +249,16 @@ class TextToVideoTask:
         return condition._replace(given=clean, is_given=is_given)
 
     def _timesteps(
-        self, key: Array, count: int, num_tokens: int | Int[Array, "b"]
+        self, key: Array, count: int, num_tokens: int | Int[Array, "b"], places: int = 1
     ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-        """Timesteps of clips of so many tokens, and how much their errors count."""
-        timestep = self.density.sample(rng.stream(key, "timestep"), count, num_tokens)
+        """Timesteps of clips of so many tokens, and how much their errors count.
+
+        Clips stand by rows of `places`, and each row's draws one after the other. Of stratified levels those
+        of one clip's draws are as far apart as can be.
+        """
+        draws = self.draws_per_clip
+        strata = np.arange(count).reshape(draws, -1, places).swapaxes(0, 1).reshape(-1)
+        timestep = self.density.sample(rng.stream(key, "timestep"), count, num_tokens, jnp.asarray(strata))
         if self.weighting is None:
             return timestep, jnp.ones_like(timestep)
         mean = mean_weight(self.weighting, self.density, num_tokens)
@@ -259,7 +278,7 @@ class TextToVideoTask:
         clips = jnp.arange(1, places + 1)
         num_tokens = (segment_ids[:, :, None] == clips[None, None]).sum(1).reshape(-1)
         # Of places without a clip as for one token: their losses do not count.
-        timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1))
+        timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1), places)
         losses, there = packed_velocity_loss(
             lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
             clean,
@@ -271,7 +290,7 @@ class TextToVideoTask:
         metrics = {
             "latent_std": clean.std(where=filled[..., None]),
             "fill": filled.mean(),
-            "clips": there.sum() / self.draws_per_clip,
+            "clips": Total(there.sum() / self.draws_per_clip),
         }
         return (losses * weight.reshape(losses.shape)).sum() / jnp.maximum(there.sum(), 1), metrics
 

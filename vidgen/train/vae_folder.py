@@ -1,6 +1,5 @@
-"""A VAE kept as a folder of JSON and safetensors: in the run that trained it and in each run that uses it."""
+"""A VAE as a folder of JSON and safetensors: in the run that trained it and in each run that uses it."""
 
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -14,18 +13,21 @@ from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.files import read_json
 from vidgen.core.paths import hub_remedy, packaged
 from vidgen.core.tree import named_leaves
-from vidgen.core.typing import Metrics
 from vidgen.data.loader import Loader
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.diffusers_folder import is_diffusers, load_diffusers, read_config
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.parallel import processes
 from vidgen.train.latent_statistics import measure_latents, with_statistics
 
-__all__ = ["KeepVAE", "encoder_fingerprint", "has_vae", "load_vae", "save_vae", "vae_config"]
+__all__ = ["encoder_fingerprint", "export_vae", "has_vae", "load_vae", "save_vae", "vae_config"]
 
 _FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
+_RECORD = "exported.json"
+"""The step after which the run that trained the VAE exported it."""
 
 
 def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
@@ -97,33 +99,37 @@ def _folder(workdir: pathlib.Path | str) -> pathlib.Path:
     return path if is_diffusers(path) else path / _FOLDER
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KeepVAE:
-    """An evaluator that leaves the VAE's averaged weights where runs that build on it look for them.
+def export_vae(
+    vae: VideoVAE,
+    workdir: pathlib.Path | str,
+    *,
+    step: int,
+    open_clips: Callable[[], Loader] | None = None,
+    num_clips: int = 0,
+    mesh: Mesh | None = None,
+) -> None:
+    """Leaves a run's VAE where runs that build on it look for it; one of the same step is left as it is.
 
-    Their latents are normalised by statistics of these weights over training clips, the same ones each time.
+    Its latents are normalised by statistics of these weights over training clips, the same ones each time.
+    All processes must call this.
 
-    Attributes:
-      every: steps between two calls.
+    Args:
+      step: after which the weights are.
       open_clips: opens a `Loader` of training clips from the beginning.
       num_clips: over which the statistics are measured, or all where there are fewer; 0 leaves those that the
         VAE has.
       mesh: over which batches are cut.
     """
-
-    every: int
-    name: str = "vae"
-    open_clips: Callable[[], Loader] | None = None
-    num_clips: int = 0
-    mesh: Mesh | None = None
-
-    def __call__(
-        self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
-    ) -> Metrics:
-        assert isinstance(model, VideoVAE)
-        if self.open_clips is not None and self.num_clips:
-            with self.open_clips() as clips:
-                count = min(self.num_clips, clips.num_clips)
-                model = with_statistics(model, measure_latents(model, clips, num_clips=count, mesh=self.mesh))
-        save_vae(model, workdir)
-        return {}
+    record = pathlib.Path(workdir) / _FOLDER / _RECORD
+    exported = read_json(record, remedy="remove it").get("step") if record.exists() else None
+    processes.sync("record of the exported VAE")  # before any process writes it
+    if exported == step and has_vae(workdir):
+        return
+    if num_clips:
+        if open_clips is None:
+            raise ValueError(f"statistics over {num_clips} clips are asked for, and no clips are given")
+        with open_clips() as clips:
+            count = min(num_clips, clips.num_clips)
+            vae = with_statistics(vae, measure_latents(vae, clips, num_clips=count, mesh=mesh))
+    save_vae(vae, workdir)
+    write_json(record, {"step": step})

@@ -1,13 +1,15 @@
 """Training the video VAE: reconstruct, look real to an adversary, and stay close to a standard normal."""
 
 import dataclasses
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from vidgen.core import pixels
 from vidgen.core.errors import UserError
@@ -19,6 +21,7 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.variables import freeze
 from vidgen.train.adversary import Adversary, with_gradient
+from vidgen.train.vae_folder import export_vae
 from vidgen.train.wavelets import wavelet_loss
 
 
@@ -39,8 +42,8 @@ class VAETask:
       perceptual_weights: safetensors file of VGG16 and LPIPS's heads, see `vidgen.models.lpips.params`.
       kl_weight: of the divergence in nats per latent element.
       adversary: a discriminator to train against, or None.
-      statistics_clips: training clips over which the latents' mean and deviation are measured each time the
-        VAE is kept for later runs, unless it is its decoder that is trained; 0 keeps the running ones of
+      statistics_clips: training clips over which the latents' mean and deviation are measured when the VAE
+        is exported for later runs, unless it is its decoder that is trained; 0 keeps the running ones of
         training.
     """
 
@@ -125,6 +128,20 @@ class VAETask:
                 metrics["kl"] = posterior.kl()
                 loss += self.kl_weight * metrics["kl"]
         return loss, metrics
+
+    def finish(
+        self,
+        model: nnx.Module,
+        *,
+        step: int,
+        workdir: pathlib.Path,
+        open_clips: Callable[[], Any] | None,
+        mesh: Mesh,
+    ) -> None:
+        """Exports the VAE for runs that build on it."""
+        assert isinstance(model, VideoVAE)
+        clips = self.statistics_clips if self.train == "all" else 0
+        export_vae(model, workdir, step=step, open_clips=open_clips, num_clips=clips, mesh=mesh)
 
     def _reconstruction(
         self, made: Video, video: Video, lpips: nnx.Module | None

@@ -34,11 +34,11 @@ class ConditionEmbedder(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
         self.freq_dim = config.freq_dim
-        self.time_1 = Linear(config.freq_dim, d, axes=(None, "embed"), rngs=rngs)
+        self.time_1 = Linear(config.freq_dim, d, axes=("features", "embed"), rngs=rngs)
         self.time_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         # Zero: every block starts as the identity (adaLN-Zero; Peebles and Xie, arXiv 2212.09748).
         self.time_proj = Linear(d, 6 * d, axes=("embed", "mlp"), init=zeros, rngs=rngs)
-        self.text_1 = Linear(config.text_dim, d, axes=(None, "embed"), rngs=rngs)
+        self.text_1 = Linear(config.text_dim, d, axes=("features", "embed"), rngs=rngs)
         self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         self.image = None if config.image_dim is None else ImageEmbedder(config, rngs=rngs)
 
@@ -61,7 +61,7 @@ class ImageEmbedder(nnx.Module):
         assert config.image_dim is not None
         width = config.image_dim
         self.norm_in = LayerNorm(width, eps=1e-5, rngs=rngs)
-        self.up = Linear(width, width, axes=(None, "mlp"), rngs=rngs)
+        self.up = Linear(width, width, axes=("features", "mlp"), rngs=rngs)
         self.down = Linear(width, config.model_dim, axes=("mlp", "embed"), rngs=rngs)
         self.norm_out = LayerNorm(config.model_dim, eps=1e-5, rngs=rngs)
         shape = (config.image_positions, width)

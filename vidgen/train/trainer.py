@@ -1,0 +1,121 @@
+"""What a run trains, and how it takes a step: the state with all that belongs to it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vidgen.ckpt.manager import CheckpointManager
+from vidgen.core.logging import get_logger
+from vidgen.core.tree import count
+from vidgen.core.typing import Metrics
+from vidgen.parallel import processes
+from vidgen.train.optimizer import AdamW, Muon, partitioned
+from vidgen.train.options import RunOptions
+from vidgen.train.power_law import averaging
+from vidgen.train.snapshots import save_snapshots
+from vidgen.train.start import start_from
+from vidgen.train.state import TrainState, abstract_state, ema_model, init_state, place_frozen
+from vidgen.train.step import StepOptions, make_train_step
+from vidgen.train.task import Task
+
+__all__ = ["Trainer", "step_options"]
+
+_log = get_logger(__name__)
+_PART = "data"
+
+
+class Trainer:
+    """A task's state, from the newest checkpoint or at its beginning, and its compiled step.
+
+    Attributes:
+      state: after the newest step.
+      start: steps done before.
+      saved: what was saved beside the state, a mapping of JSON values; empty in a new run.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: AdamW | Muon,
+        options: RunOptions,
+        mesh: Mesh,
+        checkpoints: CheckpointManager,
+    ):
+        """Restores or makes the state.
+
+        Raises:
+          CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
+        """
+        length = options.schedule_length
+        tx = averaging(partitioned(optimizer, task.apart, length), options.power_law)
+        self._task, self._options, self._mesh, self._checkpoints = task, options, mesh, checkpoints
+        self.state: TrainState
+        self.start = 0
+        self.saved: dict[str, Any] = {}
+        if checkpoints.latest_step() is None:
+            self.state, self._graphdef = _new_state(task, tx, options, mesh)
+        else:
+            abstract, self._graphdef = abstract_state(task, tx, mesh)
+            self.start, self.state, parts = checkpoints.restore(abstract, parts=(_PART,))
+            # Older runs saved the loader's state alone.
+            self.saved = parts[_PART] if "loader" in parts[_PART] else {"loader": parts[_PART]}
+            _log.info(
+                "resuming after step %d of %d, from %s", self.start, options.num_steps, checkpoints.directory
+            )
+        self._frozen_graphdef, self._frozen = place_frozen(task.frozen(), mesh) or (None, None)
+        self._step = make_train_step(
+            task,
+            self._graphdef,
+            self._frozen_graphdef,
+            tx,
+            step_options(options),
+            optimizer.schedule(length),
+        )
+
+    def step(self, step: int, batch: Mapping[str, Any]) -> Metrics:
+        """Trains on a batch. Returns metrics, still on the device; none of a step that is left out."""
+        if self._options.skips(step):
+            self.state = dataclasses.replace(self.state, step=self.state.step + 1)
+            return {}
+        arrays = processes.global_batch(self._task.arrays(batch), self._mesh)
+        self.state, metrics = self._step(self.state, self._frozen, arrays)
+        return metrics
+
+    def models(self) -> tuple[nnx.Module, nnx.Module | None]:
+        """What is evaluated and exported, with averaged weights; and the task's frozen module."""
+        frozen = None if self._frozen_graphdef is None else nnx.merge(self._frozen_graphdef, self._frozen)
+        return self._task.product(ema_model(self.state, self._graphdef)), frozen
+
+    def save(self, step: int, beside: Mapping[str, Any]) -> None:
+        """Starts to save a checkpoint, with JSON values beside the state."""
+        self._checkpoints.save(step, self.state, {_PART: dict(beside)})
+
+    def save_snapshot(self, step: int, workdir: pathlib.Path) -> None:
+        """Writes the averages of `options.power_law`."""
+        assert self._options.power_law is not None
+        save_snapshots(workdir, step, self.state.opt_state, self._options.power_law)
+
+
+def step_options(options: RunOptions) -> StepOptions:
+    """The options of a run that a step has."""
+    return StepOptions(
+        grad_accumulation=options.grad_accumulation,
+        grad_clip=options.grad_clip,
+        ema_decay=options.ema_decay,
+    )
+
+
+def _new_state(
+    task: Task, tx: optax.GradientTransformation, options: RunOptions, mesh: Mesh
+) -> tuple[TrainState, nnx.GraphDef]:
+    state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
+    _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
+    if options.init_from is not None:
+        state = start_from(options.init_from, state, task.apart)
+    return state, graphdef
