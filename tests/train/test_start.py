@@ -11,12 +11,18 @@ from tests.models.random_weights import random_module
 from tests.train.small_vae import ADVERSARIAL, ADVERSARY, MODEL, PLAIN
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.tree import named_leaves
+from vidgen.data.sprites.source import SpritesData
+from vidgen.models.dit.config import VARIANTS as DIT_VARIANTS
+from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.video_vae.diffusers_folder import save_diffusers
+from vidgen.nn.lora import LoRAOptions
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
+from vidgen.train.experiment import Experiment, claim_workdir
 from vidgen.train.start import start_from
 from vidgen.train.state import TrainState
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_folder import load_vae, save_vae
 
 DECODER = dataclasses.replace(PLAIN, train="decoder")
@@ -114,6 +120,40 @@ def test_a_vae_alone_is_enough(save, tmp_path):
     other = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, latent_channels=4))
     with pytest.raises(CheckpointError, match=r"post_quant_conv\.bias: \(3,\), expected \(4,\)"):
         start_from(tmp_path, state(other, 1), {})
+
+
+def test_the_lora_of_a_run_is_merged_whether_the_next_one_trains_all_or_another_lora(tmp_path):
+    plain = TextToVideoTask(
+        vae="unused",
+        dit=dataclasses.replace(DIT_VARIANTS["tiny"], text_dim=32),
+        text=ByteEncoderConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=32, max_bytes=16),
+    )
+    lora = dataclasses.replace(plain, lora=LoRAOptions(rank=2, alpha=6.0, targets=r"blocks\.ffn\..*"))
+    there = saved(tmp_path, lora)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        start_from(tmp_path, state(plain, 1), {})
+    (tmp_path / "checkpoints").rename(tmp_path / "kept")
+    claim_workdir(Experiment(task=lora, data=SpritesData()), tmp_path)
+    (tmp_path / "kept").rename(tmp_path / "checkpoints")
+
+    expected = {name: value for name, value in there.items() if ".low_rank." not in name}
+    for name in ("dit.blocks.ffn.up", "dit.blocks.ffn.down"):
+        down, up = (np.asarray(there[f"{name}.low_rank.{side}"]) for side in ("down", "up"))
+        expected[f"{name}.kernel"] = expected[f"{name}.kernel"] + 3.0 * np.einsum("lir,lro->lio", down, up)
+    assert len(expected) < len(there)
+    other = dataclasses.replace(plain, lora=LoRAOptions(rank=1, targets=r"blocks\.self_attention\.query"))
+    for task in (plain, other):
+        found = start_from(tmp_path, state(task, 1, MESH.build()), {})
+        names = named_leaves(found.params) | named_leaves(found.buffers)
+        assert names.keys() - expected.keys() == {name for name in names if ".low_rank." in name}
+        for name, value in expected.items():
+            np.testing.assert_allclose(names[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_arrays_that_nothing_takes_are_named(tmp_path):
+    saved(tmp_path, dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, num_res_blocks=2)))
+    with pytest.raises(CheckpointError, match=r"arrays that this one does not(.|\n)*blocks\.1\.conv1"):
+        start_from(tmp_path, state(PLAIN, 1), {})
 
 
 def test_another_model_is_refused_by_name(tmp_path):

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.logging import get_logger
@@ -16,7 +17,9 @@ from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 from vidgen.models.dit.diffusers_folder import is_transformer, load_arrays
 from vidgen.nn.lora import ATTRIBUTE
+from vidgen.train.experiment import load_experiment
 from vidgen.train.state import TrainState
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_folder import has_vae, load_vae
 
 __all__ = ["start_from"]
@@ -31,6 +34,8 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
     part of this one or have it as a part: a VAE starts from a VAE with a discriminator and the other way
     around, with the encoder trained or not.
 
+    The updates of a run of LoRA are merged into the weights that they belong to.
+
     Args:
       workdir: of the other run, of which the newest checkpoint is read; or where a VAE without a run lies, as
         `vidgen.train.vae_folder.load_vae` finds it, Wan's in diffusers' layout too; or a transformer in that
@@ -38,7 +43,8 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
       apart: names of submodules that stay as they are where the other run has none of this shape.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it is of another model; the arrays that differ are named.
+      CheckpointError: there is no checkpoint, or it is of another model; the arrays that differ, or that
+        nothing here takes, are named.
       WeightsError: a VAE's weights are not whole.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
@@ -57,7 +63,7 @@ def start_from(workdir: pathlib.Path | str, state: TrainState, apart: Mapping[st
     fresh = sorted({_part(name) for name in wanted.keys() - source.keys()})
     _log.info("weights are those of %s%s%s", workdir, what, f"; new: {fresh}" if fresh else "")
     found = {name: arrays[there] for name, there in source.items()}
-    # A run of updates of low rank begins without any, whatever it begins from.
+    # A run of LoRA begins without an update, whatever it begins from.
     params = _replaced(state.params, found)
     return dataclasses.replace(
         state, params=params, ema=jax.tree.map(jnp.copy, params), buffers=_replaced(state.buffers, found)
@@ -71,14 +77,76 @@ _Found = tuple[dict[str, str], dict[str, jax.Array], str]
 def _of_a_run(directory: pathlib.Path, wanted: Mapping[str, Any], apart: Mapping[str, Any]) -> _Found:
     with CheckpointManager(directory) as checkpoints:
         saved = checkpoints.shapes()
-        source = _source(wanted, {name: saved[name] for name in saved if _is_weight(name)}, apart)
+        weights = {name: saved[name] for name in saved if _is_weight(name)}
+        source = _source(wanted, {name: x for name, x in weights.items() if not _is_update(name)}, apart)
         abstract = {
             source[name]: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in wanted.items()
             if name in source
         }
+        updates = {name: x for name, x in weights.items() if _is_update(name)}
+        _check_all_taken(directory, weights, {*source.values(), *updates})
+        mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+        abstract |= {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+            for name, shape in updates.items()
+        }
         step, arrays = checkpoints.restore_named(abstract)
-    return source, arrays, f" after step {step}"
+    merged = ", its LoRA merged" if updates else ""
+    return source, _merged(directory.parent, arrays, updates), f" after step {step}{merged}"
+
+
+def _check_all_taken(directory: pathlib.Path, saved: Iterable[str], taken: set[str]) -> None:
+    """Sees to it that of each submodule that is taken all arrays are.
+
+    Whole submodules may be left: a discriminator, the text encoder of another kind of run.
+    """
+    names = {name.partition(".")[2]: name for name in saved}
+    parts = {name.partition(".")[2].partition(".")[0] for name in taken}
+    left = sorted(name for name, place in names.items() if place not in taken)
+    lost = [name for name in left if name.partition(".")[0] in parts]
+    if lost:
+        shown = "\n  ".join(lost[:20] + (["..."] if len(lost) > 20 else []))
+        raise CheckpointError(
+            f"{directory} is of another model: it has {len(lost)} arrays that this one does not. Use the "
+            f"config that it was trained with\n  {shown}"
+        )
+    if left:
+        _log.info("left out of %s: %s", directory, sorted({name.partition(".")[0] for name in left}))
+
+
+def _merged(
+    workdir: pathlib.Path, arrays: dict[str, jax.Array], updates: Iterable[str]
+) -> dict[str, jax.Array]:
+    """The arrays, each kernel with the update of low rank that the run has trained for it."""
+    ends = tuple(f".{ATTRIBUTE}.{side}" for side in ("down", "up"))
+    maps = sorted({name.removesuffix(ends[0]) for name in updates if name.endswith(ends[0])})
+    if not maps:
+        return arrays
+    scale = _lora_scale(workdir)
+    kernels = {name.partition(".")[2]: name for name in arrays if not _is_update(name)}
+    for linear in maps:
+        kernel = kernels[f"{linear.partition('.')[2]}.kernel"]
+        down, up = (arrays[linear + end] for end in ends)
+        merged = _add_update(arrays[kernel], down, up, jnp.float32(scale))
+        arrays[kernel] = jax.device_put(merged, arrays[kernel].sharding)
+    return arrays
+
+
+@jax.jit
+def _add_update(kernel: jax.Array, down: jax.Array, up: jax.Array, scale: jax.Array) -> jax.Array:
+    return kernel + scale * jnp.matmul(down, up, precision="highest").astype(kernel.dtype)
+
+
+def _lora_scale(workdir: pathlib.Path) -> float:
+    task = load_experiment(workdir).task
+    lora = task.lora if isinstance(task, TextToVideoTask) else None
+    if lora is None:
+        raise CheckpointError(
+            f"{workdir / 'config.json'} has no task.lora, which should give the strength of the LoRA "
+            "that the checkpoints hold: restore the file"
+        )
+    return lora.scale
 
 
 def _of_a_vae(workdir: pathlib.Path | str, wanted: Mapping[str, Any], apart: Mapping[str, Any]) -> _Found:
@@ -163,7 +231,7 @@ def _is_update(name: str) -> bool:
 
 
 def _part(name: str) -> str:
-    return "updates of low rank" if _is_update(name) else name.partition(".")[0]
+    return "LoRA" if _is_update(name) else name.partition(".")[0]
 
 
 def _replaced(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
