@@ -20,6 +20,7 @@ __all__ = ["main", "run"]
 
 _COMMANDS = {
     "train": "train what an experiment config describes, or resume it",
+    "config": "show every option of an experiment with its value, type and meaning",
     "sample": "generate videos from prompts with a trained run",
     "evaluate": "score a VAE on videos, or a video model on prompts",
     "average": "average a run's weights over another length, from its snapshots",

@@ -1,0 +1,130 @@
+"""The fields of frozen dataclasses with their types, defaults and meaning, for people."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, Union
+
+from vidgen.core.config import ConfigError, nearest
+
+__all__ = ["Field", "fields_of", "find_classes", "list_values"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """One option.
+
+    Attributes:
+      name: its dotted place, or its name in its class.
+      type: as it is annotated, with the range of numbers.
+      value: what it has, or its default; `REQUIRED` where it has none.
+      doc: its line of the class's docstring; empty where that has none.
+    """
+
+    name: str
+    type: str
+    value: str
+    doc: str
+
+
+REQUIRED = "(to be given)"
+
+
+def fields_of(cls: Any) -> list[Field]:
+    """The fields of a dataclass, with their defaults."""
+    docs, hints = _docs(cls), typing.get_type_hints(cls, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(cls):
+        value = REQUIRED
+        if field.default is not dataclasses.MISSING:
+            value = _shown(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = _shown(field.default_factory())
+        name = _type(hints[field.name])
+        fields.append(Field(name=field.name, type=name, value=value, doc=docs.get(field.name, "")))
+    return fields
+
+
+def list_values(obj: Any, where: str) -> Iterator[Field]:
+    """Every option below `obj`, an instance of a dataclass, in the order of the fields.
+
+    Args:
+      where: the place of `obj`, which begins the names.
+    """
+    docs, hints = _docs(type(obj)), typing.get_type_hints(type(obj), include_extras=True)
+    for field in dataclasses.fields(obj):
+        value, name = getattr(obj, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from list_values(value, name)
+        elif isinstance(value, tuple | list) and any(map(dataclasses.is_dataclass, value)):
+            for index, item in enumerate(value):
+                yield from list_values(item, f"{name}[{index}]")
+        else:
+            kind = _type(hints[field.name])
+            yield Field(name=name, type=kind, value=_shown(value), doc=docs.get(field.name, ""))
+
+
+def find_classes(cls: Any, place: str) -> list[Any]:
+    """The dataclasses that may stand at a dotted place below `cls`, in each member of its unions.
+
+    Raises:
+      ConfigError: there is no such place, or it has a value alone; names what there is.
+    """
+    found = [cls]
+    seen = ""
+    for name in filter(None, place.split(".")):
+        hints = [(c, typing.get_type_hints(c, include_extras=True)) for c in found]
+        names = sorted({field for _, hint in hints for field in hint})
+        seen = f"{seen}.{name}" if seen else name
+        if name not in names:
+            raise ConfigError(f'config.{seen}: unknown key "{name}"; {nearest(name, names)}')
+        found = [c for _, hint in hints if name in hint for c in _dataclasses(hint[name])]
+        found = list(dict.fromkeys(found))
+        if not found:
+            kinds = sorted({_type(hint[name]) for _, hint in hints if name in hint})
+            raise ConfigError(f"config.{seen} is a value of type {' or '.join(kinds)}, which has no fields")
+    return found
+
+
+def _dataclasses(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for part in typing.get_args(hint) for found in _dataclasses(part)]
+
+
+def _docs(cls: Any) -> dict[str, str]:
+    """From the names in the section "Attributes" of the docstring to what it says of them."""
+    section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.M | re.S)
+    docs: dict[str, str] = {}
+    if section is None:
+        return docs
+    for entry in re.split(r"\n(?=  \S)", section[1].rstrip()):
+        names, _, text = entry.strip().partition(":")
+        docs |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return docs
+
+
+def _type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        limits = [str(limit) for limit in hint.__metadata__ if dataclasses.is_dataclass(limit)]
+        return ", ".join([_type(arguments[0]), *limits])
+    if origin is Literal:
+        return " | ".join(repr(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type(member) for member in arguments)
+    if hint is types.NoneType:
+        return "None"
+    if arguments:
+        inner = ", ".join("..." if a is Ellipsis else _type(a) for a in arguments)
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__name__}(...)"
+    return repr(value)
