@@ -50,10 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
     experiment = resolve(Experiment, values)
     processes.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    return _train(experiment, arguments.workdir, f"vidgen train {shlex.join(argv)}")
+    command = f"vidgen train {shlex.join(argv)}"
+    return _train(experiment, arguments.workdir, command, dry=arguments.dry_run)
 
 
-def _train(experiment, workdir: pathlib.Path, command: str) -> int:
+def _train(experiment, workdir: pathlib.Path, command: str, *, dry: bool) -> int:
     from vidgen.train.experiment import check_sizes
     from vidgen.train.text_to_video_task import TextToVideoTask
     from vidgen.train.vae_folder import has_vae
@@ -64,8 +65,20 @@ def _train(experiment, workdir: pathlib.Path, command: str) -> int:
     if isinstance(task, TextToVideoTask) and has_vae(workdir):
         task = dataclasses.replace(task, vae=str(workdir))
     check_sizes(experiment, task, mesh)
+    if dry:
+        return _dry_run(workdir, experiment, task, mesh)
     with WorkdirLock(workdir=workdir):
         return _train_in(workdir, experiment, task, mesh, command)
+
+
+def _dry_run(workdir: pathlib.Path, experiment, task, mesh) -> int:
+    from vidgen.cli.dry_run import dry_run
+    from vidgen.parallel import processes
+    from vidgen.train.experiment import claim_workdir
+
+    claim_workdir(experiment, workdir, write=False)
+    dry_run(experiment, task, workdir, mesh, _clips(experiment, *processes.row_shard(mesh)))
+    return 0
 
 
 def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> int:
@@ -149,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir", required=True, type=path_option, help="folder of the run: config, checkpoints, metrics"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config, the data, the weights and the disk, and end"
     )
     several = parser.add_argument_group("several processes", "or from the environment, see launch/local.py")
     several.add_argument("--coordinator", metavar="HOST:PORT", help='of process 0, or "auto" on a cluster')
