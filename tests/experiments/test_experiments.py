@@ -111,3 +111,29 @@ def test_packed_has_the_model_and_the_tokens_of_the_run_that_it_is_compared_with
 def test_arguments_that_do_not_go_together_are_errors(name, argument):
     with pytest.raises(ValueError, match=r"exclude each other|unknown argument 'packed'"):
         importlib.import_module(f"vidgen.{name}").get_config(argument)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.fps", float("inf")),
+        ("data.fps", 0.0),
+        ("data.height", 1_000_000),
+        ("data.num_frames", 0),
+        ("data.num_frames", 10**7),
+        ("run.batch_size", 10**9),
+        ("run.num_steps", 0),
+        ("run.num_threads", -1),
+        ("run.ema_decay", 1.5),
+        ("run.grad_clip", float("nan")),
+        ("run.keep_every", 0),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_key(key, value):
+    from vidgen.experiments.vae import sprites
+
+    values = sprites.get_config("tiny").to_dict()
+    section, name = key.split(".")
+    values[section][name] = value
+    with pytest.raises(ConfigError, match=rf"config\.{section}\.{name}: found .* expected .*number"):
+        resolve(Experiment, values)

@@ -90,7 +90,7 @@ def check_disk(workdir: pathlib.Path, needed: int) -> int:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{workdir}: {free / _GIB:.1f} GiB are free, but checkpoints, those kept and the one being written, "
+            f"{workdir}: {free / _GIB:.1f} GiB are free, but checkpoints, kept and being written, "
             f"take {needed / _GIB:.1f} GiB: free some, give another --workdir or lower config.run.keep"
         )
     return free

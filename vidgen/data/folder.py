@@ -5,10 +5,11 @@ import math
 import pathlib
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.buckets import Bucket, fitting_sizes, with_size
@@ -109,15 +110,15 @@ class FolderData:
 
     kind: Literal["folder"] = "folder"
     path: str
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
-    fps: float = 8.0
-    stride: float | None = None
+    num_frames: Annotated[int, limits.NUM_FRAMES] = 17
+    height: Annotated[int, limits.SIDE] = 64
+    width: Annotated[int, limits.SIDE] = 64
+    fps: Annotated[float, limits.FPS] = 8.0
+    stride: Annotated[float, limits.SECONDS] | None = None
     captions: str | None = None
     require_captions: bool = False
     split: Literal["train", "heldout", "all"] = "all"
-    heldout_every: int = 20
+    heldout_every: Annotated[int, limits.COUNT] = 20
     buckets: tuple[Bucket, ...] = ()
     images_from_videos: bool = True
     crop: Literal["center", "random"] = "center"

@@ -5,10 +5,11 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.typing import RGBClip
 from vidgen.data.buckets import Bucket, with_size
@@ -55,11 +56,11 @@ class ArrayRecordData:
     kind: Literal["array_record"] = "array_record"
     path: str
     split: str = "train"
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
+    num_frames: Annotated[int, limits.NUM_FRAMES] = 17
+    height: Annotated[int, limits.SIDE] = 64
+    width: Annotated[int, limits.SIDE] = 64
     buckets: tuple[Bucket, ...] = ()
-    fps: float = 8.0
+    fps: Annotated[float, limits.FPS] = 8.0
 
     def __post_init__(self):
         for name in ("num_frames", "height", "width", "fps"):

@@ -3,10 +3,11 @@
 import dataclasses
 import enum
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.sprites.attributes import Backdrop, Camera, Motion, Size
@@ -50,11 +51,11 @@ class SpritesData:
     kind: Literal["sprites"] = "sprites"
     num_clips: int = 100_000
     seed: int = 0
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
+    num_frames: Annotated[int, limits.NUM_FRAMES] = 17
+    height: Annotated[int, limits.SIDE] = 64
+    width: Annotated[int, limits.SIDE] = 64
     buckets: tuple[Bucket, ...] = ()
-    fps: float = 8.0
+    fps: Annotated[float, limits.FPS] = 8.0
     min_objects: int = 1
     max_objects: int = 3
     motions: tuple[str, ...] = ()
