@@ -87,6 +87,7 @@ def test_a_source_archive_holds_what_the_repository_has(archives):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_an_installed_vidgen_works_beside_folders_of_the_same_names(archives, tmp_path):
     call(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
