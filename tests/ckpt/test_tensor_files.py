@@ -50,6 +50,8 @@ HOSTILE = {
     "deep": raw('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
     "no text": struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc",
     "metadata of numbers": raw({"__metadata__": {"a": 1}, "a": F32}),
+    "escape sequence": raw({"a\x1b[2J": F32}),
+    "long name": raw({"a" * 100_000: F32}),
     "surrogate": raw('{"\\ud800": ' + json.dumps(F32) + "}"),
 }
 

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from vidgen.core.tree import named_leaves
+from vidgen.nn import lora
 from vidgen.nn.layers import Linear
 from vidgen.nn.lora import LoRAOptions, adapted, add_low_rank, merge_low_rank
 from vidgen.nn.stack import apply_stack, make_stack
@@ -82,3 +83,31 @@ def test_targets_that_fit_nothing_and_impossible_ranks():
         add_low_rank(Model(nnx.Rngs(0)), LoRAOptions(targets="query"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"lora\.rank is 0: it must be at least 1"):
         LoRAOptions(rank=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_merge_computes_one_layer_at_a_time(dtype):
+    """What the programs of a merge take beside kernel and new kernel is a few layers, not all of them."""
+    layers, width, rank = 64, 64, 4
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    kernel, one = array(layers, width, width), jax.ShapeDtypeStruct((width, width), jnp.float32)
+    programs = (
+        lora._matmul.lower(array(layers, width, rank), array(layers, rank, width), 3),
+        lora._sum.lower(kernel, one, 2.0, 3),
+        lora._with_layer.lower(kernel, array(width, width), 3),
+    )
+    for program in programs:
+        memory = program.compile().memory_analysis()
+        taken = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        assert taken <= 4 * 4 * width**2
+
+
+def test_a_merge_is_exact_in_each_layer():
+    model = lowered(Model(nnx.Rngs(0)))
+    kernel, update = model.blocks.kernel[...], model.blocks.low_rank
+    expected = np.asarray(kernel, np.float64) + update.scale * np.matmul(
+        np.asarray(update.down[...], np.float64), np.asarray(update.up[...], np.float64)
+    )
+    merge_low_rank(model)
+    np.testing.assert_allclose(model.blocks.kernel[...], expected, rtol=1e-6, atol=1e-6)
+    assert not kernel.is_deleted()

@@ -174,7 +174,7 @@ def test_sources_that_cannot_be_imported(checkpoint, mesh, tmp_path):
     shutil.rmtree(tmp_path / "part" / "vae")
     with pytest.raises(FileNotFoundError, match=r"vae is missing, which .*model_index\.json lists"):
         import_checkpoint(tmp_path / "part", to, mesh=mesh)
-    with pytest.raises(ValueError, match="is not empty: name another folder"):
+    with pytest.raises(ValueError, match="is not an empty folder: name another one"):
         import_checkpoint(checkpoint, tmp_path / "part", mesh=mesh)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("a")) == []
 

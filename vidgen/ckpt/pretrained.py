@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.foreign import Foreign
-from vidgen.ckpt.weights import load_weights
+from vidgen.ckpt.weights import check_weights, load_weights
 from vidgen.core.tree import named_leaves
 from vidgen.parallel.rules import shardings
 
-__all__ = ["load_module"]
+__all__ = ["check_module", "load_module"]
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -55,6 +55,24 @@ def load_module(
     table = None if names is None else names(named_leaves(state))
     arrays = load_weights(path, state, names=table, ignore=ignore, keep_dtypes=keep_dtypes, remedy=remedy)
     return nnx.merge(graphdef, arrays)
+
+
+def check_module(
+    path: pathlib.Path | str,
+    make: Callable[[], nnx.Module],
+    *,
+    names: Callable[[Iterable[str]], Mapping[str, Foreign]] | None = None,
+    ignore: str | None = None,
+    remedy: str = "use the weights that belong to this config.json",
+) -> None:
+    """Checks that `load_module` would find what it needs; reads the headers only.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `load_module`.
+    """
+    _, state = nnx.split(nnx.eval_shape(make), graph=False)
+    table = None if names is None else names(named_leaves(state))
+    check_weights(path, state, names=table, ignore=ignore, remedy=remedy)
 
 
 def _cast(state: nnx.State, halved: str) -> nnx.State:

@@ -22,6 +22,8 @@ PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _MAX_HEADER_BYTES = 16 << 20
 """A header has some 100 bytes for each tensor; models of thousands of tensors have less than 1 MB."""
 
+_MAX_NAME = 500
+
 _DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -57,6 +59,7 @@ class TensorFiles:
 
     Attributes:
       path: of the file, or of the index.
+      files: of which it is made.
       shapes: of the tensors, by name.
       dtypes: as `shapes`.
       metadata: strings of the header; of several files, of all headers together.
@@ -75,6 +78,7 @@ class TensorFiles:
         index = path.with_name(path.name + ".index.json")
         self.path = path if path.exists() or not index.exists() else index
         files = _listed(index) if self.path == index else {path: None}
+        self.files = tuple(files)
         self._places: dict[str, np.ndarray] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -95,6 +99,8 @@ class TensorFiles:
             raise WeightsError(f"{path} holds {twice[:10]}, which another file of {self.path.name} holds too")
         data = np.memmap(path, np.uint8, mode="r", offset=begin) if header else np.zeros(0, np.uint8)
         for name, entry in header.items():
+            if len(name) > _MAX_NAME or not name.isprintable():
+                raise WeightsError(f"{path}: {name[:80]!r} ({len(name)} characters) is no name of a tensor")
             if entry["dtype"] not in _DTYPES:
                 raise WeightsError(f"{path}: {name} is of type {entry['dtype']}; known are {sorted(_DTYPES)}")
             start, end = entry["data_offsets"]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
+from vidgen.core import limits
 from vidgen.core.paths import path_option
 
 __all__ = ["main"]
@@ -89,17 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--format", choices=_FORMATS, default="diffusers")
     parser.add_argument("--out", required=True, type=path_option, help="a new folder; for lora, a file")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run; by default the newest")
+    parser.add_argument("--step", type=limits.STEP, help="which checkpoint of a run; by default the newest")
     parser.add_argument(
         "--spelling", choices=("peft", "comfyui"), default="peft", help="of the names in a LoRA file"
     )
     sampler = parser.add_argument_group("stablehlo", "what is fixed in the program")
-    sampler.add_argument("--num-frames", type=int)
-    sampler.add_argument("--height", type=int)
-    sampler.add_argument("--width", type=int)
-    sampler.add_argument("--batch-size", type=int, default=1, help="clips at a time")
-    sampler.add_argument("--steps", type=int)
-    sampler.add_argument("--guidance-scale", type=float)
+    sampler.add_argument("--num-frames", type=limits.NUM_FRAMES)
+    sampler.add_argument("--height", type=limits.SIDE)
+    sampler.add_argument("--width", type=limits.SIDE)
+    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=1, help="clips at a time")
+    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS)
+    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE)
     sampler.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
     return parser
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from vidgen.cli.main import run
+from vidgen.core import limits
 from vidgen.core.paths import path_option
 
 __all__ = ["main"]
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint for diffusers that VAE, text encoder, tokenizer and scheduler are taken from",
     )
     parser.add_argument(
-        "--num-heads", type=int, help="of a transformer in one file whose heads are not 128 wide"
+        "--num-heads", type=limits.HEADS, help="of a transformer in one file whose heads are not 128 wide"
     )
     return parser
 

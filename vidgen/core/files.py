@@ -124,11 +124,14 @@ def read_json(path: pathlib.Path | str, *, remedy: str, max_bytes: int = _MAX_BY
 
     Raises:
       FileNotFoundError: it is missing.
-      UserError: it is longer than `max_bytes`, not UTF-8, not JSON as `parse_json` takes it, or no mapping.
+      UserError: it is no regular file, longer than `max_bytes`, not UTF-8, not JSON as `parse_json` takes it,
+        or no mapping.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {remedy}")
+    if not path.is_file():  # A pipe would be waited for without end.
+        raise UserError(f"{path} is no regular file: {remedy}")
     try:
         value = parse_json(read_text(path, max_bytes=max_bytes), str(path))
         if not isinstance(value, dict):

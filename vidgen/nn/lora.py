@@ -1,20 +1,33 @@
 """Low-rank adaptation of linear maps (Hu et al., arXiv 2106.09685)."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float
 from vidgen.nn.layers import Linear
 from vidgen.nn.variables import param, zeros
 from vidgen.ops.matmul import matmul
+from vidgen.parallel.rules import partition_spec
 
-__all__ = ["LoRAOptions", "LowRank", "adapted", "add_low_rank", "linears", "merge_low_rank"]
+__all__ = [
+    "LoRAOptions",
+    "LowRank",
+    "adapted",
+    "add_low_rank",
+    "add_to_layers",
+    "linears",
+    "merge_low_rank",
+    "place_like",
+]
 
 ATTRIBUTE = "low_rank"
 """Of a linear map that is adapted; a part of the names of its arrays."""
@@ -93,10 +106,72 @@ def add_low_rank(module: nnx.Module, options: LoRAOptions, *, rngs: nnx.Rngs) ->
 
 
 def merge_low_rank(module: nnx.Module) -> None:
-    """Adds the updates to the kernels, in place, and removes them."""
+    """Adds the updates to the kernels, in place, and removes them; kernels stay sharded as they are.
+
+    Beside the new kernel of one map, memory holds the update of one of its layers.
+    """
     for linear in adapted(module).values():
         update: LowRank = getattr(linear, ATTRIBUTE)
-        delta = update.scale * jnp.matmul(update.down[...], update.up[...], precision="highest")
-        kernel = linear.kernel.get_value()
-        linear.kernel.set_value((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+        layers = range(linear.kernel.shape[0]) if linear.kernel.ndim == 3 else (None,)
+        changes = {layer: functools.partial(_product, update, layer) for layer in layers}
+        add_to_layers(linear.kernel, changes, scale=update.scale)
         delattr(linear, ATTRIBUTE)
+
+
+def add_to_layers(
+    variable: nnx.Variable,
+    changes: Mapping[int | None, Callable[[], np.ndarray | Array]],
+    *,
+    scale: float = 1.0,
+) -> None:
+    """Adds changes to an array, in place, in float32; its sharding and type stay.
+
+    Args:
+      changes: gives the change of each layer of an array that holds several, or under None that of all of it;
+        one is in memory at a time.
+      scale: of the changes.
+    """
+    sharding = variable.get_value().sharding
+    value = jnp.copy(variable.get_value())
+    axes = variable.get_metadata().get("axes") or (None,) * value.ndim
+    for layer, read in changes.items():
+        change = read()
+        if isinstance(change, np.ndarray):
+            change = place_like(change, variable, axes if layer is None else axes[1:])
+        # In programs of their own: in one, XLA (jax 0.10, CPUs) copies all layers of a bfloat16 array.
+        summed = _sum(value, change, scale, layer)
+        value = summed if layer is None else _with_layer(value, summed, layer)
+    variable.set_value(jax.device_put(value, sharding))
+
+
+def place_like(array: np.ndarray, variable: nnx.Variable, axes: Sequence[str | None]) -> Array:
+    """`array`, whose dimensions have these logical axes, on the devices that have `variable`."""
+    sharding = variable.get_value().sharding
+    if not isinstance(sharding, NamedSharding):
+        return jnp.asarray(array)
+    spec = partition_spec(axes, array.shape, sharding.mesh)
+    return jax.device_put(array, NamedSharding(sharding.mesh, spec))
+
+
+def _product(update: LowRank, layer: int | None) -> Array:
+    return _matmul(update.down[...], update.up[...], layer)
+
+
+@jax.jit
+def _matmul(down: Array, up: Array, layer: int | Array | None) -> Array:
+    down, up = (_layer_of(factor, layer).astype(jnp.float32) for factor in (down, up))
+    return jnp.matmul(down, up, precision="highest")
+
+
+@jax.jit
+def _sum(value: Array, change: Array, scale: float | Array, layer: int | Array | None) -> Array:
+    return (_layer_of(value, layer).astype(jnp.float32) + scale * change).astype(value.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(value: Array, new: Array, layer: int | Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(value, new, layer, 0)
+
+
+def _layer_of(value: Array, layer: int | Array | None) -> Array:
+    return value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)

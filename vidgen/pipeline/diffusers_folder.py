@@ -9,7 +9,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from vidgen.ckpt.config_values import ConfigValues
 from vidgen.ckpt.pretrained import load_module
+from vidgen.core import limits
 from vidgen.core.config import resolve
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
@@ -116,7 +118,16 @@ def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
     path = pathlib.Path(folder) / INDEX
     index = read_json(path, remedy="give the folder of a whole checkpoint of Wan for diffusers")
     if index.get("_class_name") not in _CLASSES:
-        raise UserError(f"{path} is of {index.get('_class_name')!r}; expected one of {', '.join(_CLASSES)}")
+        found = str(index.get("_class_name"))[:80]
+        raise UserError(f"{path} is of {found!r}; expected one of {', '.join(_CLASSES)}")
+    for name in PARTS:
+        part = index.get(name, [None, None])
+        pair = isinstance(part, list) and len(part) == 2
+        if not pair or not all(item is None or isinstance(item, str) for item in part):
+            raise UserError(f"{path}: {name} is {str(part)[:80]}; expected a library and a class")
+    config = ConfigValues(index, str(path))
+    config.number("boundary_ratio", limits.TIMESTEP, default=None)
+    config.flag("expand_timesteps", False)
     return index
 
 
@@ -189,7 +200,9 @@ def _byte_encoder(folder: pathlib.Path, mesh: Mesh) -> ByteEncoder | None:
     """The text encoder of a model that was trained here."""
     if not folder.is_dir():
         return None
-    config = resolve(ByteEncoderConfig, read_json(folder / "config.json", remedy="export the model again"))
+    described = folder / "config.json"
+    values = read_json(described, remedy="export the model again")
+    config = resolve(ByteEncoderConfig, values, where=str(described))
     path = folder / "model.safetensors"
     return load_module(path, lambda: ByteEncoder(config, rngs=nnx.Rngs(0)), mesh=mesh)
 

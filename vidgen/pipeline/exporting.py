@@ -12,6 +12,7 @@ from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.weights import save_weights
 from vidgen.core.config import to_dict
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.diffusers_folder import save_diffusers
 from vidgen.models.dit.lora_file import Spelling, save_lora
@@ -24,7 +25,8 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.params import wan_names
 from vidgen.nn.lora import merge_low_rank
 from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transformers, read_index
-from vidgen.pipeline.importing import copy_part, import_checkpoint, new_folder
+from vidgen.pipeline.importing import import_checkpoint, new_folder
+from vidgen.pipeline.parts import copy_part
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
@@ -63,6 +65,7 @@ def export(
       FileNotFoundError: `source` is neither.
       UserError: the model has what the format has not; `target` is not empty.
     """
+    check_target(target, folder=format != "lora")
     if is_checkpoint(source) and format == "diffusers":
         import_checkpoint(source, target, mesh=mesh)
         return

@@ -1,32 +1,34 @@
 """Checkpoints of other programs to one folder in diffusers' layout, which everything here reads."""
 
+import contextlib
 import functools
-import json
-import os
 import pathlib
-import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import write_json
+from vidgen.core import limits
 from vidgen.core.errors import UserError
-from vidgen.core.files import read_json
+from vidgen.core.files import check_target, read_json, replacing
 from vidgen.core.logging import get_logger
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.wan_file import load_wan
 from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel import processes
 from vidgen.parallel.rules import shardings
-from vidgen.pipeline.diffusers_folder import INDEX, PARTS, is_checkpoint
+from vidgen.pipeline.diffusers_folder import INDEX, PARTS, is_checkpoint, read_index
+from vidgen.pipeline.parts import copy_part, refuse_pickles
 
-__all__ = ["copy_part", "import_checkpoint", "new_folder"]
+__all__ = ["import_checkpoint", "new_folder"]
 
 _log = get_logger(__name__)
 
-_PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
-_KEPT = (".json", ".safetensors", ".model", ".txt")
+_MAX_NAME_BYTES = 512
 _TRANSFORMERS = ("transformer", "transformer_2")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _EXPERTS = ("high_noise_model", "low_noise_model")
@@ -44,8 +46,8 @@ def import_checkpoint(
     """Writes a checkpoint to `target`, which appears whole; every number stays as it is.
 
     The transformers and the VAE pass over the mesh, each device's part of one array at a time, and are
-    checked against their configs; what else there is (text and image encoder, tokenizer, scheduler) is
-    copied.
+    checked against their configs; of what else there is (text and image encoder, tokenizer, scheduler) the
+    files that the format has are copied, when `vidgen.pipeline.parts` has found them to be what they should.
 
     Args:
       source: a whole checkpoint for diffusers, or its folder `transformer`; a folder that Wan's authors
@@ -59,17 +61,19 @@ def import_checkpoint(
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     source = pathlib.Path(source)
-    _refuse_pickles(source)
+    check_target(target, folder=True)
+    refuse_pickles(source)
     if parts is not None and not is_checkpoint(parts):
         raise FileNotFoundError(f"{parts} is no whole checkpoint for diffusers: it has no {INDEX}")
     rest = pathlib.Path(parts) if parts is not None else source if is_checkpoint(source) else None
     transformers = _transformers(source, num_heads)
     with new_folder(target) as folder:
+        # The small parts first: what is wrong with them is found before much is written.
+        if rest is not None:
+            _copy_rest(rest, folder, mesh, of_parts=parts is not None, experts=len(transformers) == 2)
         for name, (path, load) in transformers.items():
             _log.info("%s: %s", name, path)
             dit_folder.save_diffusers(load(mesh=mesh), folder / name)
-        if rest is not None:
-            _copy_rest(rest, folder, mesh, of_parts=parts is not None, experts=len(transformers) == 2)
 
 
 def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -90,7 +94,7 @@ def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tupl
 def _one(folder: pathlib.Path, num_heads: int | None) -> tuple[pathlib.Path, Any]:
     """The transformer of a folder that holds nothing else that can be read."""
     config = folder / "config.json"
-    values = json.loads(config.read_text()) if config.exists() else {}
+    values = read_json(config, remedy="take it from where the weights are from") if config.exists() else {}
     if values.get("_class_name") == "WanTransformer3DModel":
         return folder, _diffusers(folder)
     files = [path for path in (folder / _WEIGHTS, *sorted(folder.glob("*.safetensors"))) if path.exists()]
@@ -100,29 +104,19 @@ def _one(folder: pathlib.Path, num_heads: int | None) -> tuple[pathlib.Path, Any
         raise FileNotFoundError(
             f"{folder} has no transformer in safetensors files: expected {INDEX}, or {_WEIGHTS}"
         )
-    return files[0], functools.partial(load_wan, files[0], num_heads=values.get("num_heads", num_heads))
+    if "num_heads" in values:
+        num_heads = limits.HEADS.check(values["num_heads"], f"{config}: num_heads")
+    return files[0], functools.partial(load_wan, files[0], num_heads=num_heads)
 
 
 def _diffusers(folder: pathlib.Path):
     return functools.partial(dit_folder.load_diffusers, folder, keep_dtypes=True)
 
 
-def _refuse_pickles(source: pathlib.Path) -> None:
-    pickled = [source] if source.suffix in _PICKLES else []
-    if source.is_dir() and not any(source.rglob("*.safetensors")):
-        pickled = [path for path in sorted(source.rglob("*")) if path.suffix in _PICKLES]
-    if pickled:
-        raise UserError(
-            f"{pickled[0]} is a pickle, which can run any code when it is loaded, and is never loaded here. "
-            "Take the safetensors files of the same model; or, if you trust it, convert it where PyTorch is: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
-        )
-
-
 def _copy_rest(
     source: pathlib.Path, folder: pathlib.Path, mesh: Mesh, *, of_parts: bool, experts: bool
 ) -> None:
-    index = read_json(source / INDEX, remedy="")
+    index = read_index(source)
     for name in PARTS:
         if (index.get(name) or [None])[0] is None or name in _TRANSFORMERS:
             continue
@@ -143,47 +137,29 @@ def _copy_rest(
     write_json(folder / INDEX, kept)
 
 
-def copy_part(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the files of a part that is not looked into; refuses pickled weights."""
-    files = [path for path in source.iterdir() if path.suffix in _KEPT]
-    has_weights = any(path.suffix == ".safetensors" for path in files)
-    pickled = [path for path in source.iterdir() if path.suffix in _PICKLES]
-    if pickled and not has_weights:
-        _refuse_pickles(pickled[0])
-    if processes.is_main_process():
-        target.mkdir(parents=True)
-        for path in files:
-            shutil.copyfile(path, target / path.name)
+@contextlib.contextmanager
+def new_folder(target: pathlib.Path | str) -> Iterator[pathlib.Path]:
+    """A folder that appears under its name when the block ends well, and not at all otherwise.
+
+    Until then it has a name of its own beside the target; nothing else is touched. With several processes all
+    of them must call this; process 0 makes it.
+
+    Raises:
+      UserError: `target` exists and is not an empty folder, or cannot be written.
+    """
+    target = pathlib.Path(target)
+    check_target(target, folder=True)
+    main = processes.is_main_process()
+    with replacing(target, folder=True) if main else contextlib.nullcontext() as made:
+        try:
+            yield target.with_name(_same_everywhere("" if made is None else made.name))
+        finally:
+            processes.sync("folder written")
 
 
-class new_folder:
-    """A folder that appears under its name when the block ends well, and not at all otherwise."""
-
-    def __init__(self, target: pathlib.Path | str):
-        """Checks that there is room for it.
-
-        Raises:
-          UserError: `target` exists and is not an empty folder.
-        """
-        self._target = pathlib.Path(target)
-        self._temporary = self._target.with_name(self._target.name + ".part")
-        if self._target.exists() and not (self._target.is_dir() and not any(self._target.iterdir())):
-            raise UserError(f"{target} is not empty: name another folder, or remove it")
-
-    def __enter__(self) -> pathlib.Path:
-        if processes.is_main_process():
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir(parents=True)
-        processes.sync("new folder")
-        return self._temporary
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        processes.sync("folder written")
-        if not processes.is_main_process():
-            return
-        if kind is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            return
-        if self._target.exists():
-            self._target.rmdir()
-        os.replace(self._temporary, self._target)
+def _same_everywhere(text: str) -> str:
+    """The text of process 0."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode().ljust(_MAX_NAME_BYTES, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode()

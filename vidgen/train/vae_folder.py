@@ -1,7 +1,6 @@
 """A VAE as a folder of JSON and safetensors: in the run that trained it and in each run that uses it."""
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -10,8 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
+from vidgen.ckpt.config_values import check_size
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.weights import tensor_shapes
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.files import read_json
 from vidgen.core.paths import hub_remedy, packaged
@@ -57,6 +58,8 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
         return load_diffusers(_folder(workdir))
     config = vae_config(workdir)
     weights = _folder(workdir) / _WEIGHTS
+    config_file = str(weights.with_name(_CONFIG))
+    check_size(config.least_size, tensor_shapes(weights), config=config_file, weights=str(weights))
     vae = load_module(weights, lambda: VideoVAE(config, rngs=nnx.Rngs(0)), remedy="use the config of its run")
     remedy = "Bring it back from a copy, or from the run that trained it"
     check_weights(weights, nnx.state(vae, graph=False), remedy=remedy)
@@ -77,7 +80,8 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
         )
     if is_diffusers(folder):
         return read_config(folder)
-    return resolve(VAEConfig, json.loads((folder / _CONFIG).read_text()), where=str(folder / _CONFIG))
+    values = read_json(folder / _CONFIG, remedy="train the VAE again, or take another copy of its workdir")
+    return resolve(VAEConfig, values, where=str(folder / _CONFIG))
 
 
 def encoder_fingerprint(vae: VideoVAE) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
@@ -24,6 +26,12 @@ class CLIPVisionConfig:
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     eps: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if self.dim % self.num_heads:
+            raise UserError(f"dim={self.dim} must be a multiple of num_heads={self.num_heads}")
+        if self.patch_size > self.image_size:
+            raise UserError(f"patch_size={self.patch_size} is larger than image_size={self.image_size}")
 
     @property
     def num_tokens(self) -> int:

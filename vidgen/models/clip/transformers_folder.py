@@ -3,21 +3,29 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.config_values import ConfigValues, check_size
+from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.pretrained import check_module, load_module
 from vidgen.ckpt.weights import tensor_shapes
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.models.clip.config import CLIPVisionConfig
 from vidgen.models.clip.model import CLIPVision
 from vidgen.models.clip.params import transformers_names
 
-__all__ = ["load_transformers", "read_config"]
+__all__ = ["check_folder", "load_transformers", "read_config"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+_IGNORED = r".*embeddings\.position_ids|(vision_model\.)?visual_projection\.weight"
+"""Numbers from 0 on that old versions wrote, and what compares images with texts."""
 
 
 def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
@@ -27,10 +35,9 @@ def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
       FileNotFoundError: there is no config.json.
       UserError: it is of another model, or asks for what this one does not have.
     """
-    path = pathlib.Path(folder) / "config.json"
-    return _config(
-        read_json(path, remedy="give the folder of a CLIP image encoder of transformers"), str(path)
-    )
+    path = pathlib.Path(folder) / _CONFIG
+    values = read_json(path, remedy="give the folder of a CLIP image encoder of transformers")
+    return _config(ConfigValues(values, str(path)))
 
 
 def load_transformers(
@@ -47,36 +54,59 @@ def load_transformers(
       UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    path = pathlib.Path(folder) / "model.safetensors"
+    path = pathlib.Path(folder) / _WEIGHTS
     config = dataclasses.replace(read_config(folder), dtype=dtype)
-    old = any(name.startswith("vision_model.") for name in tensor_shapes(path))
     return load_module(
         path,
         lambda: CLIPVision(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
-        names=functools.partial(transformers_names, config, prefix="vision_model." if old else ""),
+        names=_names(config, pathlib.Path(folder)),
         halved=None if dtype == "float32" else r".*\.kernel",
-        # Numbers from 0 on that old versions wrote, and what compares images with texts.
-        ignore=r".*embeddings\.position_ids|(vision_model\.)?visual_projection\.weight",
+        ignore=_IGNORED,
     )
 
 
-def _config(values: Mapping[str, Any], where: str) -> CLIPVisionConfig:
-    if values.get("model_type") != "clip_vision_model":
-        raise UserError(
-            f"{where} is of model_type={values.get('model_type')!r}; expected 'clip_vision_model'"
-        )
-    if values["hidden_act"] not in ("gelu", "quick_gelu"):
-        raise UserError(
-            f"{where}: hidden_act={values['hidden_act']!r} is not supported; expected 'gelu' or 'quick_gelu'"
-        )
-    return CLIPVisionConfig(
-        image_size=values["image_size"],
-        patch_size=values["patch_size"],
-        dim=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        ffn_dim=values["intermediate_size"],
-        activation=values["hidden_act"],
-        eps=values["layer_norm_eps"],
+def check_folder(folder: pathlib.Path | str) -> None:
+    """Checks what `load_transformers` would find; reads config.json and headers only.
+
+    Raises:
+      FileNotFoundError, UserError, WeightsError: as `load_transformers`.
+    """
+    config = read_config(folder)
+    names = _names(config, pathlib.Path(folder))
+    make = lambda: CLIPVision(config, rngs=nnx.Rngs(0))  # noqa: E731
+    check_module(pathlib.Path(folder) / _WEIGHTS, make, names=names, ignore=_IGNORED)
+
+
+def _names(
+    config: CLIPVisionConfig, folder: pathlib.Path
+) -> Callable[[Iterable[str]], Mapping[str, Foreign]]:
+    """The table of the version that wrote the weights, which are large enough for the config."""
+    shapes = tensor_shapes(folder / _WEIGHTS)
+    _check_size(config, folder, shapes)
+    old = any(name.startswith("vision_model.") for name in shapes)
+    return functools.partial(transformers_names, config, prefix="vision_model." if old else "")
+
+
+def _config(config: ConfigValues) -> CLIPVisionConfig:
+    kind = str(config.values.get("model_type"))[:80]
+    if kind != "clip_vision_model":
+        raise UserError(f"{config.where} is of model_type={kind!r}; expected 'clip_vision_model'")
+    return config.make(
+        CLIPVisionConfig,
+        image_size=config.number("image_size", limits.SIDE),
+        patch_size=config.number("patch_size", limits.SIDE),
+        dim=config.number("hidden_size", limits.WIDTH),
+        num_layers=config.number("num_hidden_layers", limits.LAYERS),
+        num_heads=config.number("num_attention_heads", limits.HEADS),
+        ffn_dim=config.number("intermediate_size", limits.WIDTH),
+        activation=config.choice("hidden_act", ("gelu", "quick_gelu")),
+        eps=float(config.number("layer_norm_eps", limits.EPSILON)),
     )
+
+
+def _check_size(config: CLIPVisionConfig, folder: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Of the matrices and the table of positions alone."""
+    layer = 4 * config.dim + 2 * config.ffn_dim
+    needed = config.dim * (config.num_layers * layer + 3 * config.patch_size**2 + config.num_tokens)
+    check_size(needed, shapes, config=str(folder / _CONFIG), weights=str(folder / _WEIGHTS))

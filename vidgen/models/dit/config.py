@@ -1,8 +1,9 @@
 """Options of the patch transformer, and its named variants."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.nn.layers import FeedForwardKind
 from vidgen.nn.stack import Remat
@@ -32,20 +33,22 @@ class DiTConfig:
       attention: the backend; `auto` is by device and shape.
     """
 
-    in_channels: int = 16
-    out_channels: int | None = None
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    model_dim: int = 1536
-    num_layers: int = 30
-    num_heads: int = 12
-    ffn_dim: int = 8960
-    text_dim: int = 4096
-    image_dim: int | None = None
-    image_positions: int = 0
-    freq_dim: int = 256
+    in_channels: Annotated[int, limits.WIDTH] = 16
+    out_channels: Annotated[int, limits.WIDTH] | None = None
+    patch_size: tuple[
+        Annotated[int, limits.PATCH], Annotated[int, limits.PATCH], Annotated[int, limits.PATCH]
+    ] = (1, 2, 2)
+    model_dim: Annotated[int, limits.WIDTH] = 1536
+    num_layers: Annotated[int, limits.LAYERS] = 30
+    num_heads: Annotated[int, limits.HEADS] = 12
+    ffn_dim: Annotated[int, limits.WIDTH] = 8960
+    text_dim: Annotated[int, limits.WIDTH] = 4096
+    image_dim: Annotated[int, limits.WIDTH] | None = None
+    image_positions: Annotated[int, limits.POSITIONS] = 0
+    freq_dim: Annotated[int, limits.WIDTH] = 256
     ffn: FeedForwardKind = "gelu"
-    eps: float = 1e-6
-    rope_theta: float = 10_000.0
+    eps: Annotated[float, limits.EPSILON] = 1e-6
+    rope_theta: Annotated[float, limits.POSITIVE] = 10_000.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     sequence: SequenceParallel = SequenceParallel()

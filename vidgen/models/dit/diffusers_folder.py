@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,9 +10,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from vidgen.ckpt.config_values import ConfigValues, check_size
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
-from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.ckpt.weights import load_weights, save_weights, tensor_shapes
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.core.tree import named_leaves
@@ -25,6 +26,8 @@ __all__ = ["is_transformer", "load_arrays", "load_diffusers", "read_config", "sa
 
 _CLASS, _CONFIG, _WEIGHTS = "WanTransformer3DModel", "config.json", "diffusion_pytorch_model.safetensors"
 
+
+_REMEDY = "give the folder `transformer` of a diffusers checkpoint of Wan"
 
 _IGNORED = r".*\.norm_added_q\.weight"
 """Queries of added projections are in some checkpoints of image to video; nothing reads them."""
@@ -41,8 +44,8 @@ def read_config(folder: pathlib.Path | str) -> DiTConfig:
       UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
-    values = read_json(path, remedy="give the folder `transformer` of a diffusers checkpoint of Wan")
-    return _config(values, str(path))
+    values = read_json(path, remedy=_REMEDY)
+    return _config(ConfigValues(values, str(path)))
 
 
 def load_diffusers(
@@ -65,6 +68,7 @@ def load_diffusers(
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     config = dataclasses.replace(read_config(folder), dtype=dtype)
+    _check_size(config, pathlib.Path(folder))
     return load_module(
         pathlib.Path(folder) / _WEIGHTS,
         lambda: DiT(config, rngs=nnx.Rngs(0)),
@@ -79,7 +83,7 @@ def load_diffusers(
 def is_transformer(folder: pathlib.Path | str) -> bool:
     """Whether `folder` holds a transformer of Wan."""
     path = pathlib.Path(folder) / _CONFIG
-    return path.exists() and json.loads(path.read_text()).get("_class_name") == _CLASS
+    return path.exists() and read_json(path, remedy=_REMEDY).get("_class_name") == _CLASS
 
 
 def load_arrays(
@@ -117,34 +121,47 @@ def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
     write_json(folder / _CONFIG, values)
 
 
-def _config(values: Mapping[str, Any], where: str) -> DiTConfig:
+def _config(config: ConfigValues) -> DiTConfig:
+    values, where = config.values, config.where
     if values.get("_class_name") != _CLASS:
-        raise UserError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
-    fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
-    for name, expected in fixed.items():
-        if values.get(name, expected) != expected:
-            raise UserError(f"{where}: {name}={values[name]!r} is not supported; expected {expected!r}")
-    model_dim = values["num_attention_heads"] * values["attention_head_dim"]
-    image_dim, added = values.get("image_dim"), values.get("added_kv_proj_dim")
+        raise UserError(f"{where} is of {str(values.get('_class_name'))[:80]!r}; expected {_CLASS!r}")
+    config.choice("cross_attn_norm", (True,), default=True)
+    config.choice("qk_norm", ("rms_norm_across_heads",), default="rms_norm_across_heads")
+    num_heads = config.number("num_attention_heads", limits.HEADS)
+    model_dim = num_heads * config.number("attention_head_dim", limits.WIDTH)
+    image_dim = config.number("image_dim", limits.WIDTH, default=None)
+    added = config.number("added_kv_proj_dim", limits.WIDTH, default=None)
     if (image_dim is None) != (added is None) or added not in (None, model_dim):
         raise UserError(
             f"{where}: image_dim={image_dim} with added_kv_proj_dim={added} is not supported; "
             f"expected neither of them, or added_kv_proj_dim={model_dim}"
         )
-    return DiTConfig(
-        in_channels=values["in_channels"],
-        out_channels=values["out_channels"] if values["out_channels"] != values["in_channels"] else None,
-        patch_size=tuple(values["patch_size"]),
+    in_channels, out_channels = (config.number(f"{side}_channels", limits.WIDTH) for side in ("in", "out"))
+    return config.make(
+        DiTConfig,
+        in_channels=in_channels,
+        out_channels=out_channels if out_channels != in_channels else None,
+        patch_size=config.numbers("patch_size", limits.PATCH, (3,)),
         model_dim=model_dim,
-        num_layers=values["num_layers"],
-        num_heads=values["num_attention_heads"],
-        ffn_dim=values["ffn_dim"],
-        text_dim=values["text_dim"],
+        num_layers=config.number("num_layers", limits.LAYERS),
+        num_heads=num_heads,
+        ffn_dim=config.number("ffn_dim", limits.WIDTH),
+        text_dim=config.number("text_dim", limits.WIDTH),
         image_dim=image_dim,
-        image_positions=values.get("pos_embed_seq_len") or 0,
-        freq_dim=values["freq_dim"],
-        eps=values["eps"],
+        image_positions=config.number("pos_embed_seq_len", limits.POSITIONS, default=0),
+        freq_dim=config.number("freq_dim", limits.WIDTH),
+        eps=float(config.number("eps", limits.EPSILON)),
     )
+
+
+def _check_size(config: DiTConfig, folder: pathlib.Path) -> None:
+    """Of the matrices alone."""
+    width = config.model_dim
+    needed = config.num_layers * width * (8 * width + 2 * config.ffn_dim) + width * (
+        config.text_dim + config.freq_dim + 7 * width
+    )
+    path = folder / _WEIGHTS
+    check_size(needed, tensor_shapes(path), config=str(folder / _CONFIG), weights=str(path))
 
 
 def _values(config: DiTConfig) -> dict[str, Any]:

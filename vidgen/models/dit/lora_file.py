@@ -1,22 +1,22 @@
-"""Updates of low rank to the transformer in files, as PEFT (diffusers) and ComfyUI spell them."""
+"""LoRA files of the transformer, as PEFT (diffusers), ComfyUI and kohya's trainers spell them."""
 
-import dataclasses
+import functools
+import json
 import pathlib
-import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
+from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, write_tensors
+from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.models.dit.lora_tensors import LoRATensors, Pair, Place, read_tensors
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.params import diffusers_names, wan_names
 from vidgen.nn.layers import Linear
-from vidgen.nn.lora import ATTRIBUTE, LowRank, adapted, linears
+from vidgen.nn.lora import ATTRIBUTE, LowRank, adapted, add_to_layers, linears, place_like
 
 __all__ = ["Spelling", "load_lora", "save_lora"]
 
@@ -24,14 +24,15 @@ Spelling = Literal["peft", "comfyui"]
 """`transformer.blocks.0.attn1.to_q.lora_A.weight` (and `lora_B`) with diffusers' names, or
 `diffusion_model.blocks.0.self_attn.q.lora_down.weight` (and `lora_up`) with Wan's."""
 
-_PREFIXES = ("", "transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.")
-_TENSOR = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight")
+_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Of folders: what PEFT and diffusers write into one."""
 
 
 def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -> None:
     """Writes the updates of the adapted linear maps of `dit`.
 
-    The second factor has the scale in it, so that readers that know of no `alpha` do the same.
+    The second factor has the scale in it, so that readers that know of no `alpha` do the same; for those that
+    do, the header says that alpha is the rank, as diffusers or kohya's trainers say it.
 
     Raises:
       UserError: there are none, or one of a map that is no matrix there.
@@ -44,6 +45,7 @@ def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -
         ("transformer", ("lora_A", "lora_B")) if peft else ("diffusion_model", ("lora_down", "lora_up"))
     )
     tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
     for name, linear in maps.items():
         update: LowRank = getattr(linear, ATTRIBUTE)
         down, up = (np.asarray(v.get_value()) for v in (update.down, update.up))
@@ -53,46 +55,36 @@ def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -
             d, u = (down[layer], up[layer]) if stacked else (down, up)
             tensors[f"{prefix}.{base}.{names[0]}.weight"] = d.T
             tensors[f"{prefix}.{base}.{names[1]}.weight"] = u.T * np.float32(update.scale)
+            ranks[base] = d.shape[-1]
     specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    write_tensors(path, specs, tensors.values(), metadata={"format": "pt"})
+    metadata = _adapter_metadata(ranks) if peft else _kohya_metadata(ranks)
+    write_tensors(path, specs, tensors.values(), metadata={"format": "pt", **metadata})
 
 
-def load_lora(dit: DiT, path: pathlib.Path | str, *, scale: float = 1.0) -> None:
-    """Gives the linear maps of `dit` the updates of a file, in either spelling, in place.
-
-    Names may be those of diffusers or of Wan, kohya's underscores among them; layers that the file leaves
-    out have none.
-
-    Args:
-      scale: of the updates, beside the file's own.
-
-    Raises:
-      FileNotFoundError: no such file.
-      WeightsError: the file holds something else, or is of another model; the tensors are named.
-    """
-    files = TensorFiles(path)
-    places = _places(dit)
-    pairs, strange = _pairs(files, places)
-    maps = dict(linears(dit))
-    sides = {name: maps[name].kernel.shape[-2:] for name, _ in pairs}
-    misshaped = [
-        f"  {pair.base}: {pair.down.shape} and {pair.up.shape} do not fit a map of {sides[name]}"
-        for (name, _), pair in pairs.items()
-        if (pair.down.shape[1], pair.up.shape[0]) != sides[name] or pair.down.shape[0] != pair.up.shape[1]
-    ]
-    if strange or misshaped or not pairs:
-        shown = "\n".join([*(f"  {name}: unknown" for name in strange), *misshaped][:20])
-        raise WeightsError(f"{path} holds no LoRA for this transformer, or not only one:\n{shown}")
-    for name in sorted({name for name, _ in pairs}):
-        of_map = {layer: pair for (there, layer), pair in pairs.items() if there == name}
-        _put(maps[name], of_map, scale)
+def _adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
+    """PEFT's config of the adapter, as diffusers keeps it in the header."""
+    rank = max(ranks.values())
+    others = {base: other for base, other in ranks.items() if other != rank}
+    config = {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+    }
+    text = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    return {"lora_adapter_metadata": text}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    base: str
-    down: np.ndarray
-    up: np.ndarray
+def _kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
+    """What kohya's trainers say in the header, which has no words for several ranks."""
+    if len(set(ranks.values())) > 1:
+        return {}
+    rank = str(max(ranks.values()))
+    return {"ss_network_dim": rank, "ss_network_alpha": rank}
 
 
 def _bases(dit: DiT, name: str, spelling: Spelling) -> list[str]:
@@ -105,68 +97,55 @@ def _bases(dit: DiT, name: str, spelling: Spelling) -> list[str]:
     return [foreign.name.format(layer).removesuffix(".weight") for layer in range(count)]
 
 
-def _places(dit: DiT) -> dict[str, tuple[str, int]]:
-    """The map and the layer by every way in which files call it."""
-    places: dict[str, tuple[str, int]] = {}
-    for name, _ in linears(dit):
-        if name == "patch_embedding":
-            continue
-        for spelling in ("peft", "comfyui"):
-            for layer, base in enumerate(_bases(dit, name, spelling)):
-                spelled = [*(prefix + base for prefix in _PREFIXES), "lora_unet_" + base.replace(".", "_")]
-                places |= dict.fromkeys(spelled, (name, layer))
-    return places
+def load_lora(dit: DiT, path: pathlib.Path | str, *, scale: float = 1.0) -> None:
+    """Gives the linear maps of `dit` the updates of a file, in any of the spellings, in place.
+
+    Names may be those of diffusers or of Wan, kohya's underscores among them; layers that the file leaves
+    out have none. Changes of whole arrays (`diff`, and `diff_b` or `lora_B.bias` of biases; files of
+    distilled models have them) are added to the weights at once. `lora_scale` finds each update's alpha.
+
+    Args:
+      path: of the file, or the folder that PEFT or diffusers wrote.
+      scale: of the updates, beside the file's own.
+
+    Raises:
+      FileNotFoundError: no such file.
+      WeightsError: the file holds something else, or is of another model; the tensors are named. Nothing is
+        changed.
+      UserError: what the file or its adapter_config.json says of alpha cannot be used.
+    """
+    limits.LORA_SCALE.check(scale, "the scale of a LoRA")
+    path = _file(pathlib.Path(path))
+    found = read_tensors(TensorFiles(path), dit, path)
+    maps = dict(linears(dit))
+    for name in sorted({place.name for place in found.pairs}):
+        of_map = {place: pair for place, pair in found.pairs.items() if place.name == name}
+        _put(maps[name.removesuffix(".kernel")], of_map, scale)
+    _add(dit, found, scale)
 
 
-def _pairs(
-    files: TensorFiles, places: Mapping[str, tuple[str, int]]
-) -> tuple[dict[tuple[str, int], _Pair], list[str]]:
-    """The factors by map and layer, scaled by the file's alpha; and names that mean nothing here."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    strange = []
-    for name in files.shapes:
-        base, _, last = name.rpartition(".")
-        if match := _TENSOR.fullmatch(name):
-            base, side = match[1], "down" if match[2] else "up"
-        elif last == "alpha":
-            side = "alpha"
-        elif last in ("diff", "diff_b") and not files.read(name).any():
-            continue  # Changes of norms and biases that are none.
-        else:
-            strange.append(name)
-            continue
-        if base not in places:
-            strange.append(name)
-            continue
-        found.setdefault(base, {})[side] = files.read(name).astype(np.float32)
-    pairs = {}
-    for base, parts in found.items():
-        if not {"down", "up"} <= parts.keys():
-            strange.append(f"{base} (one factor of two)")
-            continue
-        rank = parts["down"].shape[0]
-        factor = np.float32(parts.get("alpha", rank) / rank)
-        pairs[places[base]] = _Pair(base, parts["down"], parts["up"] * factor)
-    return pairs, sorted(strange)
+def _file(path: pathlib.Path) -> pathlib.Path:
+    if not path.is_dir():
+        return path
+    return next((path / name for name in _FILES if (path / name).exists()), path / _FILES[0])
 
 
-def _put(linear: Linear, pairs: Mapping[int, _Pair], scale: float) -> None:
+def _put(linear: Linear, pairs: Mapping[Place, Pair], scale: float) -> None:
     """An update of the largest of the ranks; where a layer's is smaller or missing, it is zero."""
-    rank = max(pair.down.shape[0] for pair in pairs.values())
+    rank = max(pair.rank for pair in pairs.values())
     update = nnx.eval_shape(lambda: LowRank(linear, rank, scale, rngs=nnx.Rngs(0)))
     down, up = (np.zeros(variable.shape, np.float32) for variable in (update.down, update.up))
-    for layer, pair in pairs.items():
-        into = (down[layer], up[layer]) if down.ndim == 3 else (down, up)
-        into[0][:, : pair.down.shape[0]] = pair.down.T
-        into[1][: pair.up.shape[1]] = pair.up.T
+    for place, pair in pairs.items():
+        into = (down, up) if place.layer is None else (down[place.layer], up[place.layer])
+        into[0][:, : pair.rank], into[1][: pair.rank] = pair.read()
     for variable, array in ((update.down, down), (update.up, up)):
-        variable.set_value(_beside(jnp.asarray(array), linear))
+        variable.set_value(place_like(array, linear.kernel, variable.get_metadata("axes")))
     setattr(linear, ATTRIBUTE, update)
 
 
-def _beside(array: jax.Array, linear: Linear) -> jax.Array:
-    """`array` on the devices that have the kernel, a copy on each."""
-    sharding = linear.kernel.get_value().sharding
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return array
-    return jax.device_put(array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+def _add(dit: DiT, found: LoRATensors, scale: float) -> None:
+    """Adds the changes of whole arrays."""
+    for name in sorted({place.name for place in found.changes}):
+        variable: Any = functools.reduce(getattr, name.split("."), dit)
+        changes = {place.layer: read for place, read in found.changes.items() if place.name == name}
+        add_to_layers(variable, changes, scale=scale)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from vidgen.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
@@ -27,6 +29,13 @@ class T5Config:
     shared_bias: bool = False
     eps: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if self.max_distance <= self.num_buckets // 4:
+            raise UserError(
+                f"max_distance={self.max_distance} must be larger than a quarter of the "
+                f"num_buckets={self.num_buckets}"
+            )
 
 
 VARIANTS: dict[str, T5Config] = {

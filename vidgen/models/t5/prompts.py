@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.models.condition import Condition
@@ -83,6 +84,12 @@ class T5Prompts:
     ) -> Float[np.ndarray, "b l e"]:
         if self._encoder is None:
             self._encoder = self._load()
+        size = self._encoder.config.vocab_size
+        if tokens.max() >= size:
+            raise UserError(
+                f"the tokenizer gives token {tokens.max()}, the text encoder has {size}: they do not belong "
+                "together; take both from one checkpoint"
+            )
         count = len(tokens)
         if count > 1:
             fill = ((0, self._batch_size - count), (0, 0))

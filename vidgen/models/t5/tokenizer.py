@@ -1,10 +1,11 @@
 """Prompts to the tokens of T5 and UMT5, from the tokenizer's files."""
 
+import contextlib
 import functools
 import html
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ftfy
 import numpy as np
@@ -19,6 +20,10 @@ from vidgen.core.typing import Bool, Int
 __all__ = ["PromptTokenizer", "clean_prompt"]
 
 _log = get_logger(__name__)
+
+_MAX_BYTES = 64 << 20
+"""UMT5's tokenizer.json has 17 MB."""
+_AGAIN = "download it again"
 
 _FAST, _SENTENCEPIECE, _OPTIONS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 
@@ -86,34 +91,60 @@ _Split = Callable[[str], tuple[list[int], list[int]]]
 
 def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
     path = folder / _FAST
-    try:
+    _check_file(path)
+    with _named(path, "no tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing narrower.
-        raise UserError(f"{path} is no tokenizer ({error}): download it again") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    options = read_json(folder / _OPTIONS, remedy="") if (folder / _OPTIONS).exists() else {}
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        empty = tokenizer.encode("").ids
+    options = read_json(folder / _OPTIONS, remedy=_AGAIN) if (folder / _OPTIONS).exists() else {}
     pad_token = options.get("pad_token", "<pad>")
-    pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+    pad_token = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
+    if not isinstance(pad_token, str):
+        raise UserError(
+            f"{folder / _OPTIONS}: pad_token is {str(pad_token)[:60]!r}; expected a token: {_AGAIN}"
+        )
     pad = tokenizer.token_to_id(pad_token)
     if pad is None:
-        raise UserError(f"{path} has no token {pad_token!r} for padding: it is not that of T5 or UMT5")
+        raise UserError(f"{path} has no token {pad_token[:60]!r} for padding: it is not that of T5 or UMT5")
+    if len(empty) != 1:
+        raise UserError(f"{path} adds {len(empty)} tokens to a text, expected an end mark alone: {_AGAIN}")
 
     def split(text: str) -> tuple[list[int], list[int]]:
-        found = tokenizer.encode(text)
+        with _named(path, "no tokenizer"):
+            found = tokenizer.encode(text)
         return found.ids, [start for start, _ in found.offsets]
 
     return split, pad
 
 
 def _sentencepiece(path: pathlib.Path) -> tuple[_Split, int]:
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} is no SentencePiece model ({error}): download it again") from error
-    if model.pad_id() < 0 or model.eos_id() < 0:
+    _check_file(path)
+    with _named(path, "no SentencePiece model"):
+        # In memory: the library waits for pipes, and reads what is no model for a long time.
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        marks = model.pad_id(), model.eos_id()
+    if min(marks) < 0:
         raise UserError(f"{path} has no padding or no end mark: it is not that of T5 or UMT5")
-    return functools.partial(_split_by, model), model.pad_id()
+    return functools.partial(_split_by, model), marks[0]
+
+
+def _check_file(path: pathlib.Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file: {_AGAIN}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise UserError(f"{path} is longer than {_MAX_BYTES:,} bytes, which no tokenizer is: {_AGAIN}")
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Names the file in whatever the libraries raise, which is nothing narrow, and in panics of Rust."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{path} is {what} ({str(error)[:200]}): {_AGAIN}") from error
+        raise
 
 
 def _split_by(model: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[int]]:

@@ -2,20 +2,27 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.config_values import ConfigValues, check_size
+from vidgen.ckpt.pretrained import check_module, load_module
+from vidgen.ckpt.weights import tensor_shapes
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
 
-__all__ = ["load_transformers", "read_config"]
+__all__ = ["check_folder", "load_transformers", "read_config"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+_IGNORED = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
+"""The same table under its other name, and the decoder of whole models."""
 
 _TYPES = {"t5": True, "umt5": False}
 """Kinds of models that are read, and whether their layers share biases."""
@@ -28,10 +35,9 @@ def read_config(folder: pathlib.Path | str) -> T5Config:
       FileNotFoundError: there is no config.json.
       UserError: it is of another model, or asks for what this one does not have.
     """
-    path = pathlib.Path(folder) / "config.json"
-    return _config(
-        read_json(path, remedy="give the folder of a T5 or UMT5 encoder of transformers"), str(path)
-    )
+    path = pathlib.Path(folder) / _CONFIG
+    values = read_json(path, remedy="give the folder of a T5 or UMT5 encoder of transformers")
+    return _config(ConfigValues(values, str(path)))
 
 
 def load_transformers(
@@ -48,36 +54,59 @@ def load_transformers(
       UserError: config.json is of another model, or asks for what this one does not have.
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
-    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    config = _checked_config(folder, dtype)
     return load_module(
-        pathlib.Path(folder) / "model.safetensors",
+        pathlib.Path(folder) / _WEIGHTS,
         lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=transformers_names,
         halved=None if dtype == "float32" else r".*\.kernel|embedding",
-        # The same table under its other name, and the decoder of whole models.
-        ignore=r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*",
+        ignore=_IGNORED,
     )
 
 
-def _config(values: Mapping[str, Any], where: str) -> T5Config:
-    kind = values.get("model_type")
+def check_folder(folder: pathlib.Path | str) -> None:
+    """Checks what `load_transformers` would find; reads config.json and headers only.
+
+    Raises:
+      FileNotFoundError, UserError, WeightsError: as `load_transformers`.
+    """
+    config = _checked_config(folder, "float32")
+    path = pathlib.Path(folder) / _WEIGHTS
+    make = lambda: T5Encoder(config, rngs=nnx.Rngs(0))  # noqa: E731
+    check_module(path, make, names=transformers_names, ignore=_IGNORED)
+
+
+def _config(config: ConfigValues) -> T5Config:
+    kind = str(config.values.get("model_type"))[:80]
     if kind not in _TYPES:
-        raise UserError(f"{where} is of model_type={kind!r}; expected one of {sorted(_TYPES)}")
-    if values.get("feed_forward_proj") != "gated-gelu":
-        raise UserError(
-            f"{where}: feed_forward_proj={values.get('feed_forward_proj')!r} is not supported; "
-            "expected 'gated-gelu' (T5 v1.1, UMT5)"
-        )
-    return T5Config(
-        vocab_size=values["vocab_size"],
-        dim=values["d_model"],
-        num_layers=values["num_layers"],
-        num_heads=values["num_heads"],
-        head_dim=values["d_kv"],
-        ffn_dim=values["d_ff"],
-        num_buckets=values.get("relative_attention_num_buckets", 32),
-        max_distance=values.get("relative_attention_max_distance", 128),
+        raise UserError(f"{config.where} is of model_type={kind!r}; expected one of {sorted(_TYPES)}")
+    # T5 v1.1 and UMT5
+    config.choice("feed_forward_proj", ("gated-gelu",))
+    return config.make(
+        T5Config,
+        vocab_size=config.number("vocab_size", limits.VOCABULARY),
+        dim=config.number("d_model", limits.WIDTH),
+        num_layers=config.number("num_layers", limits.LAYERS),
+        num_heads=config.number("num_heads", limits.HEADS),
+        head_dim=config.number("d_kv", limits.WIDTH),
+        ffn_dim=config.number("d_ff", limits.WIDTH),
+        num_buckets=config.number("relative_attention_num_buckets", limits.BUCKETS, default=32),
+        max_distance=config.number("relative_attention_max_distance", limits.TOKENS, default=128),
         shared_bias=_TYPES[kind],
-        eps=values["layer_norm_epsilon"],
+        eps=float(config.number("layer_norm_epsilon", limits.EPSILON)),
     )
+
+
+def _checked_config(folder: pathlib.Path | str, dtype: Literal["float32", "bfloat16"]) -> T5Config:
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    _check_size(config, pathlib.Path(folder))
+    return config
+
+
+def _check_size(config: T5Config, folder: pathlib.Path) -> None:
+    """Of the matrices alone."""
+    inside = config.num_heads * config.head_dim
+    needed = config.dim * (config.vocab_size + config.num_layers * (4 * inside + 3 * config.ffn_dim))
+    path = folder / _WEIGHTS
+    check_size(needed, tensor_shapes(path), config=str(folder / _CONFIG), weights=str(path))

@@ -1,8 +1,9 @@
 """Options of the video VAE, and its named variants."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 
 
@@ -25,21 +26,23 @@ class VAEConfig:
       remat: "full" recomputes each residual block in the backward pass.
     """
 
-    base_dim: int = 96
-    decoder_base_dim: int | None = None
-    latent_channels: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    base_dim: Annotated[int, limits.WIDTH] = 96
+    decoder_base_dim: Annotated[int, limits.WIDTH] | None = None
+    latent_channels: Annotated[int, limits.WIDTH] = 16
+    dim_mult: tuple[Annotated[int, limits.PATCH], ...] = (1, 2, 4, 4)
+    num_res_blocks: Annotated[int, limits.RES_BLOCKS] = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 1
+    patch_size: Annotated[int, limits.PATCH] = 1
     level_shortcuts: bool = False
-    latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
+    latents_mean: tuple[Annotated[float, limits.STATISTIC], ...] = ()
+    latents_std: tuple[Annotated[float, limits.POSITIVE], ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full"] = "none"
 
     def __post_init__(self):
         steps = len(self.dim_mult) - 1
+        if not 0 <= steps < limits.MAX_LEVELS:
+            raise UserError(f"dim_mult has {steps + 1} levels; expected 1 to {limits.MAX_LEVELS}")
         if len(self.temporal_downsample) != steps:
             raise UserError(
                 f"temporal_downsample needs one entry for each of the {steps} steps between the levels of "
@@ -51,6 +54,13 @@ class VAEConfig:
                     f"{name} has {len(getattr(self, name))} entries; expected one for each of the "
                     f"{self.latent_channels} latent channels"
                 )
+
+    @property
+    def least_size(self) -> int:
+        """A lower bound of how many numbers the parameters are, without building anything."""
+        sides = (self.base_dim, self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim)
+        widths = [base * factor for base in sides for factor in self.dim_mult]
+        return sum(self.num_res_blocks * 27 * width**2 for width in widths)
 
     @property
     def temporal_factor(self) -> int:

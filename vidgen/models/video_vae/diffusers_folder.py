@@ -1,15 +1,15 @@
 """The autoencoder as diffusers keeps it: a folder of config.json and safetensors."""
 
-import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
+from vidgen.ckpt.config_values import ConfigValues, check_size
 from vidgen.ckpt.json_files import write_json
-from vidgen.ckpt.weights import load_weights, save_weights
+from vidgen.ckpt.weights import load_weights, save_weights, tensor_shapes
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
@@ -25,11 +25,13 @@ __all__ = ["is_diffusers", "load_diffusers", "read_config", "save_diffusers"]
 
 _CLASS, _CONFIG, _WEIGHTS = "AutoencoderKLWan", "config.json", "diffusion_pytorch_model.safetensors"
 
+_REMEDY = "give the folder `vae` of a diffusers checkpoint of Wan"
+
 
 def is_diffusers(folder: pathlib.Path | str) -> bool:
     """Whether `folder` holds a model of diffusers, of whatever kind."""
     path = pathlib.Path(folder) / _CONFIG
-    return path.exists() and "_class_name" in json.loads(path.read_text())
+    return path.exists() and "_class_name" in read_json(path, remedy=_REMEDY)
 
 
 def read_config(folder: pathlib.Path | str) -> VAEConfig:
@@ -40,9 +42,7 @@ def read_config(folder: pathlib.Path | str) -> VAEConfig:
       UserError: it is of another model, or asks for what this one does not have.
     """
     path = pathlib.Path(folder) / _CONFIG
-    return _config(
-        read_json(path, remedy="give the folder `vae` of a diffusers checkpoint of Wan"), str(path)
-    )
+    return _config(ConfigValues(read_json(path, remedy=_REMEDY), str(path)))
 
 
 def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> VideoVAE:
@@ -58,10 +58,12 @@ def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> 
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
+    path = folder / _WEIGHTS
+    check_size(config.least_size, tensor_shapes(path), config=str(folder / _CONFIG), weights=str(path))
     vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     graphdef, params, buffers = nnx.split(vae, nnx.Param, ..., graph=False)
     names = diffusers_names(config, named_leaves(params))
-    loaded = load_weights(folder / _WEIGHTS, params, names=names, keep_dtypes=keep_dtypes)
+    loaded = load_weights(path, params, names=names, keep_dtypes=keep_dtypes)
     vae = nnx.merge(graphdef, loaded, buffers)
     vae.latents_mean, vae.latents_variance, vae.latents_count = map(Buffer, first_statistics(config))
     return vae
@@ -102,22 +104,28 @@ def _shortcuts_of_diffusers(config: VAEConfig) -> bool:
     )
 
 
-def _config(values: Mapping[str, Any], where: str) -> VAEConfig:
+def _config(config: ConfigValues) -> VAEConfig:
+    values, where = config.values, config.where
     if values.get("_class_name") != _CLASS:
-        raise UserError(f"{where} is of {values.get('_class_name')!r}; expected {_CLASS!r}")
+        raise UserError(f"{where} is of {str(values.get('_class_name'))[:80]!r}; expected {_CLASS!r}")
     if values.get("attn_scales"):
-        raise UserError(f"{where}: attn_scales={values['attn_scales']} is not supported; expected []")
-    return VAEConfig(
-        base_dim=values["base_dim"],
-        decoder_base_dim=values.get("decoder_base_dim"),
-        latent_channels=values["z_dim"],
-        dim_mult=tuple(values["dim_mult"]),
-        num_res_blocks=values["num_res_blocks"],
-        temporal_downsample=tuple(values["temperal_downsample"]),
-        patch_size=values.get("patch_size") or 1,
-        level_shortcuts=values.get("is_residual", False),
-        latents_mean=tuple(values["latents_mean"]),
-        latents_std=tuple(values["latents_std"]),
+        raise UserError(
+            f"{where}: attn_scales={str(values['attn_scales'])[:80]} is not supported; expected []"
+        )
+    channels = config.number("z_dim", limits.WIDTH)
+    dim_mult = config.numbers("dim_mult", limits.PATCH, range(1, limits.MAX_LEVELS + 1))
+    return config.make(
+        VAEConfig,
+        base_dim=config.number("base_dim", limits.WIDTH),
+        decoder_base_dim=config.number("decoder_base_dim", limits.WIDTH, default=None),
+        latent_channels=channels,
+        dim_mult=dim_mult,
+        num_res_blocks=config.number("num_res_blocks", limits.RES_BLOCKS),
+        temporal_downsample=config.flags("temperal_downsample", (len(dim_mult) - 1,)),
+        patch_size=config.number("patch_size", limits.PATCH, default=1),
+        level_shortcuts=config.flag("is_residual", False),
+        latents_mean=tuple(map(float, config.numbers("latents_mean", limits.STATISTIC, (channels,)))),
+        latents_std=tuple(map(float, config.numbers("latents_std", limits.POSITIVE, (channels,)))),
     )
 
 

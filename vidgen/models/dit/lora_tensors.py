@@ -1,0 +1,263 @@
+"""What the tensors of a LoRA file mean for a transformer: which array each changes, and how strongly."""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
+from vidgen.core import limits
+from vidgen.core.tree import named_leaves
+from vidgen.models.dit.lora_scale import ScaleOf
+from vidgen.models.dit.model import DiT
+from vidgen.models.dit.params import diffusers_names, wan_names
+
+__all__ = ["LoRATensors", "Pair", "Place", "read_tensors"]
+
+_PREFIXES = (
+    "",
+    "transformer.",
+    "diffusion_model.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    # Names with underscores for dots: of kohya's trainers, and of OneTrainer.
+    "lora_unet_",
+    "lora_unet__",
+    "lora_transformer_",
+)
+_SIDES = {
+    r"(.+)\.(?:lora_A|lora_down)(?:\.default)?\.weight": "down",
+    r"(.+)\.(?:lora_B|lora_up)(?:\.default)?\.weight": "up",
+    r"(.+)\.lora_B(?:\.default)?\.bias": "up_bias",
+    r"(.+)\.alpha": "alpha",
+    r"(.+)\.diff": "diff",
+    r"(.+)\.diff_b": "diff_b",
+}
+_OTHERS = {
+    r".*\.(dora_scale|lora_magnitude_vector)\b.*": "DoRA",
+    r".*\.hada_.*": "LoHa",
+    r".*\.lokr_.*": "LoKr",
+    r".*\.oft_.*": "OFT",
+    r".*\.lora_mid\..*": "LoCon of convolutions",
+}
+_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """An array of the transformer by its dotted name, or a layer of one that holds all layers."""
+
+    name: str
+    layer: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The factors of an update of low rank.
+
+    Attributes:
+      read: gives both, float32, [in, rank] and [rank, out], the second scaled.
+    """
+
+    rank: int
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRATensors:
+    """The updates of a file.
+
+    Attributes:
+      pairs: of kernels.
+      changes: of whole arrays; gives the sum of them, float32, in the shape of the array, of one layer.
+    """
+
+    pairs: Mapping[Place, Pair]
+    changes: Mapping[Place, Callable[[], np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Target:
+    """An array that files may change, of one layer: where it is, and its shape here and elsewhere."""
+
+    place: Place
+    foreign: Foreign
+    shape: tuple[int, ...]
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        return self.foreign.shape(self.shape)
+
+
+def read_tensors(files: TensorFiles, dit: DiT, path: pathlib.Path) -> LoRATensors:
+    """Finds out what each tensor of a file means; every tensor is checked before any is used.
+
+    Raises:
+      WeightsError: a tensor means nothing for this transformer, does not fit, or is not finite; names them.
+      UserError: what is said of alpha cannot be used.
+    """
+    reader = _Reader(files, _targets(dit), path)
+    grouped = reader.grouped()
+    pairs: dict[Place, Pair] = {}
+    changes: dict[Place, list[Callable[[], np.ndarray]]] = {}
+    for base, sides in grouped:
+        reader.read_base(base, sides, pairs, changes)
+    if reader.problems or not (pairs or changes):
+        listed = "\n".join(f"  {problem}" for problem in sorted(reader.problems)[:_SHOWN])
+        raise WeightsError(f"{path} holds no LoRA for this transformer, or not only one:\n{listed}")
+    return LoRATensors(pairs=pairs, changes={place: _sum_of(reads) for place, reads in changes.items()})
+
+
+class _Reader:
+    def __init__(self, files: TensorFiles, targets: Mapping[tuple[str, str], _Target], path: pathlib.Path):
+        self._files = files
+        self._targets = targets
+        # Files that call one map by two names are found by what both mean.
+        self._means = {base: _holder(target.place) for (base, _), target in targets.items()}
+        peft = any(".lora_A" in name for name in files.shapes)
+        self._scale_of = ScaleOf(path, files.metadata, peft=peft)
+        self.problems: list[str] = []
+
+    def grouped(self) -> list[tuple[str, dict[str, str]]]:
+        """What the file calls each map or other array, without prefixes, and its tensors by meaning."""
+        found: dict[Place, tuple[str, dict[str, str]]] = {}
+        for name in self._files.shapes:
+            kind = next((kind for pattern, kind in _OTHERS.items() if re.fullmatch(pattern, name)), None)
+            if kind is not None:
+                self.problems.append(f"{name}: {kind} is not supported; merge it where it was trained")
+                continue
+            side, base = self._meaning(name)
+            if base is None:
+                self.problems.append(f"{name}: unknown")
+                continue
+            _, sides = found.setdefault(self._means[base], (base, {}))
+            if side in sides:
+                self.problems.append(f"{name}: means the same as {sides[side]}")
+            elif self._is_number(name):
+                sides[side] = name
+        return list(found.values())
+
+    def read_base(
+        self,
+        base: str,
+        sides: Mapping[str, str],
+        pairs: dict[Place, Pair],
+        changes: dict[Place, list[Callable[[], np.ndarray]]],
+    ) -> None:
+        """Adds the updates of one map, or of one other array."""
+        factor = 1.0
+        kernel = self._targets.get((base, "weight"))
+        if {"down", "up"} <= sides.keys() and kernel is not None:
+            pair, factor = self._pair(base, sides, kernel)
+            if pair is None:
+                return
+            pairs[kernel.place] = pair
+        elif left := sides.keys() & {"down", "up", "alpha", "up_bias"}:
+            what = "no linear map" if kernel is None else "one factor of two"
+            self.problems.append(f"{base} ({what if left & {'down', 'up'} else 'no factors'}): unknown")
+        for side, kind, times in (
+            ("diff", "weight", 1.0),
+            ("diff_b", "bias", 1.0),
+            ("up_bias", "bias", factor),
+        ):
+            if side not in sides:
+                continue
+            name, target = sides[side], self._targets.get((base, kind))
+            shape = self._files.shapes[name]
+            if target is None:
+                self.problems.append(f"{name}: there is no such {kind}")
+            elif shape != target.theirs and shape != target.shape:
+                self.problems.append(f"{name}: {shape} does not fit {target.theirs}")
+            else:
+                changes.setdefault(target.place, []).append(_change(self._files, name, target, times))
+
+    def _meaning(self, name: str) -> tuple[str, str | None]:
+        for pattern, side in _SIDES.items():
+            if match := re.fullmatch(pattern, name):
+                spelled = match[1]
+                found = (spelled.removeprefix(p) for p in _PREFIXES if spelled.startswith(p))
+                return side, next((base for base in found if base in self._means), None)
+        return "", None
+
+    def _is_number(self, name: str) -> bool:
+        """Whether a tensor holds finite floating point numbers; alpha may be an integer."""
+        dtype = self._files.dtypes[name]
+        if dtype.kind not in ("fVui" if name.endswith(".alpha") else "fV"):
+            self.problems.append(f"{name}: of type {dtype}, expected floating point")
+            return False
+        if not np.isfinite(self._files.read(name).astype(np.float32)).all():
+            self.problems.append(f"{name}: holds numbers that are not finite")
+            return False
+        return True
+
+    def _pair(self, base: str, sides: Mapping[str, str], kernel: _Target) -> tuple[Pair | None, float]:
+        down, up = (self._files.shapes[sides[side]] for side in ("down", "up"))
+        out, *inputs = kernel.theirs
+        rank = down[0] if down else 0
+        fits = down in ((rank, *inputs), (rank, math.prod(inputs))) and up[:2] == (out, rank)
+        if not fits or math.prod(up[2:]) != 1 or not limits.LORA_RANK.holds(rank):
+            self.problems.append(f"{base}: {down} and {up} do not fit a map of {kernel.shape}")
+            return None, 1.0
+        factor = self._factor(base, sides.get("alpha"), rank)
+        foreign = kernel.foreign
+        if foreign.view is not None:
+            foreign = dataclasses.replace(foreign, view=(*foreign.view[:-1], rank))
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            first = self._files.read(sides["down"]).astype(np.float32).reshape(rank, *inputs)
+            second = self._files.read(sides["up"]).astype(np.float32).reshape(out, rank)
+            return foreign.to_ours(first, (kernel.shape[0], rank)), second.T * np.float32(factor)
+
+        return Pair(rank=rank, read=read), factor
+
+    def _factor(self, base: str, alpha: str | None, rank: int) -> float:
+        if alpha is None:
+            return self._scale_of(base, rank)
+        if math.prod(self._files.shapes[alpha]) != 1:
+            self.problems.append(f"{alpha}: {self._files.shapes[alpha]}, expected one number")
+            return 1.0
+        value = float(self._files.read(alpha).astype(np.float32).reshape(()))
+        return limits.LORA_ALPHA.check(value, f"{self._files.path}: {alpha}") / rank
+
+
+def _holder(place: Place) -> Place:
+    """The map or norm that an array belongs to, or the array itself."""
+    name, _, last = place.name.rpartition(".")
+    return Place(name, place.layer) if last in ("kernel", "scale", "bias") else place
+
+
+def _change(files: TensorFiles, name: str, target: _Target, times: float) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        tensor = files.read(name).astype(np.float32) * np.float32(times)
+        return target.foreign.to_ours(tensor, target.shape)
+
+    return read
+
+
+def _sum_of(reads: Iterable[Callable[[], np.ndarray]]) -> Callable[[], np.ndarray]:
+    return lambda: np.sum([read() for read in reads], axis=0)
+
+
+def _targets(dit: DiT) -> dict[tuple[str, str], _Target]:
+    """The arrays by the names of what holds them, as files spell them, and `weight` or `bias`."""
+    leaves = {name: leaf for name, leaf in named_leaves(dit).items() if ".low_rank." not in name}
+    targets: dict[tuple[str, str], _Target] = {}
+    for table in (diffusers_names, wan_names):
+        for name, foreign in table(dit.config, leaves).items():
+            shape = tuple(leaves[name].shape)
+            for layer in range(shape[0]) if foreign.stacked else (None,):
+                theirs = foreign.name.format(layer)
+                base, _, kind = theirs.rpartition(".")
+                if kind not in ("weight", "bias"):
+                    base, kind = theirs, "weight"
+                target = _Target(
+                    place=Place(name, layer),
+                    foreign=foreign,
+                    shape=shape if layer is None else shape[1:],
+                )
+                targets[base, kind] = targets[base.replace(".", "_"), kind] = target
+    return targets
