@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import textwrap
@@ -11,11 +12,19 @@ from vidgen.cli.main import run
 from vidgen.cli.overrides import load_config
 from vidgen.core.config import ConfigError, resolve
 from vidgen.core.errors import UserError
+from vidgen.data.folder import FolderData
+from vidgen.models.dit.config import DiTConfig
 from vidgen.models.video_vae.config import VARIANTS
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train import loop
 from vidgen.train.experiment import Experiment, claim_workdir, load_experiment
+from vidgen.train.interrupt import Stopped
+from vidgen.train.optimizer import AdamW, Muon
+from vidgen.train.options import RunOptions
+from vidgen.train.resuming import MAY_CHANGE
+from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_folder import save_vae
+from vidgen.train.vae_task import VAETask
 
 
 @pytest.fixture
@@ -247,3 +256,62 @@ def test_options_newer_than_the_run_have_their_defaults(config, tmp_path, fitted
     path.write_text(json.dumps(values))
     assert run(train.main, command) == 0
     assert len(fitted) == 2 and json.loads(path.read_text())["data"]["buckets"] == []
+
+
+def test_what_may_change_is_logged_and_other_keys_may_not(config, tmp_path, fitted, capsys, caplog):
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    command.append("--config.optimizer.kind=adamw")
+    assert run(train.main, command) == 0
+    changes = ["optimizer.learning_rate=1e-5", "run.grad_clip=0.5", "run.skip_steps=[[1,2]]", "mesh.fsdp=2"]
+    caplog.clear()
+    assert run(train.main, [*command, *(f"--config.{change}" for change in changes)]) == 0
+    assert "optimizer.learning_rate 0.0003 -> 1e-05" in caplog.text
+    assert "run.grad_clip 1.0 -> 0.5" in caplog.text
+    assert fitted[-1]["options"].skip_steps == ((1, 2),) and fitted[-1]["optimizer"].learning_rate == 1e-5
+    for refused in ("run.grad_accumulation=2", "optimizer.weight_decay=0.5", "run.ema_decay=0.5"):
+        assert run(train.main, [*command, f"--config.{refused}"]) == 2
+        assert f"{refused.partition('=')[0]} " in capsys.readouterr().err
+
+
+def test_every_key_that_may_change_is_one_of_an_experiment():
+    options = (Experiment, RunOptions, TextToVideoTask, VAETask, FolderData, AdamW, Muon, DiTConfig)
+    known = {field.name for cls in options for field in dataclasses.fields(cls)}
+    known |= {"path", "cache", "clips", "every", "sequence"}
+    for key in MAY_CHANGE:
+        assert set(key.removesuffix(".*").split(".")) <= known, key
+
+
+def test_the_schedule_of_the_learning_rate_stays_when_a_run_is_made_longer(config, tmp_path, fitted, caplog):
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    assert run(train.main, command) == 0
+    assert run(train.main, [*command, "--config.run.num_steps=9"]) == 0
+    assert fitted[-1]["options"].num_steps == 9 and fitted[-1]["options"].schedule_length == 2
+    assert "stops after step 9; its learning rate rises and falls over 2 (run.schedule_steps)" in caplog.text
+    longer = [*command, "--config.run.num_steps=9", "--config.run.schedule_steps=9"]
+    assert run(train.main, longer) == 0
+    assert fitted[-1]["options"].schedule_length == 9
+    assert run(train.main, [*command, "--config.run.num_steps=9"]) == 0
+    assert fitted[-1]["options"].schedule_length == 9
+
+
+def test_checkpoints_without_their_config_are_not_gone_on_with(config, tmp_path, fitted, capsys):
+    (tmp_path / "w" / "checkpoints" / "4").mkdir(parents=True)
+    assert run(train.main, [f"--config={config}", f"--workdir={tmp_path / 'w'}"]) == 2
+    assert "config.json is missing, and " in capsys.readouterr().err and not fitted
+
+
+def test_micro_batches_have_to_divide_over_the_devices(config, tmp_path, fitted, capsys):
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}", "--config.run.grad_accumulation=4"]
+    assert run(train.main, command) == 2
+    message = "a batch of 8 rows (clips) in 4 micro-batches does not divide over data * fsdp = 8 devices: "
+    assert message + "make batch_size a multiple of 32" in capsys.readouterr().err and not fitted
+    assert run(train.main, [*command, "--config.run.batch_size=32"]) == 0
+
+
+def test_a_stop_before_the_first_step_is_a_line_and_a_status(config, tmp_path, monkeypatch, capsys):
+    def fit(**_):
+        raise Stopped("stopped before the first step")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    assert run(train.main, [f"--config={config}", f"--workdir={tmp_path / 'w'}"]) == 143
+    assert capsys.readouterr().err.endswith("vidgen: stopped before the first step\n")

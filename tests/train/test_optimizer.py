@@ -1,13 +1,22 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
+from tests.train.small_vae import ADVERSARIAL
 from vidgen.core.tree import named_leaves
+from vidgen.models.dit.config import VARIANTS
+from vidgen.models.text.config import ByteEncoderConfig
+from vidgen.nn.lora import LoRAOptions
 from vidgen.train.optimizer import AdamW, Muon, cosine_schedule, partitioned
+from vidgen.train.text_to_video_task import TextToVideoTask
+
+DIT = dataclasses.replace(VARIANTS["tiny"], text_dim=32)
+TEXT = ByteEncoderConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=32, max_bytes=16)
 
 
 def test_schedule_rises_linearly_and_falls_along_a_cosine():
@@ -124,3 +133,32 @@ def test_parts_that_learn_apart_have_rules_of_their_own(main):
 def test_a_module_of_one_part_has_the_optimizers_own_state():
     alone = AdamW().transformation(10).init(params())
     assert jax.tree.structure(partitioned(AdamW(), {}, 10).init(params())) == jax.tree.structure(alone)
+
+
+REAL = {
+    "all": TextToVideoTask(vae="unused", dit=DIT, text=TEXT),
+    "lora": TextToVideoTask(vae="unused", dit=DIT, text=TEXT, lora=LoRAOptions(targets=".*")),
+    "vae": ADVERSARIAL,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_matrix_filter_and_table_of_a_model_decays_and_nothing_else(name):
+    module = nnx.eval_shape(lambda: REAL[name].build(nnx.Rngs(0)))
+    params = nnx.state(module, nnx.Param, graph=False)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    ones = jax.tree.map(jnp.ones_like, zeros)
+    tx = AdamW(learning_rate=1.0, weight_decay=0.5, warmup_steps=0).transformation(10)
+    found = named_leaves(tx.update(zeros, tx.init(ones), ones)[0])
+    matrices = ("kernel", "down", "up", "embedding", "ngram_embedding")
+    decayed = {name for name, value in found.items() if np.all(np.asarray(value) == -0.5)}
+    assert decayed == {name for name in found if name.split(".")[-1] in matrices} and decayed
+
+
+def test_muon_with_a_rate_of_zero_leaves_matrices_and_moves_the_rest_at_its_own():
+    grads = jax.tree.map(np.ones_like, params())
+    found = updates(Muon(learning_rate=0.0, adam_learning_rate=0.5, warmup_steps=0), grads)
+    np.testing.assert_array_equal(found["matrix"], 0)
+    other = updates(Muon(learning_rate=1.0, adam_learning_rate=0.5, warmup_steps=0), grads)
+    np.testing.assert_allclose(found["bias"], other["bias"], rtol=1e-6)
+    assert np.all(found["bias"] < -0.4) and np.all(other["matrix"] != 0)

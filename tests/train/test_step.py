@@ -15,6 +15,7 @@ from vidgen.train.optimizer import AdamW
 from vidgen.train.state import init_state
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.step import clipped as clip
+from vidgen.train.task import Total
 
 ONE = MeshOptions(data=1)
 
@@ -138,3 +139,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_step():
     assert int(state.step) == 3
     for part in ("params", "ema", "buffers", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(good, part))
+
+
+def test_totals_add_up_over_micro_batches():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Counts(toy.ToyTask):
+        def loss(self, model, frozen, batch, key, step):
+            loss, metrics = super().loss(model, frozen, batch, key, step)
+            return loss, metrics | {"clips": Total(jnp.asarray(len(batch["video"]), jnp.float32))}
+
+    for parts in (1, 4):
+        _, (metrics,) = steps(one_device(), task=Counts(), grad_accumulation=parts)
+        assert float(metrics["clips"]) == 8

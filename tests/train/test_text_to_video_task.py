@@ -11,7 +11,7 @@ from flax import nnx
 from tests.models.random_weights import random_module
 from vidgen.core import rng
 from vidgen.diffusion.shift import RootShift
-from vidgen.diffusion.timesteps import LogitNormal
+from vidgen.diffusion.timesteps import LogitNormal, Uniform
 from vidgen.diffusion.weighting import CosMap, mean_weight
 from vidgen.models.dit.config import VARIANTS as DIT_VARIANTS
 from vidgen.models.text.config import ByteEncoderConfig
@@ -64,3 +64,15 @@ def test_weights_multiply_the_loss_of_each_clip():
     weight = (CosMap().weight(t) / mean_weight(CosMap(), shifted, int(num_tokens)))[0]
     assert abs(weight - 1) > 0.01
     np.testing.assert_allclose(loss(weighted, batch), weight * loss(plain, batch), rtol=1e-5)
+
+
+def test_stratified_draws_of_a_clip_are_spread_and_every_level_is_drawn_from():
+    task = _task(draws_per_clip=4, density=Uniform(stratified=True))
+    key = jax.random.key(3)
+    draws = np.asarray(task._timesteps(key, 64, 10)[0]).reshape(16, 4)
+    gaps = np.diff(np.sort(draws, axis=1), axis=1)
+    np.testing.assert_allclose(gaps, 0.25, atol=1e-6)
+    np.testing.assert_allclose(np.diff(np.sort(draws.reshape(-1))), 1 / 64, atol=1e-6)
+    # Rows of 2 places, each repeated 4 times: a clip's draws are 2 apart.
+    packed = np.asarray(task._timesteps(key, 64, 10, 2)[0]).reshape(8, 4, 2)
+    np.testing.assert_allclose(np.diff(np.sort(packed, axis=1), axis=1), 0.25, atol=1e-6)
