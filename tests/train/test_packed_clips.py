@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from tests.ops.array_shapes import array_shapes
 from vidgen.core import rng
 from vidgen.core.tree import named_leaves
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
@@ -175,6 +176,41 @@ def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, of_row
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0.1
 
 
+def loss_of_tokens(model, patches, noise):
+    """`loss_of_rows` with a timestep, and what is made of it, for each token."""
+    rows = jax.tree.map(jnp.asarray, arrays_of(TASK))
+    condition = model.packed_condition(rows["tokens"], rows["mask"])
+    times = np.zeros((len(ROWS), G), np.float32)
+    times[tuple(zip(*PLACES, strict=True))] = TIMES
+
+    def network(x, t):
+        of_token = jnp.take_along_axis(jnp.pad(t, ((0, 0), (1, 0))), rows["segment_ids"], axis=1)
+        ids = (rows["segment_ids"], condition.segment_ids)
+        more = {"text_mask": condition.mask, "segment_ids": ids, "positions": rows["positions"]}
+        return model.dit.tokens(x, of_token, condition.text, **more)
+
+    losses, there = packed_velocity_loss(network, patches, noise, jnp.asarray(times), rows["segment_ids"])
+    return losses.sum() / there.sum(), (losses, there)
+
+
+def test_what_is_made_of_a_timestep_is_made_once_for_each_clip(model, of_rows, noise):
+    """With the numbers of a timestep per token, to rounding, and none of the arrays."""
+    arguments = nnx.state(model, graph=False), packed().patches, noise[0]
+    of_tokens = compiled(model, loss_of_tokens)
+    (loss, (losses, *_)), grads = of_rows(*arguments[1:])
+    (wanted, (wanted_losses, _)), wanted_grads = of_tokens(*arguments)
+    np.testing.assert_allclose(loss, wanted, rtol=5e-7)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=5e-7)
+    for (name, one), two in zip(named_leaves(grads).items(), jax.tree.leaves(wanted_grads), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6, err_msg=name)
+    wide = 6 * len(ROWS) * S * TASK.dit.model_dim
+    largest = [
+        max(np.prod(shape) for shape in array_shapes(jax.make_jaxpr(function)(*arguments)) if S in shape)
+        for function in (compiled(model, loss_of_rows), of_tokens)
+    ]
+    assert largest[0] < wide <= largest[1]
+
+
 def test_padding_is_never_seen(of_rows, noise):
     """Whatever lies in the padding, nothing else changes."""
     rows = packed()
@@ -280,10 +316,9 @@ def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dr
         return model.packed_velocity(arrays["patches"], times, condition, **places)
 
     alone = jax.jit(lambda model, latents, time, text: model.velocity(latents, time, Condition(text)))
-    by_clip = np.zeros((3, G + 1), np.float32)
-    for (r, g), time in zip(PLACES, times, strict=True):
-        by_clip[r, g + 1] = time
-    found = of_rows(model, arrays, np.take_along_axis(by_clip, arrays["segment_ids"], axis=1))
+    by_clip = np.zeros((3, G), np.float32)
+    by_clip[tuple(zip(*PLACES, strict=True))] = times
+    found = of_rows(model, arrays, by_clip)
     for (r, g), one, time in zip(PLACES, CLIPS, times, strict=True):
         text = features_of(None, ["" if dropout else one["caption"]])
         expected = alone(model, one["latents"][None], time[None], text)[0]

@@ -33,7 +33,7 @@ def velocity_loss(
 
 
 def packed_velocity_loss(
-    network: Callable[[Float[Array, "b s p"], Float[Array, "b s"]], Float[Array, "b s p"]],
+    network: Callable[[Float[Array, "b s p"], Float[Array, "b g"]], Float[Array, "b s p"]],
     clean: Float[Array, "b s p"],
     noise: Float[Array, "b s p"],
     timestep: Float[Array, "b g"],
@@ -42,7 +42,7 @@ def packed_velocity_loss(
     """`velocity_loss` of clips that share rows, each with a timestep of its own.
 
     Args:
-      network: velocity of the patch of each token, from noisy patches and a timestep per token.
+      network: velocity of the patch of each token, from noisy patches and the timestep of each clip.
       clean: the patches of each clip's latents; of padding, anything finite.
       timestep: of each clip of a row.
       segment_ids: which clip of the row a token belongs to, from 1 to g; 0 is padding.
@@ -53,7 +53,7 @@ def packed_velocity_loss(
     """
     of_token = jnp.take_along_axis(jnp.pad(timestep, ((0, 0), (1, 0))), segment_ids, axis=1)
     t = of_token[..., None]
-    predicted = network((1.0 - t) * clean + t * noise, of_token).astype(jnp.float32)
+    predicted = network((1.0 - t) * clean + t * noise, timestep).astype(jnp.float32)
     errors = jnp.square(predicted - (noise - clean)).mean(-1)
     # Padding's row is all zeros, for there is no clip -1.
     belongs = jax.nn.one_hot(segment_ids - 1, timestep.shape[1])

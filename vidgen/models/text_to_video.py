@@ -49,14 +49,17 @@ class TextToVideo(nnx.Module):
         Args:
           run_blocks: in the place of `DiT.apply_blocks`.
         """
-        inputs = with_given(latents, condition)
+        inputs, time_ids = with_given(latents, condition), None
         if condition.is_given is not None:
             pt, ph, pw = self.dit.config.patch_size
             is_given = condition.is_given[:, ::pt, ::ph, ::pw].reshape(len(latents), -1)
-            timestep = jnp.where(is_given, 0.0, timestep[:, None])
+            timestep = jnp.stack([timestep, jnp.zeros_like(timestep)], axis=1)
+            time_ids = is_given.astype(jnp.int32)
         if condition.beside is not None:
             inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
-        return self.dit(inputs, timestep, condition.text, condition.mask, condition.image, run_blocks)
+        return self.dit(
+            inputs, timestep, condition.text, condition.mask, condition.image, run_blocks, time_ids
+        )
 
     def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
         """Encodes the tokenized prompts of up to g clips per row, each by itself."""
@@ -68,7 +71,7 @@ class TextToVideo(nnx.Module):
     def packed_velocity(
         self,
         patches: Float[Array, "b s p"],
-        timestep: Float[Array, "b s"],
+        timestep: Float[Array, "b g"],
         condition: PackedCondition,
         *,
         positions: Int[Array, "b s 3"],
@@ -78,18 +81,19 @@ class TextToVideo(nnx.Module):
 
         Args:
           patches: of noisy latents, as `vidgen.models.dit.model.patchify` orders them.
-          timestep: of each token.
+          timestep: of each clip of a row.
           positions: time, row and column of each token on the grid of its clip.
-          segment_ids: which clip of its row each token belongs to, from 1 on; 0 is padding.
+          segment_ids: which clip of its row each token belongs to, from 1 to g; 0 is padding, of timestep 0.
         """
         assert isinstance(self.dit, DiT)
         return self.dit.tokens(
             patches,
-            timestep,
+            jnp.pad(timestep, ((0, 0), (1, 0))),
             condition.text,
             positions=positions,
             text_mask=condition.mask,
             segment_ids=(segment_ids, condition.segment_ids),
+            time_ids=segment_ids,
         )
 
 

@@ -44,7 +44,7 @@ class TwoExperts(nnx.Module):
         return self.high_noise.config
 
     def __call__(
-        self, latents: Latents, timestep: Float[Array, "b"] | Float[Array, "b s"], *arguments: Any
+        self, latents: Latents, timestep: Float[Array, "b"] | Float[Array, "b g"], *arguments: Any
     ) -> Float[Array, "b tz hz wz v"]:
         """Velocity, as `DiT`; `timestep` is the same for all that is not given."""
         run = lambda expert: lambda: expert(latents, timestep, *arguments)  # noqa: E731

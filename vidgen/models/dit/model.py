@@ -34,18 +34,20 @@ class DiT(nnx.Module):
     def __call__(
         self,
         latents: Latents,
-        timestep: Float[Array, "b"] | Float[Array, "b s"],
+        timestep: Float[Array, "b"] | Float[Array, "b g"],
         text: Float[Array, "b l e"],
         text_mask: Bool[Array, "b l"] | None = None,
-        image: Float[Array, "i m g"] | None = None,
+        image: Float[Array, "i m e2"] | None = None,
         run_blocks: "RunBlocks | None" = None,
+        time_ids: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b tz hz wz v"]:
         """Velocity (noise - clean latents) in float32, as many frames, rows and columns as the latents.
 
         Args:
           latents: noisy, normalised latents, and in further channels what is given beside them.
-          timestep: in [0, 1], 1 is noise: one per clip, or one per token in order time, row, column
-            (a latent that is given has timestep 0).
+          timestep: in [0, 1], 1 is noise: one per clip; or several, of which `time_ids` says which one each
+            token has (a latent that is given has timestep 0); or, without `time_ids`, one per token. Tokens
+            are in order time, row, column.
           text: features of the text encoder; `text_mask` says which are of the prompt, at least one per clip;
             without it all are seen, as by Wan, whose features beyond the prompt are zeros.
           image: features of the image encoder, for a model with `image_dim`: of one image per clip, or of
@@ -75,26 +77,31 @@ class DiT(nnx.Module):
             text_mask=text_mask,
             image=image,
             run_blocks=run_blocks,
+            time_ids=time_ids,
         )
         return unpatchify(tokens, grid, config.patch_size)
 
     def tokens(
         self,
         patches: Float[Array, "b s p"],
-        timestep: Float[Array, "b s2"],
+        timestep: Float[Array, "b g"],
         text: Float[Array, "b l e"],
         *,
         positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
         text_mask: Bool[Array, "b l"] | None = None,
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
-        image: Float[Array, "i m g"] | None = None,
+        image: Float[Array, "i m e2"] | None = None,
         run_blocks: "RunBlocks | None" = None,
+        time_ids: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s q"]:
         """Velocity of the patch of each token, float32; of one clip per row, or of several.
 
         Args:
           patches: of `patchify`.
-          timestep: of each token, or one (s2 = 1) for all of a row.
+          timestep: those of a row: as many as there are different ones, or one (g = 1) for all tokens, or one
+            for each of them.
+          time_ids: which timestep of its row each token has, where these are neither one nor one per token.
+            Vectors of the model's width are then computed once for each timestep, and not for each token.
           positions: time, row and column of each token on the grid of its clip.
           segment_ids: for rows of several clips, which of them each token, and each text token, belongs to.
         """
@@ -106,26 +113,30 @@ class DiT(nnx.Module):
             text_mask=text_mask,
             segment_ids=segment_ids,
             image=image,
+            time_ids=time_ids,
         )
         x = (run_blocks or type(self).apply_blocks)(self, x, conditions)
-        return self.head(x, embedded).astype(jnp.float32)
+        return self.head(x, embedded, time_ids).astype(jnp.float32)
 
     def embed(
         self,
         patches: Float[Array, "b s p"],
-        timestep: Float[Array, "b s2"],
+        timestep: Float[Array, "b g"],
         text: Float[Array, "b l e"],
         *,
         positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
         text_mask: Bool[Array, "b l"] | None = None,
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
-        image: Float[Array, "i m g"] | None = None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s2 d"], dict[str, Any]]:
-        """What the blocks take: tokens, the embedded timestep, and the conditions; arguments of `tokens`."""
+        image: Float[Array, "i m e2"] | None = None,
+        time_ids: Int[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b g d"], dict[str, Any]]:
+        """What the blocks take: tokens, the embedded timesteps, and the conditions; arguments of `tokens`."""
         config = self.config
-        embedded, modulation = self.condition_embedder.time(timestep)
+        per_token = time_ids is None and timestep.shape[1] > 1
+        embedded, modulation = self.condition_embedder.time(timestep, per_token=per_token)
         conditions = {
             "modulation": modulation,
+            "time_ids": time_ids,
             "angles": rope_angles(positions, config.head_dim, theta=config.rope_theta),
             "text": self.condition_embedder.text(text.astype(config.dtype)),
             "text_mask": text_mask,

@@ -28,6 +28,19 @@ def _over_tokens(vector: Float[Array, "b s2 d"], x: Float[Array, "b s d"]) -> Ar
     return jax.lax.broadcast_in_dim(vector[0, 0], x.shape, (2,))
 
 
+def of_tokens(vectors: Float[Array, "b g d"], time_ids: Int[Array, "b s"] | None) -> Float[Array, "b s2 d"]:
+    """The vector of each token, exactly: number `time_ids` of its row; without these, `vectors` unchanged.
+
+    By products with zeros and ones, which the mesh cuts as all other products of tokens, and whose gradient
+    is a product too: the sum over the tokens of each vector.
+    """
+    if time_ids is None:
+        return vectors
+    chosen = jax.nn.one_hot(time_ids, vectors.shape[1], dtype=vectors.dtype)
+    y = jnp.einsum("bsg,bgd->bsd", chosen, vectors, precision=jax.lax.Precision.HIGHEST)
+    return constrain(y, "batch", "tokens", None)
+
+
 class ConditionEmbedder(nnx.Module):
     """Timestep to modulation vectors, text features to model width."""
 
@@ -42,11 +55,18 @@ class ConditionEmbedder(nnx.Module):
         self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         self.image = None if config.image_dim is None else ImageEmbedder(config, rngs=rngs)
 
-    def time(self, timestep: Float[Array, "b s"]) -> tuple[Float[Array, "b s d"], Float[Array, "b s 6 d"]]:
-        """Embedding of the timestep and the six modulation vectors of a block, in float32."""
+    def time(
+        self, timestep: Float[Array, "b g"], *, per_token: bool = False
+    ) -> tuple[Float[Array, "b g d"], Float[Array, "b g 6 d"]]:
+        """Embedding of the timestep and the six modulation vectors of a block, in float32.
+
+        Args:
+          per_token: there is a timestep for each token, cut over the mesh as tokens are.
+        """
+        axis = "tokens" if per_token else None
         hidden = self.time_1(timestep_embedding(timestep, self.freq_dim))
-        embedded = constrain(self.time_2(jax.nn.silu(hidden)), "batch", "tokens", None)
-        modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", "tokens", None)
+        embedded = constrain(self.time_2(jax.nn.silu(hidden)), "batch", axis, None)
+        modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", axis, None)
         return embedded, modulation.reshape(*timestep.shape, 6, -1)
 
     def text(self, features: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
@@ -100,7 +120,8 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b s d"],
         *,
-        modulation: Float[Array, "b s2 6 d"],
+        modulation: Float[Array, "b g 6 d"],
+        time_ids: Int[Array, "b s"] | None = None,
         angles: Float[Array, "#b s k2"],
         text: Float[Array, "b l d"],
         text_mask: Bool[Array, "b l"] | None = None,
@@ -110,12 +131,13 @@ class Block(nnx.Module):
         """One layer.
 
         Args:
-          modulation: one row per token, or one row (s2 = 1) for all.
+          modulation: of each timestep there is.
+          time_ids: which of them each token has; None is one (g = 1) for all, or one per token in order.
           segment_ids: of tokens and of text tokens, for rows of several clips.
         """
         own = None if segment_ids is None else (segment_ids[0], segment_ids[0])
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, :, 0] for part in parts)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (of_tokens(part[:, :, 0], time_ids) for part in parts)
         y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles, segment_ids=own)
         x = x + (y * _over_tokens(gate1, y)).astype(x.dtype)
         x = x + self.cross_attention(
@@ -133,6 +155,13 @@ class Head(nnx.Module):
         self.scale_shift_table = param(rngs, zeros, (2, config.model_dim), (None, "embed"))
         self.proj = Linear(config.model_dim, features, axes=("embed", "patch"), init=zeros, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], embedded: Float[Array, "b s2 d"]) -> Float[Array, "b s p"]:
-        shift, scale = jnp.split(embedded[:, :, None] + self.scale_shift_table[...][None, None], 2, axis=2)
-        return self.proj(modulate(x, shift[:, :, 0], scale[:, :, 0], self.eps))
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        embedded: Float[Array, "b g d"],
+        time_ids: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s p"]:
+        """The embedded timesteps are picked for each token as `Block` picks modulations."""
+        parts = jnp.split(embedded[:, :, None] + self.scale_shift_table[...][None, None], 2, axis=2)
+        shift, scale = (of_tokens(part[:, :, 0], time_ids) for part in parts)
+        return self.proj(modulate(x, shift, scale, self.eps))
