@@ -150,7 +150,7 @@ def test_a_batch_that_does_not_divide_is_an_error(experiment):
         compile_step(dataclasses.replace(experiment, run=options), experiment.mesh.build(), VARIANTS["tiny"])
 
 
-def test_of_several_buckets_the_largest_batch_is_compiled(experiment):
+def test_of_several_buckets_those_that_could_need_the_most_memory_are_compiled(experiment):
     buckets = (
         Bucket(height=64, width=64, batch_size=8),
         Bucket(num_frames=5, height=32, width=32, batch_size=24),
@@ -158,15 +158,38 @@ def test_of_several_buckets_the_largest_batch_is_compiled(experiment):
     )
     data = dataclasses.replace(experiment.data, buckets=buckets)
     wide = dataclasses.replace(experiment, data=data)
-    batch = compiling._abstract_batch(wide, experiment.task, experiment.mesh.build())
-    assert batch["video"].shape == (24, 5, 32, 32, 3)
+    mesh = experiment.mesh.build()
+    batches = compiling._abstract_batches(wide, experiment.task, mesh, VARIANTS["tiny"])
+    # The images have fewer pixels, and more scores of attention.
+    assert [batch["video"].shape for batch in batches] == [(8, 1, 64, 64, 3), (24, 5, 32, 32, 3)]
+
+
+def test_of_buckets_the_one_that_needs_the_most_is_reported(experiment, monkeypatch):
+    """Of as many pixels in fewer frames: it has more tokens."""
+    buckets = (
+        Bucket(num_frames=9, height=16, width=16, batch_size=8),
+        Bucket(height=32, width=64, batch_size=8),
+        Bucket(height=16, width=16, batch_size=8),
+    )
+    sizes = []
+
+    def refuse(traced):
+        sizes.append(traced.args_info[0][2]["video"].shape)
+        return TooLarge(needed_bytes=[3, 5][len(sizes) - 1], message="no")
+
+    monkeypatch.setattr(compiling, "compile_or_refusal", refuse)
+    data = dataclasses.replace(experiment.data, buckets=buckets)
+    wide = dataclasses.replace(experiment, data=data)
+    found = compile_step(wide, experiment.mesh.build(), VARIANTS["tiny"])
+    assert sizes == [(8, 9, 16, 16, 3), (8, 1, 32, 64, 3)]
+    assert found.executable.needed_bytes == 5 and found.batch["video"].shape == sizes[1]
 
 
 def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, compiled):
     packing = PackingOptions(tokens_per_row=48, clips_per_row=3)
     data = LatentsData(path="unread", packing=packing, clips=experiment.data)
     packed = dataclasses.replace(experiment, data=data)
-    batch = compiling._abstract_batch(packed, experiment.task, experiment.mesh.build())
+    [batch] = compiling._abstract_batches(packed, experiment.task, experiment.mesh.build(), None)
     dit, text = experiment.task.dit, experiment.task.text
     rows = experiment.run.batch_size
     assert batch["patches"].shape == (rows, 48, 4 * dit.in_channels)

@@ -14,6 +14,7 @@ from flax import nnx
 from vidgen.nn.variables import Buffer, ones, param, zeros
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.train.batch_spec import empty_batch, spec_of
 from vidgen.train.loop import fit
 from vidgen.train.optimizer import AdamW
 from vidgen.train.options import RunOptions
@@ -61,6 +62,9 @@ class ToyTask:
 
     def arrays(self, batch):
         return {"video": batch["video"]}
+
+    def batch_spec(self, data, batch_size):
+        return spec_of(self.arrays(empty_batch(data)), batch_size)
 
     def loss(self, model, frozen, batch, key, step):
         x = batch["video"].reshape(len(batch["video"]), DIM).astype(jnp.float32) / 127.5 - 1

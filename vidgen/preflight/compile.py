@@ -1,23 +1,25 @@
 """The real training step of an experiment, compiled ahead of time for devices that need not exist."""
 
 import dataclasses
+import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core.typing import PyTree
-from vidgen.data.buckets import Bucket, training_sizes
+from vidgen.data.buckets import Bucket, training_sizes, with_size
 from vidgen.data.latents_data import LatentsData
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import RULES, batch_sharding, shardings
 from vidgen.preflight.flops import matmul_flops
+from vidgen.preflight.text_encoder import encoder_bytes_of
 from vidgen.preflight.topology import GIB, PreflightError
 from vidgen.train.experiment import Experiment
 from vidgen.train.optimizer import partitioned
@@ -28,7 +30,7 @@ from vidgen.train.task import Task
 from vidgen.train.trainer import step_options
 from vidgen.train.vae_task import VAETask
 
-__all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "placed"]
+__all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "largest_sizes", "placed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class CompiledStep:
 
     Attributes:
       state, frozen, batch: arguments, as `jax.ShapeDtypeStruct`s with shardings.
+      encoder_bytes: of the weights of the task's text encoder on one device; 0 where there is none.
       flops: of the whole step's matrix products and convolutions, over all devices.
       executable: what the compiler made, or its refusal.
       seconds: that tracing and compiling took.
@@ -59,6 +62,7 @@ class CompiledStep:
     state: TrainState
     frozen: PyTree
     batch: dict[str, jax.ShapeDtypeStruct]
+    encoder_bytes: int
     flops: float
     executable: jax.stages.Compiled | TooLarge
     seconds: float
@@ -67,7 +71,8 @@ class CompiledStep:
 def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = None) -> CompiledStep:
     """Compiles what `vidgen.train.loop.fit` runs: same task, optimizer, options and shardings.
 
-    Nothing is computed and no array is made, of the weights or of anything else.
+    Nothing is computed and no array is made, of the weights or of anything else. Of several buckets, all that
+    could need the most memory are compiled, and the one that does is returned.
 
     Args:
       mesh: over devices that exist, or over those of `topology_devices`.
@@ -82,23 +87,36 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     transformation = averaging(optimizer, options.power_law)
     state, graphdef = abstract_state(task, transformation, mesh)
     frozen_graphdef, frozen = _abstract_frozen(task, vae, mesh)
-    batch = _abstract_batch(experiment, task, mesh)
     schedule = experiment.optimizer.schedule(options.num_steps)
     step: Any = make_train_step(
         task, graphdef, frozen_graphdef, transformation, step_options(options), schedule
     )
-    with jax.set_mesh(mesh):
-        traced = step.trace(state, frozen, batch)
-        executable = compile_or_refusal(traced)
-    return CompiledStep(
-        mesh=mesh,
-        state=state,
-        frozen=frozen,
-        batch=batch,
-        flops=matmul_flops(traced.jaxpr),
-        executable=executable,
-        seconds=time.monotonic() - start,
-    )
+    encoder_bytes = encoder_bytes_of(task, mesh)
+
+    def compiled(batch: dict[str, jax.ShapeDtypeStruct]) -> CompiledStep:
+        with jax.set_mesh(mesh):
+            traced = step.trace(state, frozen, batch)
+            executable = compile_or_refusal(traced)
+        return CompiledStep(
+            mesh=mesh,
+            state=state,
+            frozen=frozen,
+            batch=batch,
+            encoder_bytes=encoder_bytes,
+            flops=matmul_flops(traced.jaxpr),
+            executable=executable,
+            seconds=time.monotonic() - start,
+        )
+
+    return max(map(compiled, _abstract_batches(experiment, task, mesh, vae)), key=_needed)
+
+
+def _needed(step: CompiledStep) -> tuple[bool, int]:
+    """By which steps of one state are compared: those that the compiler refuses are the largest."""
+    if isinstance(step.executable, TooLarge):
+        return True, step.executable.needed_bytes
+    found: Any = step.executable.memory_analysis()
+    return False, found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
 def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
@@ -126,38 +144,58 @@ def _abstract_frozen(
     return graphdef, placed(state, shardings(state, mesh))
 
 
-def _abstract_batch(experiment: Experiment, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `vidgen.parallel.processes.global_batch` lays it out, from the arrays of one empty clip.
+def _abstract_batches(
+    experiment: Experiment, task: Task, mesh: Mesh, vae: VAEConfig | None
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Batches as `vidgen.parallel.processes.global_batch` lays them out.
 
-    Of several buckets, that with the most pixels in a batch; of packed clips, a row without any.
+    Of packed clips it is one of rows; of clips, one for each size that `largest_sizes` gives.
     """
     data, rows = experiment.data, experiment.run.batch_size
-    if isinstance(data, LatentsData):
-        packing = data.packing
-        one = {
-            "rows": [[]],
-            "tokens_per_row": packing.tokens_per_row,
-            "clips_per_row": packing.clips_per_row,
-        }
-    else:
-        size = max(training_sizes(data, rows), key=_pixels)
-        rows = size.batch_size or rows
-        video = np.zeros((1, size.num_frames, size.height, size.width, 3), np.uint8)
-        one = {"video": video, "caption": [""], "name": [""]}
-    ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
-    micro = rows // experiment.run.grad_accumulation
-    if micro % ways:
-        raise PreflightError(
-            f"a batch_size of {rows} in {experiment.run.grad_accumulation} micro-batches does not fit "
-            f"data * fsdp = {ways} devices: make it a multiple of {ways * experiment.run.grad_accumulation}"
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    of_sizes = [(data, rows)]
+    if not isinstance(data, LatentsData):
+        config = task.model if isinstance(task, VAETask) else vae
+        sizes = largest_sizes(training_sizes(data, rows), 1 if config is None else config.temporal_factor)
+        of_sizes = [(with_size(data, size), size.batch_size or rows) for size in sizes]
+    batches = []
+    for data, rows in of_sizes:
+        parts = experiment.run.grad_accumulation
+        if (rows // parts) % ways:
+            raise PreflightError(
+                f"a batch_size of {rows} in {parts} micro-batches does not fit data * fsdp = {ways} devices: "
+                f"make it a multiple of {ways * parts}"
+            )
+        batch = task.batch_spec(data, rows)
+        batches.append(placed(batch, dict.fromkeys(batch, batch_sharding(mesh))))
+    return batches
+
+
+def largest_sizes(sizes: Sequence[Bucket], temporal_factor: int) -> list[Bucket]:
+    """The sizes of batches that could need the most memory: no other one is as large in every way.
+
+    Ways are what grows with memory: pixels (the VAE), latents (tokens), and scores of attention, within a
+    clip and within its frames. An image of as many pixels as a clip has more tokens.
+    """
+
+    def ways(size: Bucket) -> tuple[int, ...]:
+        clips, area = size.batch_size or 1, size.height * size.width
+        frames = 1 + (size.num_frames - 1) // temporal_factor
+        return (
+            clips * size.num_frames * area,
+            clips * frames * area,
+            clips * (frames * area) ** 2,
+            clips * frames * area**2,
         )
-    arrays = task.arrays(one)
-    batch = {name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
-    return placed(batch, dict.fromkeys(batch, batch_sharding(mesh)))
 
-
-def _pixels(size: Bucket) -> int:
-    return (size.batch_size or 1) * size.num_frames * size.height * size.width
+    found: dict[tuple[int, ...], Bucket] = {}
+    for size in sizes:
+        found.setdefault(ways(size), size)
+    return [
+        size
+        for mine, size in found.items()
+        if not any(mine != other and all(a <= b for a, b in zip(mine, other, strict=True)) for other in found)
+    ]
 
 
 def placed(tree: PyTree, places: PyTree) -> PyTree:

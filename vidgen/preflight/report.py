@@ -30,6 +30,8 @@ class Memory:
       outputs: of which the state takes the place of the arguments'.
       temporaries: activations, gradients and the rest.
       code: the program.
+      text_encoder: weights of a text encoder that is not trained: they lie beside the step once a caption is
+        not in the cache. What it takes to encode one is not counted.
       peak: all of it; where the program is too large, the compiler's sum, the parts then being unknown.
       available: what a program may use; None where it is not known (CPU).
     """
@@ -38,12 +40,17 @@ class Memory:
     outputs: int | None
     temporaries: int | None
     code: int | None
+    text_encoder: int
     peak: int
     available: int | None
 
     @classmethod
     def read(
-        cls, executable: jax.stages.Compiled | TooLarge, arguments: PyTree, available: int | None
+        cls,
+        executable: jax.stages.Compiled | TooLarge,
+        arguments: PyTree,
+        available: int | None,
+        text_encoder: int = 0,
     ) -> "Memory":
         """What the compiler says.
 
@@ -60,7 +67,8 @@ class Memory:
                 outputs=None,
                 temporaries=None,
                 code=None,
-                peak=executable.needed_bytes,
+                text_encoder=text_encoder,
+                peak=executable.needed_bytes + text_encoder,
                 available=available,
             )
         found: Any = executable.memory_analysis()
@@ -71,7 +79,8 @@ class Memory:
             outputs=outputs,
             temporaries=temporaries,
             code=code,
-            peak=given + outputs - found.alias_size_in_bytes + temporaries + code,
+            text_encoder=text_encoder,
+            peak=given + outputs - found.alias_size_in_bytes + temporaries + code + text_encoder,
             available=available,
         )
 
@@ -84,6 +93,8 @@ class Memory:
         rows = [("memory per chip", "")]
         for name in ("arguments", "outputs", "temporaries", "code"):
             rows += [(f"  {name}", _gib(getattr(self, name)))]
+        if self.text_encoder:
+            rows += [("  text encoder", f"{_gib(self.text_encoder)}, once a caption is not in its cache")]
         limit = f"of {_gib(self.available)}" if self.available is not None else "(of an unknown limit)"
         return [
             *rows,
@@ -100,8 +111,10 @@ class Report:
       layout, collectives: None where the program is too large.
       num_parameters: that are trained.
       parameters_per_chip: as many numbers of them are on one device.
-      flops: per step over all devices, matrix products and convolutions only.
-      least_seconds: per step, were the matrix units busy all the time; a bound, not a prediction.
+      flops: per step over all devices, matrix products and convolutions only, masked attention as if nothing
+        were masked and with what is recomputed.
+      seconds_at_peak: per step, were `flops` done at peak rate. Not a bound where attention is masked (packed
+        rows, causality): kernels leave out what is not seen.
       advice: what to change, if it does not fit.
     """
 
@@ -116,7 +129,7 @@ class Report:
     parameters_per_chip: int
     frozen_parameters: int
     flops: float
-    least_seconds: float | None
+    seconds_at_peak: float | None
     compile_seconds: float
     advice: tuple[str, ...]
 
@@ -144,10 +157,11 @@ class Report:
         if self.collectives is not None:
             counted = ", ".join(f"{number} {name}" for name, number in self.collectives.items())
             rows += [("collectives", f"{counted} (instructions; in a loop once)")]
-        rows += [("flops per step", f"{self.flops:.3e}, matrix products and convolutions, all chips")]
-        if self.least_seconds is not None:
+        counted = "matrix products and convolutions, all chips; masks leave nothing out"
+        rows += [("flops per step", f"{self.flops:.3e}, {counted}")]
+        if self.seconds_at_peak is not None:
             rows += [
-                ("least time", f"{self.least_seconds:.3f} s per step at peak rate: a bound, not measured")
+                ("at peak rate", f"{self.seconds_at_peak:.3f} s for these flops: computed, not measured")
             ]
         rows += [("compiled in", f"{self.compile_seconds:.0f} s")]
         rows += [("to make it fit" if not index else "", line) for index, line in enumerate(self.advice)]
@@ -171,6 +185,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         compiled.executable,
         (compiled.state, compiled.frozen, compiled.batch),
         chip.hbm_bytes if chip else None,
+        compiled.encoder_bytes,
     )
     executable = compiled.executable
     refused = isinstance(executable, TooLarge)
@@ -187,7 +202,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         parameters_per_chip=_numbers_per_chip(compiled.state.params),
         frozen_parameters=count(compiled.frozen),
         flops=compiled.flops,
-        least_seconds=least,
+        seconds_at_peak=least,
         compile_seconds=compiled.seconds,
         advice=() if memory.fits else _advice(experiment, compiled),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core.typing import Array, Float, Int, Metrics
+from vidgen.train.batch_spec import BatchSpec
 from vidgen.train.optimizer import Optimizer
 
 
@@ -57,6 +58,14 @@ class Task(Protocol):
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The arrays of a host batch that go to the device; each has the batch as its first axis."""
+        ...
+
+    def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
+        """Shapes and dtypes of `arrays` for so many clips of the size of `data`; no file is read.
+
+        Args:
+          data: options of data, of one size (`vidgen.data.buckets.with_size`), or of packed latents.
+        """
         ...
 
     def loss(

@@ -31,6 +31,7 @@ from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
 from vidgen.parallel import processes
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
+from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
 from vidgen.train.packed_clips import pack_rows
@@ -161,6 +162,23 @@ class TextToVideoTask:
     @functools.cached_property
     def _long_captions(self) -> LongCaptions:
         return LongCaptions(self.text.max_bytes)
+
+    def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
+        spec = spec_of(dataclasses.replace(self, text_encoder=None).arrays(empty_batch(data)), batch_size)
+        if self.text_encoder is None:
+            return spec
+        del spec["mask"]
+        captions = spec.pop("tokens").shape[:-1]
+        of_one = (self.text_encoder.max_tokens, self.dit.text_dim)
+        # Of rows of clips, the empty caption is there once for each row.
+        shapes = {
+            "text": (*captions, *of_one),
+            "empty_text": (batch_size, *(1 for _ in captions[1:]), *of_one),
+        }
+        return spec | {
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(self.text_encoder.dtype))
+            for name, shape in shapes.items()
+        }
 
     def _text_arrays(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """What conditions are made of, a row for each caption."""

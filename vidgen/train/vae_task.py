@@ -21,6 +21,7 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.variables import freeze
 from vidgen.train.adversary import Adversary, with_gradient
+from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.vae_folder import export_vae
 from vidgen.train.wavelets import wavelet_loss
 
@@ -104,6 +105,9 @@ class VAETask:
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {"video": batch["video"]}
+
+    def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
+        return spec_of(self.arrays(empty_batch(data)), batch_size)
 
     def loss(
         self,

@@ -17,12 +17,15 @@ from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
 
-__all__ = ["check_folder", "load_transformers", "read_config"]
+__all__ = ["HALVED", "check_folder", "load_transformers", "read_config"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 _IGNORED = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
 """The same table under its other name, and the decoder of whole models."""
+
+HALVED = r".*\.kernel|embedding"
+"""Names of the arrays that are kept in bfloat16, where matrix products are in it."""
 
 _TYPES = {"t5": True, "umt5": False}
 """Kinds of models that are read, and whether their layers share biases."""
@@ -60,7 +63,7 @@ def load_transformers(
         lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=transformers_names,
-        halved=None if dtype == "float32" else r".*\.kernel|embedding",
+        halved=None if dtype == "float32" else HALVED,
         ignore=_IGNORED,
     )
 
