@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,6 @@ def _config(options: TextFeatures) -> T5Config:
     return read_config(folder) if (folder / "config.json").exists() else VARIANTS["umt5-xxl"]
 
 
-def _of_one_process(mesh: Mesh) -> list[jax.Device]:
+def _of_one_process(mesh: Mesh) -> list[Any]:
     devices = list(np.ravel(mesh.devices))
     return [device for device in devices if device.process_index == devices[0].process_index]
