@@ -25,7 +25,8 @@ from vidgen.cli import train
 from vidgen.models.dit.model import DiT
 from vidgen.pipeline import Pipeline, load
 from vidgen.sampling.caching import TeaCache
-from vidgen.sampling.generate import SamplingOptions, generate
+from vidgen.sampling.generate import generate
+from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.time_grid import TimeGrid
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -17,8 +17,10 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from vidgen.core.config import to_dict
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
+from vidgen.sampling.published import PUBLISHED
 
 _EXPERTS = {
     "t2v-high": ("wan2.2-t2v-a14b", (0.875, 1.0)),
@@ -26,6 +28,13 @@ _EXPERTS = {
     "i2v-high": ("wan2.2-i2v-a14b", (0.9, 1.0)),
     "i2v-low": ("wan2.2-i2v-a14b", (0.0, 0.9)),
 }
+
+
+def _sampling(variant: str, *, low_noise: bool = False) -> dict:
+    """As the authors sample; of one expert with its own guidance scale, alone from noise to data."""
+    options = to_dict(PUBLISHED[variant].options)
+    second = options.pop("guidance_scale_2")
+    return options | ({"guidance_scale": second} if low_noise else {})
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -39,7 +48,10 @@ def get_config(arg: str = "") -> ConfigDict:
         "text_encoder": {"path": "models/wan", "cache": "runs/wan_captions"},
         "caption_dropout": 0.1,
         "density": {"kind": "logit_normal", "shift": 3.0},
+        "sampling": _sampling("wan2.1-t2v-1.3b"),
     }
+    # At 480 x 832, as it is trained here.
+    config.task.sampling.grid.shift = 3.0
     config.data = {
         "kind": "folder",
         "split": "train",
@@ -58,11 +70,13 @@ def get_config(arg: str = "") -> ConfigDict:
         variant, between = _EXPERTS[name]
         config.task.dit = dataclasses.asdict(VARIANTS[variant])
         config.task.density.update(shift=5.0, between=between)
+        config.task.sampling = _sampling(variant, low_noise=name.endswith("low"))
         if name.startswith("i2v"):
             config.task.images = "beside"
     if "ti2v" in arguments:
         config.task.dit = dataclasses.asdict(VARIANTS["wan2.2-ti2v-5b"])
         config.task.density.shift = 5.0
+        config.task.sampling = _sampling("wan2.2-ti2v-5b")
         config.task.update(images="first", image_share=0.5)
         config.data.update(num_frames=121, height=704, width=1280, fps=24.0)
     config.task.dit.update(dtype="bfloat16", remat="full")

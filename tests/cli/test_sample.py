@@ -9,8 +9,9 @@ from vidgen.cli.main import main
 from vidgen.data.video_io import read_metadata
 from vidgen.pipeline import load
 from vidgen.sampling.caching import TeaCache
-from vidgen.sampling.generate import SamplingOptions, generate
+from vidgen.sampling.generate import generate
 from vidgen.sampling.guidance import AdaptiveProjected
+from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.steppers import Euler
 from vidgen.sampling.time_grid import TimeGrid
 

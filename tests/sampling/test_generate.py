@@ -11,6 +11,7 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.diffusion.shift import RootShift
+from vidgen.models.condition import Condition
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
@@ -22,8 +23,9 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import constrain, shardings
 from vidgen.sampling.caching import TeaCache
-from vidgen.sampling.generate import SamplingOptions, generate
+from vidgen.sampling.generate import _advance, denoise, denoise_on_device, generate
 from vidgen.sampling.guidance import AdaptiveProjected, ZeroStar
+from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import Euler
 from vidgen.sampling.time_grid import TimeGrid
@@ -166,8 +168,8 @@ def test_a_cache_that_computes_every_step_changes_nothing(model, vae):
     [
         ({"seeds": [1]}, "found 2 prompts and 1 seeds"),
         ({"prompts": [], "seeds": []}, "found 0 prompts and 0 seeds"),
-        ({"seeds": [-1, 0]}, r"seed=-1: seeds are from 0 to 4294967295"),
-        ({"seeds": [0, 2**32]}, r"seed=4294967296: seeds are from 0 to 4294967295"),
+        ({"seeds": [-1, 0]}, r"seed: found -1, expected a whole number from 0 to 4,294,967,295"),
+        ({"seeds": [0, 2**32]}, r"seed: found 4294967296, expected"),
         ({"size": (4, 8, 8)}, r"num_frames=4 is not 1 \+ 2 n; use 3 or 5"),
         ({"size": (3, 7, 8)}, "height=7 is not a multiple of 4; use 4 or 8"),
         ({"size": (3, 2, 8)}, "height=2 is not a multiple of 4; use 4$"),
@@ -182,3 +184,39 @@ def test_errors(model, vae, arguments, message):
     kind = PromptTooLong if "bytes" in message else ValueError
     with pytest.raises(kind, match=message):
         generate(model, vae, call.pop("prompts"), **call)
+
+
+def test_any_number_of_steps_and_any_scale_is_one_program(model, vae, run):
+    run(["a dog"], seeds=[0])
+    programs = _advance._cache_size()
+    for other in (
+        {"grid": TimeGrid(num_steps=2)},
+        {"grid": TimeGrid(num_steps=5, shift=3.0, convention="unipc")},
+        {"guidance_scale": 7.5},
+    ):
+        options = dataclasses.replace(OPTIONS, **other)
+        generate(model, vae, ["a dog"], size=SIZE, seeds=[0], options=options)
+    assert _advance._cache_size() == programs
+
+
+def test_progress_and_one_program_of_all_steps(model, vae):
+    tokens, mask = map(jnp.asarray, tokenize(["a dog", ""], 8))
+    both = model.condition(tokens, mask)
+    positive, negative = (jax.tree.map(lambda x, i=i: x[i : i + 1], both) for i in (0, 1))
+    noise = initial_noise(jnp.asarray([3], jnp.uint32), (2, 4, 4, 4))
+    seen = []
+    video = denoise(model, vae, noise, positive, negative, options=OPTIONS, on_progress=seen.append)
+    assert seen == [("step", 0, 3), ("step", 1, 3), ("step", 2, 3), ("decoding", 3, 3)]
+    run = jax.jit(lambda *arrays: denoise_on_device(*arrays, options=OPTIONS))
+    assert_equal_pixels(run(model, vae, noise, positive, negative), video)
+
+
+def test_the_network_says_nothing_where_latents_are_given(model):
+    """However it is asked: with guidance, whose norms take in all latents, and without."""
+    random = np.random.default_rng(0)
+    latents, given = (jnp.asarray(random.normal(size=(2, 3, 4, 4, 4)), jnp.float32) for _ in range(2))
+    is_given = jnp.zeros((2, 3, 4, 4), bool).at[:, 0].set(True)
+    text = jnp.asarray(random.normal(size=(2, 8, 16)), jnp.float32)
+    condition = Condition(text, given=given, is_given=is_given)
+    velocity = model.velocity(latents, jnp.asarray([0.3, 0.9]), condition)
+    assert (velocity[:, 0] == 0).all() and (velocity[:, 1:] != 0).all()

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from vidgen.core.config import resolve
+from vidgen.core.errors import UserError
 from vidgen.sampling.guidance import (
     GUIDANCES,
     AdaptiveProjected,
@@ -100,3 +101,58 @@ def test_projected_guidance_at_the_end_of_time():
     _, memory = combine(guidance, 5.0)
     guided, _ = combine(guidance, 5.0, timestep=jnp.zeros(2), memory=memory)
     np.testing.assert_allclose(guided, combine(ClassifierFree(), 5.0)[0], rtol=1e-5, atol=1e-6)
+
+
+GIVEN = jnp.zeros((2, 2, 3, 4, 1), bool).at[:, 0].set(True)
+ALL = [*GUIDANCES.values(), ClassifierFree(rescale=0.7), AdaptiveProjected(norm_threshold=0.5)]
+
+
+def two_steps(guidance, positive, negative, latents, where):
+    """The guided velocity of the second of two steps: what is kept between them counts too."""
+    memory = guidance.init(positive)
+    for step, t in enumerate((0.9, 0.4), start=5):
+        guided, memory = guidance.combine(
+            positive,
+            negative,
+            latents=latents,
+            timestep=jnp.full(len(positive), t),
+            scale=5.0,
+            memory=memory,
+            step=jnp.asarray(step),
+            where=where,
+        )
+    return guided
+
+
+@pytest.mark.parametrize("guidance", ALL, ids=str)
+def test_frames_that_are_given_change_nothing_of_the_others(guidance):
+    """The network's output there is never trained."""
+    inputs = (POSITIVE, NEGATIVE, LATENTS)
+    alone = two_steps(guidance, *(x[:, 1:] for x in inputs), None)
+    noisy = [x + 30.0 * GIVEN * RANDOM.normal(size=x.shape).astype(np.float32) for x in inputs]
+    guided = two_steps(guidance, *noisy, ~GIVEN)
+    np.testing.assert_allclose(guided[:, 1:], alone, rtol=1e-5, atol=1e-5)
+    assert (guided[:, 0] == 0.0).all() and jnp.abs(alone).min() > 0
+
+
+@pytest.mark.parametrize("where", [None, ~GIVEN, GIVEN & False], ids=["all", "some", "none"])
+@pytest.mark.parametrize("guidance", ALL, ids=str)
+def test_a_network_that_says_nothing_yet_is_no_division_by_zero(guidance, where):
+    """The velocity of a fresh model whose last layer is zero."""
+    still = jnp.zeros(SHAPE)
+    assert (two_steps(guidance, still, still, LATENTS, where) == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (ClassifierFree, {"rescale": 1.5}),
+        (ZeroStar, {"zero_steps": -1}),
+        (AdaptiveProjected, {"norm_threshold": 0.0}),
+        (AdaptiveProjected, {"momentum": float("nan")}),
+    ],
+)
+def test_options_out_of_range(wrong):
+    guidance, options = wrong
+    with pytest.raises(UserError, match=next(iter(options))):
+        guidance(**options)

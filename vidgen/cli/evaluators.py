@@ -51,7 +51,10 @@ def _samples(
 
     def sample(model: TextToVideo, vae: VideoVAE, prompts: Sequence[str]) -> np.ndarray:
         encode = BytePrompts(model) if task.text_encoder is None else task.text_encoder.prompts(mesh)
-        pipe = Pipeline(model, vae, encode, size=size, fps=fps, mesh=mesh, images=task.images)
+        options = task.sampling_options()
+        pipe = Pipeline(
+            model, vae, encode, size=size, fps=fps, mesh=mesh, options=options, images=task.images
+        )
         if task.images is None:
             return pipe(prompts)
         made = [

@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the pipeline is called with, where it was given; wrong values are found before it is loaded."""
     from vidgen.sampling.caching import TeaCache
-    from vidgen.sampling.generate import SamplingOptions
     from vidgen.sampling.guidance import GUIDANCES
+    from vidgen.sampling.options import SamplingOptions
     from vidgen.sampling.steppers import STEPPERS
     from vidgen.sampling.time_grid import TimeGrid
 

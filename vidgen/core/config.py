@@ -169,7 +169,8 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
         try:
             return _convert(member, value, where)
         except ConfigError:
-            if len(others) == 1 and not classes:
+            # A number that the only member for numbers refuses is out of its range.
+            if len(others) == 1 and (not classes or isinstance(value, int | float)):
                 raise
     raise _wrong(where, value, " or ".join(_name(m) for m in members))
 

@@ -113,7 +113,9 @@ def _check(hint: Any, value: Any, where: str) -> None:
         for key, inner in value.items():
             _check(arguments[-1], inner, f"{where}.{key}")
     elif typing.get_origin(hint) is not typing.Annotated:
-        # A union: a number has at most one member with a range.
+        # A union: a number has at most one member with a range, and an object may be of another member.
+        if dataclasses.is_dataclass(value):
+            return
         for member in arguments:
             if getattr(member, "__metadata__", None):
                 _check(member, value, where)
@@ -126,6 +128,7 @@ def _shown(number: int | float) -> str:
 # Videos
 NUM_FRAMES = Limit(low=1, high=1_000_000, whole=True, unit="frames")
 SIDE = Limit(low=1, high=16_384, whole=True, unit="pixels")
+PIXELS = Limit(low=1, high=2**32, whole=True, unit="pixels of all frames of a video")
 FPS = Limit(low=0.001, high=1000, unit="frames per second")
 HELDOUT_EVERY = Limit(low=2, high=1_000_000, whole=True, unit="seconds")
 SECONDS = Limit(low=0.001, high=1e6, unit="seconds")
@@ -145,12 +148,14 @@ DECAY = Limit(low=0, high=1, unit="decay per step")
 LEARNING_RATE = Limit(low=0, high=1000)
 POSITIVE = Limit(low=0, high=1e30, above=True)
 NON_NEGATIVE = Limit(low=0, high=1e30)
+FINITE = Limit(low=-1e30, high=1e30)
 
 # Sampling
 SAMPLER_STEPS = Limit(low=1, high=1000, whole=True, unit="steps")
 SHIFT = Limit(low=0.001, high=1000)
 GUIDANCE_SCALE = Limit(low=0, high=1000)
 TIMESTEP = Limit(low=0, high=1, unit="0 data, 1 noise")
+MOMENTUM = Limit(low=-1, high=1)
 LORA_SCALE = Limit(low=-1000, high=1000)
 
 # Models

@@ -44,7 +44,7 @@ class TextToVideo(nnx.Module):
         condition: Condition,
         run_blocks: RunBlocks | None = None,
     ) -> Latents:
-        """Velocity of what is not given, float32; as many frames, rows and columns as the latents.
+        """Velocity, float32, 0 where latents are given; as many frames, rows and columns as the latents.
 
         Args:
           run_blocks: in the place of `DiT.apply_blocks`.
@@ -57,9 +57,13 @@ class TextToVideo(nnx.Module):
             time_ids = is_given.astype(jnp.int32)
         if condition.beside is not None:
             inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
-        return self.dit(
+        velocity = self.dit(
             inputs, timestep, condition.text, condition.mask, condition.image, run_blocks, time_ids
         )
+        if condition.is_given is None:
+            return velocity
+        # Training never looks at the output there, so it could be anything.
+        return jnp.where(condition.is_given[..., None], 0.0, velocity)
 
     def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
         """Encodes the tokenized prompts of up to g clips per row, each by itself."""

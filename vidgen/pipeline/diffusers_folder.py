@@ -27,10 +27,8 @@ from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.pipeline import Pipeline
+from vidgen.pipeline.sampling_file import read_defaults, read_scheduler
 from vidgen.sampling.conditioning import FramesEnter, how_frames_enter
-from vidgen.sampling.generate import SamplingOptions
-from vidgen.sampling.steppers import AnyStepper, Euler, UniPC
-from vidgen.sampling.time_grid import TimeGrid
 from vidgen.train.text_features import TextFeatures
 
 __all__ = [
@@ -40,7 +38,6 @@ __all__ = [
     "load_checkpoint",
     "load_transformers",
     "read_index",
-    "read_sampling",
 ]
 
 INDEX = "model_index.json"
@@ -87,20 +84,21 @@ def load_checkpoint(
     """
     folder = pathlib.Path(folder)
     index = read_index(folder)
-    options = read_sampling(folder / "scheduler")
+    read_scheduler(folder / "scheduler")  # What is wrong with it is found before the weights are read.
     text = _byte_encoder(folder / "byte_encoder", mesh)
     model = TextToVideo(load_transformers(folder, mesh, dtype=dtype), text)
     vae = vae_folder.load_diffusers(folder / "vae")
     has_encoder = (index.get("image_encoder") or [None])[0] is not None
-    large = vae.config.spatial_factor == 16  # Wan 2.2's TI2V, which is trained at 24 frames per second.
+    experts = isinstance(model.dit, TwoExperts)
+    defaults = read_defaults(folder, model.dit.config, vae.config, experts=experts)
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
         _prompts(folder, mesh, dtype, cache) if text is None else BytePrompts(model),
-        size=(121, 704, 1280) if large else (81, 480, 832),
-        fps=24.0 if large else 16.0,
+        size=defaults.size,
+        fps=defaults.fps,
         mesh=mesh,
-        options=options,
+        options=defaults.options,
         images=_images(model, vae.config.latent_channels, vae.config.temporal_factor, index),
         image_encoder=clip_folder.load_transformers(folder / "image_encoder", mesh, dtype=dtype)
         if has_encoder
@@ -129,52 +127,6 @@ def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
     config.number("boundary_ratio", limits.TIMESTEP, default=None)
     config.flag("expand_timesteps", False)
     return index
-
-
-def read_sampling(folder: pathlib.Path | str) -> SamplingOptions:
-    """How a model is sampled by the scheduler that is kept with it.
-
-    Raises:
-      FileNotFoundError: it has no configuration.
-      UserError: the scheduler, or an option of it, is not supported.
-    """
-    path = pathlib.Path(folder) / "scheduler_config.json"
-    values = read_json(path, remedy="give the folder `scheduler` of a checkpoint of Wan")
-    kinds: dict[str, tuple[AnyStepper, Literal["unipc", "flow_match_euler"], str, dict[str, Any]]] = {
-        "UniPCMultistepScheduler": (
-            UniPC(),
-            "unipc",
-            "flow_shift",
-            {
-                "prediction_type": "flow_prediction",
-                "use_flow_sigmas": True,
-                "solver_order": 2,
-                "solver_type": "bh2",
-                "predict_x0": True,
-                "lower_order_final": True,
-                "thresholding": False,
-                "use_dynamic_shifting": False,
-            },
-        ),
-        "FlowMatchEulerDiscreteScheduler": (
-            Euler(),
-            "flow_match_euler",
-            "shift",
-            {"use_dynamic_shifting": False, "stochastic_sampling": False, "invert_sigmas": False},
-        ),
-    }
-    kind = values.get("_class_name")
-    if kind not in kinds:
-        raise UserError(f"{path}: scheduler {kind!r} is not supported; expected one of {', '.join(kinds)}")
-    stepper, convention, shift, expected = kinds[kind]
-    for name, value in expected.items():
-        if values.get(name, value) != value:
-            raise UserError(f"{path}: {name}={values[name]!r} is not supported; expected {value!r}")
-    return SamplingOptions(
-        grid=TimeGrid(num_steps=50, shift=float(values.get(shift, 1.0)), convention=convention),
-        stepper=stepper,
-        guidance_scale=5.0,
-    )
 
 
 def load_transformers(

@@ -15,6 +15,7 @@ from vidgen.core.errors import UserError
 from vidgen.core.files import check_target
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.diffusers_folder import save_diffusers
+from vidgen.models.dit.experts import TwoExperts
 from vidgen.models.dit.lora_file import Spelling, save_lora
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.wan_file import save_wan
@@ -27,6 +28,8 @@ from vidgen.nn.lora import merge_low_rank
 from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transformers, read_index
 from vidgen.pipeline.importing import import_checkpoint, new_folder
 from vidgen.pipeline.parts import copy_part
+from vidgen.pipeline.sampling_file import read_defaults, write_defaults, write_scheduler
+from vidgen.sampling.published import SamplingDefaults
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
@@ -49,9 +52,11 @@ def export(
 
     - `diffusers`: a folder with `transformer`, `vae` and `scheduler`, and the text encoder. That of a run
       with a byte encoder is in `byte_encoder`, which diffusers does not know: there it takes the features,
-      without those beyond the prompt.
-    - `safetensors`: a file for each part, with the names of Wan's own checkpoints, as ComfyUI reads them.
-    - `orbax`: a pytree of arrays by our names.
+      without those beyond the prompt. `sampling.json`, which diffusers does not know either, has the size,
+      the rate and the options of sampling, so that `vidgen.load` samples as it does from the run.
+    - `safetensors`: a file for each part, with the names of Wan's own checkpoints, as ComfyUI reads them,
+      and `sampling.json`.
+    - `orbax`: a pytree of arrays by our names, and `sampling.json`.
     - `lora`: the updates of a run with `task.lora`, alone, in one file.
 
     Other than in `lora`, updates of low rank are merged into the weights.
@@ -69,14 +74,15 @@ def export(
     if is_checkpoint(source) and format == "diffusers":
         import_checkpoint(source, target, mesh=mesh)
         return
-    model, vae, task = _parts(source, mesh, step)
+    model, vae, task, defaults = _parts(source, mesh, step)
     if format == "lora":
         save_lora(_single(model), target, spelling)
         return
     merge_low_rank(model)
     with new_folder(target) as folder:
+        write_defaults(folder, defaults)
         if format == "diffusers":
-            _write_diffusers(model, vae, task, folder)
+            _write_diffusers(model, vae, task, defaults, folder)
         elif format == "safetensors":
             _write_files(model, vae, folder)
         else:
@@ -85,11 +91,13 @@ def export(
 
 def _parts(
     source: pathlib.Path | str, mesh: Mesh, step: int | None
-) -> tuple[TextToVideo, VideoVAE, TextToVideoTask | None]:
-    """The model, its VAE, and what trained it, if that was here."""
+) -> tuple[TextToVideo, VideoVAE, TextToVideoTask | None, SamplingDefaults]:
+    """The model, its VAE, what trained it, if that was here, and how it is sampled."""
     if is_checkpoint(source):
         vae = vae_folder.load_diffusers(pathlib.Path(source) / "vae")
-        return TextToVideo(load_transformers(source, mesh)), vae, None
+        dit = load_transformers(source, mesh)
+        defaults = read_defaults(source, dit.config, vae.config, experts=isinstance(dit, TwoExperts))
+        return TextToVideo(dit), vae, None, defaults
     experiment, _, model = load_trained(source, mesh, step=step)
     if not isinstance(model, TextToVideo):
         raise UserError(
@@ -97,7 +105,15 @@ def _parts(
             "whole (a VAE's weights are in its folder `vae`)"
         )
     assert isinstance(experiment.task, TextToVideoTask)
-    return model, load_vae(source), experiment.task
+    data = experiment.data
+    defaults = SamplingDefaults(
+        num_frames=data.num_frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps,
+        options=experiment.task.sampling_options(),
+    )
+    return model, load_vae(source), experiment.task, defaults
 
 
 def _single(model: TextToVideo) -> DiT:
@@ -107,18 +123,21 @@ def _single(model: TextToVideo) -> DiT:
 
 
 def _write_diffusers(
-    model: TextToVideo, vae: VideoVAE, task: TextToVideoTask | None, folder: pathlib.Path
+    model: TextToVideo,
+    vae: VideoVAE,
+    task: TextToVideoTask | None,
+    defaults: SamplingDefaults,
+    folder: pathlib.Path,
 ) -> None:
-    save_diffusers(_single(model), folder / "transformer")
+    dit = _single(model)
+    save_diffusers(dit, folder / "transformer")
     vae_folder.save_diffusers(vae, folder / "vae")
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "WanPipeline" if task is None or task.images is None else "WanImageToVideoPipeline",
         "expand_timesteps": task is not None and task.images == "first",
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": write_scheduler(folder, defaults, dit.config, vae.config),
     }
     if model.text is not None:
         _write_bytes(model.text, folder / "byte_encoder")

@@ -23,6 +23,7 @@ from vidgen.parallel import processes
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.diffusers_folder import INDEX, PARTS, is_checkpoint, read_index
 from vidgen.pipeline.parts import copy_part, refuse_pickles
+from vidgen.pipeline.sampling_file import copy_sampling
 
 __all__ = ["import_checkpoint", "new_folder"]
 
@@ -135,6 +136,7 @@ def _copy_rest(
             f"{'--parts must be' if of_parts else 'it must be'} of the same model"
         )
     write_json(folder / INDEX, kept)
+    copy_sampling(source, folder)
 
 
 @contextlib.contextmanager

@@ -68,5 +68,6 @@ def load(
         size=(data.num_frames, data.height, data.width),
         fps=data.fps,
         mesh=mesh,
+        options=task.sampling_options(),
         images=task.images,
     )

@@ -27,8 +27,9 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import merge_low_rank
 from vidgen.sampling.caching import TeaCache
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, first_frame
-from vidgen.sampling.generate import SamplingOptions, denoise, seeded_noise
+from vidgen.sampling.generate import denoise, seeded_noise
 from vidgen.sampling.guidance import AnyGuidance
+from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.steppers import AnyStepper, UniPC
 
 __all__ = ["AnyImage", "Pipeline"]

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidgen.core.errors import UserError
+from vidgen.core.limits import FINITE, NON_NEGATIVE, check_fields
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
 from vidgen.models.condition import Condition
 from vidgen.models.dit.model import DiT
@@ -45,12 +45,11 @@ class TeaCache:
     """
 
     kind: Literal["teacache"] = "teacache"
-    threshold: float = 0.1
-    coefficients: tuple[float, ...] = ()
+    threshold: Annotated[float, NON_NEGATIVE] = 0.1
+    coefficients: tuple[Annotated[float, FINITE], ...] = ()
 
     def __post_init__(self):
-        if self.threshold < 0:
-            raise UserError(f"threshold={self.threshold} must be 0, which computes every step, or more")
+        check_fields(self)
 
     def computed(
         self, dit: DiT, timesteps: Float[Array, "s"], forced: Bool[np.ndarray, "s"]

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 
 from vidgen.core import pixels
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Bool, Float, Latents, UInt8, UInt32
+from vidgen.core.limits import SAMPLER_STEPS, SEED
+from vidgen.core.typing import Array, Bool, Float, Int, Latents, UInt8, UInt32
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.condition import Condition, with_given
 from vidgen.models.dit.experts import TwoExperts
@@ -21,48 +23,35 @@ from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
 from vidgen.sampling.caching import CachedPasses, TeaCache
-from vidgen.sampling.guidance import AnyGuidance, ClassifierFree
-from vidgen.sampling.network import Conditional, Direct, Guided, Passes, SteppedNetwork
-from vidgen.sampling.sampler import initial_noise, sample
-from vidgen.sampling.steppers import AnyStepper, DPMSolver
-from vidgen.sampling.time_grid import TimeGrid
+from vidgen.sampling.guidance import AnyGuidance
+from vidgen.sampling.network import Conditional, Direct, Guided, SteppedNetwork
+from vidgen.sampling.options import SamplingOptions
+from vidgen.sampling.sampler import SamplerState, Times, advance, begin, initial_noise
+from vidgen.sampling.steppers import AnyStepper
 
-__all__ = ["SamplingOptions", "denoise", "denoise_on_device", "generate", "seeded_noise"]
+__all__ = ["OnProgress", "Progress", "denoise", "denoise_on_device", "generate", "seeded_noise"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How videos are made of noise.
+class Progress(NamedTuple):
+    """How far sampling is.
 
     Attributes:
-      grid: timesteps visited.
-      stepper: integrator.
-      guidance_scale: 1 is no guidance, at half the cost.
-      guidance_scale_2: of the transformer for little noise, for models with two; None is the same.
-      guidance: how the velocities with and without the prompt are combined.
-      guidance_interval: for timesteps low < t <= high there is guidance (arXiv 2404.07724); steps that begin
-        elsewhere cost half.
-      cache: reuses what the transformer's blocks added in earlier steps; None computes every step.
+      stage: what begins now. The first step and the decoding compile their programs before they run.
+      done: steps that are computed.
+      count: of all steps.
     """
 
-    grid: TimeGrid = TimeGrid()
-    stepper: AnyStepper = DPMSolver()
-    guidance_scale: float = 4.0
-    guidance_scale_2: float | None = None
-    guidance: AnyGuidance = ClassifierFree()
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    cache: TeaCache | None = None
-
-    def __post_init__(self):
-        low, high = self.guidance_interval
-        if not 0.0 <= low < high <= 1.0:
-            raise UserError(
-                f"guidance_interval={self.guidance_interval}: expected 0 <= low < high <= 1; "
-                "guidance_scale=1 is no guidance"
-            )
+    stage: Literal["step", "decoding"]
+    done: int
+    count: int
 
 
-_MAX_SEED = 2**32 - 1
+OnProgress: TypeAlias = Callable[[Progress], None]
+
+
+_DEFAULT = SamplingOptions()
+_MAX_STEPS = int(SAMPLER_STEPS.high)
+"""What differs from step to step is padded to this length, so that one program takes any number of steps."""
 
 
 def generate(
@@ -73,7 +62,7 @@ def generate(
     size: tuple[int, int, int],
     seeds: Sequence[int],
     negative_prompt: str = "",
-    options: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = _DEFAULT,
 ) -> UInt8[np.ndarray, "b t h w 3"]:
     """One video per prompt; a video depends on its prompt and seed, not on the others or the devices.
 
@@ -108,8 +97,7 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Late
       UserError: a seed that is no uint32.
     """
     for seed in seeds:
-        if not 0 <= seed <= _MAX_SEED:
-            raise UserError(f"seed={seed}: seeds are from 0 to {_MAX_SEED}")
+        SEED.check(seed, "seed")
     return _noise(np.asarray(seeds, np.uint32), shape=shape)
 
 
@@ -120,18 +108,33 @@ def denoise(
     positive: Condition,
     negative: Condition,
     *,
-    options: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = _DEFAULT,
+    on_progress: OnProgress | None = None,
 ) -> UInt8[np.ndarray, "b t h w 3"]:
-    """Videos out of noise.
+    """Videos out of noise, a program per step: one serves any number of steps, shift and scales.
 
     Args:
       positive: conditions of the clips.
       negative: what guidance leads away from; not looked at without guidance.
+      on_progress: is called as each step and the decoding begin, once what came before is computed.
 
     Raises:
       UserError: an option that the model has no use for.
     """
-    return np.asarray(denoise_on_device(model, vae, noise, positive, negative, options=options))
+    told = on_progress or (lambda _: None)
+    how, plan = _plan(model, noise, options)
+    negative_used = None if how.guided == "never" else negative
+    plan = jax.tree.map(lambda x: np.pad(x, (0, _MAX_STEPS + 1 - len(x))), plan)
+    state, count = _begin(model, noise, positive, negative_used, plan, how=how), options.grid.num_steps
+    for step in range(count):
+        if on_progress is not None:
+            jax.block_until_ready(state)
+        told(Progress("step", step, count))
+        state = _advance(model, state, positive, negative_used, plan, np.int32(step), how=how)
+    if on_progress is not None:
+        jax.block_until_ready(state)
+    told(Progress("decoding", count, count))
+    return np.asarray(_decode(vae, state.latents, positive))
 
 
 def denoise_on_device(
@@ -141,30 +144,19 @@ def denoise_on_device(
     positive: Condition,
     negative: Condition,
     *,
-    options: SamplingOptions = SamplingOptions(),
+    options: SamplingOptions = _DEFAULT,
 ) -> UInt8[Array, "b t h w 3"]:
     """`denoise` as one program on the devices, which may be a part of another."""
-    experts = isinstance(model.dit, TwoExperts)
-    if options.cache is not None and experts:
-        raise UserError("cache: a model with two transformers has none; leave it out")
-    if options.guidance_scale_2 is not None and not experts:
-        raise UserError("guidance_scale_2 is for models with two transformers; leave it out")
-    scale = options.guidance_scale
-    second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
-    num_tokens = math.prod(model.dit.config.token_grid(*noise.shape[1:4]))
-    guided = (scale, second) != (1.0, 1.0)
-    return _denoise(
-        model,
-        vae,
-        noise,
-        positive,
-        negative if guided else None,
-        np.array([scale, second], np.float32),
-        # The scales are an argument, for which nothing is compiled anew.
-        options=dataclasses.replace(
-            options, grid=options.grid.for_tokens(num_tokens), guidance_scale=0.0, guidance_scale_2=None
-        ),
-    )
+    how, plan = _plan(model, noise, options)
+    plan = jax.tree.map(jnp.asarray, plan)
+    network = _network(model, positive, None if how.guided == "never" else negative, plan, how)
+
+    def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
+        return advance(network, state, step, plan.times, how.stepper), None
+
+    start = begin(network, noise, how.stepper)
+    state, _ = jax.lax.scan(body, start, jnp.arange(options.grid.num_steps))
+    return _decode(vae, state.latents, positive)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -172,52 +164,129 @@ def _noise(seeds: UInt32[Array, "b"], *, shape: tuple[int, int, int, int]) -> La
     return constrain(initial_noise(seeds, shape), "batch", None, None, None, None)
 
 
-@functools.partial(jax.jit, static_argnames="options")
-def _denoise(
-    model: TextToVideo,
-    vae: VideoVAE,
-    noise: Latents,
-    positive: Condition,
-    negative: Condition | None,
-    scales: Float[Array, "2"],
-    *,
-    options: SamplingOptions,
-) -> UInt8[Array, "b t h w 3"]:
-    timesteps = options.grid.timesteps()[:-1]
+class _Plan(NamedTuple):
+    """What differs from step to step; arrays that may go on beyond the last step.
+
+    Attributes:
+      scales: of guidance.
+      guided: whether there is guidance.
+      computed: whether the transformer's blocks are computed; None without a cache.
+    """
+
+    times: Times
+    scales: Float[np.ndarray, "s"] | Float[Array, "s"]
+    guided: Bool[np.ndarray, "s"] | Bool[Array, "s"]
+    computed: Bool[np.ndarray, "s"] | Bool[Array, "s"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is fixed in the program of a step."""
+
+    stepper: AnyStepper
+    guidance: AnyGuidance
+    guided: Literal["always", "sometimes", "never"]
+
+
+def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple[_How, _Plan]:
+    experts = isinstance(model.dit, TwoExperts)
+    if options.cache is not None and experts:
+        raise UserError("cache: a model with two transformers has none; leave it out")
+    if options.guidance_scale_2 is not None and not experts:
+        raise UserError("guidance_scale_2 is for models with two transformers; leave it out")
+    grid = options.grid.for_tokens(math.prod(model.dit.config.token_grid(*noise.shape[1:4])))
+    timesteps, told = grid.timesteps(), grid.told()
+    scale = options.guidance_scale
+    second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
+    # The first scale; below the boundary of two transformers the second.
+    boundary = np.float32(model.dit.boundary if isinstance(model.dit, TwoExperts) else 0.0)
+    scales = np.where(told[:-1] >= boundary, scale, second).astype(np.float32)
     low, high = options.guidance_interval
-    steps = (low < timesteps) & (timesteps <= high) & (negative is not None)
-    passes = _passes(model, steps, options)
-    if steps.any():
-        network: SteppedNetwork = Guided(
-            passes=passes,
-            positive=positive,
-            negative=negative,
-            guidance=options.guidance,
-            scale=_scale_by_step(model, scales, options.grid),
-            steps=steps,
-        )
-    else:
-        network = Conditional(passes=passes, condition=positive)
-    latents = sample(network, noise, grid=options.grid, stepper=options.stepper)
-    latents = with_given(latents, positive)
-    video = streaming.decode(vae, latents, emit=pixels.to_uint8)
-    # Whole on every device, so that each process can read it.
-    return constrain(video, None, None, None, None, None)
+    guided = (low < timesteps[:-1]) & (timesteps[:-1] <= high) & ((scale, second) != (1.0, 1.0))
+    how = _How(
+        options.stepper,
+        options.guidance,
+        "always" if guided.all() else "sometimes" if guided.any() else "never",
+    )
+    computed = None if options.cache is None else _computed(model, options.cache, told[:-1], guided)
+    return how, _Plan(Times(timesteps, told), scales, guided, computed)
 
 
-def _scale_by_step(model: TextToVideo, scales: Float[Array, "2"], grid: TimeGrid) -> Float[Array, "s"]:
-    """The first scale; below the boundary of two transformers the second."""
-    boundary = model.dit.boundary if isinstance(model.dit, TwoExperts) else 0.0
-    return jnp.where(jnp.asarray(grid.told()[:-1] >= np.float32(boundary)), scales[0], scales[1])
-
-
-def _passes(model: TextToVideo, guided: Bool[np.ndarray, "s"], options: SamplingOptions) -> Passes:
-    """The model's passes: those of every step, or those that the cache leaves."""
-    if options.cache is None:
-        return Direct(model.velocity)
+def _computed(
+    model: TextToVideo, cache: TeaCache, told: Float[np.ndarray, "s"], guided: Bool[np.ndarray, "s"]
+) -> Bool[np.ndarray, "s"] | Bool[Array, "s"]:
+    """The steps in which the blocks are computed."""
     # What the negative prompt's tokens had added is not known where guidance begins.
     forced = guided & ~np.roll(guided, 1)
     forced[[0, -1]] = True
-    told = jnp.asarray(options.grid.told()[:-1])
     assert isinstance(model.dit, DiT)
-    return CachedPasses(model=model, computed=options.cache.computed(model.dit, told, forced))
+    computed = jax.jit(lambda dit: constrain(cache.computed(dit, jnp.asarray(told), forced), None))(model.dit)
+    return computed if isinstance(computed, jax.core.Tracer) else np.asarray(computed)
+
+
+def _network(
+    model: TextToVideo, positive: Condition, negative: Condition | None, plan: _Plan, how: _How
+) -> SteppedNetwork:
+    passes = (
+        Direct(model.velocity)
+        if plan.computed is None
+        else CachedPasses(model=model, computed=jnp.asarray(plan.computed))
+    )
+    if how.guided == "never":
+        return Conditional(passes=passes, condition=positive)
+    return Guided(
+        passes=passes,
+        positive=positive,
+        negative=negative,
+        guidance=how.guidance,
+        scale=jnp.asarray(plan.scales),
+        steps=None if how.guided == "always" else jnp.asarray(plan.guided),
+        where=None if positive.is_given is None else ~positive.is_given[..., None],
+    )
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _begin(
+    model: TextToVideo,
+    noise: Latents,
+    positive: Condition,
+    negative: Condition | None,
+    plan: _Plan,
+    *,
+    how: _How,
+) -> SamplerState:
+    return _placed(begin(_network(model, positive, negative, plan, how), noise, how.stepper))
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnames="state")
+def _advance(
+    model: TextToVideo,
+    state: SamplerState,
+    positive: Condition,
+    negative: Condition | None,
+    plan: _Plan,
+    step: Int[Array, ""],
+    *,
+    how: _How,
+) -> SamplerState:
+    network = _network(model, positive, negative, plan, how)
+    times = Times(jnp.asarray(plan.times.visited), jnp.asarray(plan.times.told))
+    return _placed(advance(network, state, step, times, how.stepper))
+
+
+def _placed(state: SamplerState) -> SamplerState:
+    """The state as it is sharded in every step, so that one program serves them all."""
+
+    def place(x: Array) -> Array:
+        if x.ndim == 3:  # Tokens, which a cache keeps.
+            return constrain(x, "batch", "tokens", None)
+        return constrain(x, *("batch" if axis == 0 else None for axis in range(x.ndim)))
+
+    return jax.tree.map(place, state)
+
+
+@jax.jit
+def _decode(vae: VideoVAE, latents: Latents, condition: Condition) -> UInt8[Array, "b t h w 3"]:
+    video = streaming.decode(vae, with_given(latents, condition), emit=pixels.to_uint8)
+    # Whole on every device, so that each process can read it.
+    return constrain(video, None, None, None, None, None)

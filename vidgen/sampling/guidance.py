@@ -1,16 +1,22 @@
 """Guidance: of the velocities under a prompt and under a negative prompt, the one that is followed."""
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax.numpy as jnp
 
-from vidgen.core.typing import Array, Float, Int, Latents, PyTree
+from vidgen.core.limits import MOMENTUM, NON_NEGATIVE, POSITIVE, PROBABILITY, STEP, check_fields
+from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
 
 __all__ = ["GUIDANCES", "AdaptiveProjected", "AnyGuidance", "ClassifierFree", "Guidance", "ZeroStar"]
 
 _AXES = (1, 2, 3, 4)
 """Of one clip's latents."""
+
+_TINY = 1e-12
+"""Standard deviations below it count as 0."""
+
+Predicted: TypeAlias = Bool[Array, "b t h w 1"]
 
 
 @runtime_checkable
@@ -31,6 +37,7 @@ class Guidance(Protocol):
         scale: float | Float[Array, ""],
         memory: PyTree,
         step: Int[Array, ""],
+        where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
         """The velocity to follow, and the memory for the next step.
 
@@ -38,6 +45,8 @@ class Guidance(Protocol):
           positive, negative: velocities at `latents` and `timestep`.
           scale: of guidance; 1 is `positive`.
           step: number of the step, from 0.
+          where: latents whose velocity is predicted; None is all of them. The others are given: they count in
+            no norm or projection, and their velocity is 0.
         """
         ...
 
@@ -52,7 +61,10 @@ class ClassifierFree:
     """
 
     kind: Literal["cfg"] = "cfg"
-    rescale: float = 0.0
+    rescale: Annotated[float, PROBABILITY] = 0.0
+
+    def __post_init__(self):
+        check_fields(self)
 
     def init(self, latents: Latents) -> PyTree:
         return ()
@@ -67,12 +79,14 @@ class ClassifierFree:
         scale: float | Float[Array, ""],
         memory: PyTree,
         step: Int[Array, ""],
+        where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
         guided = negative + scale * (positive - negative)
         if self.rescale:
-            ratio = positive.std(_AXES, keepdims=True) / guided.std(_AXES, keepdims=True)
+            before, after = _std(positive, where), _std(guided, where)
+            ratio = jnp.where(after > _TINY, before / jnp.maximum(after, _TINY), 1.0)
             guided = guided * (1.0 + self.rescale * (ratio - 1.0))
-        return guided, memory
+        return _only(guided, where), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +98,10 @@ class ZeroStar:
     """
 
     kind: Literal["cfg_zero_star"] = "cfg_zero_star"
-    zero_steps: int = 1
+    zero_steps: Annotated[int, STEP] = 1
+
+    def __post_init__(self):
+        check_fields(self)
 
     def init(self, latents: Latents) -> PyTree:
         return ()
@@ -99,10 +116,11 @@ class ZeroStar:
         scale: float | Float[Array, ""],
         memory: PyTree,
         step: Int[Array, ""],
+        where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
-        fit = _dot(positive, negative) / (_dot(negative, negative) + 1e-8)
+        fit = _dot(positive, negative, where) / (_dot(negative, negative, where) + 1e-8)
         guided = fit * negative + scale * (positive - fit * negative)
-        return jnp.where(step < self.zero_steps, 0.0, guided), memory
+        return jnp.where(step < self.zero_steps, 0.0, _only(guided, where)), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +138,12 @@ class AdaptiveProjected:
     """
 
     kind: Literal["apg"] = "apg"
-    eta: float = 0.0
-    norm_threshold: float | None = None
-    momentum: float = -0.5
+    eta: Annotated[float, NON_NEGATIVE] = 0.0
+    norm_threshold: Annotated[float, POSITIVE] | None = None
+    momentum: Annotated[float, MOMENTUM] = -0.5
+
+    def __post_init__(self):
+        check_fields(self)
 
     def init(self, latents: Latents) -> PyTree:
         return jnp.zeros_like(latents)
@@ -137,24 +158,40 @@ class AdaptiveProjected:
         scale: float | Float[Array, ""],
         memory: PyTree,
         step: Int[Array, ""],
+        where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
         t = timestep.reshape(-1, 1, 1, 1, 1)
-        clean = latents - t * positive
+        positive, negative = _only(positive, where), _only(negative, where)
+        clean = _only(latents - t * positive, where)
         # The change of the clean prediction is -t times that of the velocity. It is computed as the latter,
         # which is finite at t = 0 too (Heun's last call), where the past counts for nothing.
         past = jnp.where(t > 0.0, self.momentum * memory / jnp.where(t > 0.0, t, 1.0), 0.0)
         change = positive - negative - past
         average = -t * change
         if self.norm_threshold is not None:
-            norm = jnp.sqrt(_dot(average, average))
+            norm = jnp.sqrt(_dot(average, average, None))
             change = change * (self.norm_threshold / jnp.maximum(norm, self.norm_threshold))
-        along = _dot(change, clean) / jnp.maximum(_dot(clean, clean), 1e-24) * clean
+        along = _dot(change, clean, None) / jnp.maximum(_dot(clean, clean, None), 1e-24) * clean
         return positive + (scale - 1.0) * (change - (1.0 - self.eta) * along), average
 
 
-def _dot(a: Latents, b: Latents) -> Float[Array, "b 1 1 1 1"]:
-    """Of the latents of each clip."""
-    return (a * b).sum(_AXES, keepdims=True)
+def _only(x: Latents, where: Predicted | None) -> Latents:
+    """`x` where it is predicted, and 0 elsewhere."""
+    return x if where is None else jnp.where(where, x, 0.0)
+
+
+def _dot(a: Latents, b: Latents, where: Predicted | None) -> Float[Array, "b 1 1 1 1"]:
+    """Inner product over the predicted latents of each clip."""
+    return _only(a * b, where).sum(_AXES, keepdims=True)
+
+
+def _std(x: Latents, where: Predicted | None) -> Float[Array, "b 1 1 1 1"]:
+    """Standard deviation over the predicted latents of each clip; 0 where there are none."""
+    if where is None:
+        return x.std(_AXES, keepdims=True)
+    count = jnp.maximum(x.shape[-1] * where.sum(_AXES, keepdims=True), 1)
+    mean = _only(x, where).sum(_AXES, keepdims=True) / count
+    return jnp.sqrt(_only(jnp.square(x - mean), where).sum(_AXES, keepdims=True) / count)
 
 
 AnyGuidance = ClassifierFree | ZeroStar | AdaptiveProjected

@@ -115,7 +115,8 @@ class Guided:
       guidance: makes one velocity of the two.
       scale: of guidance, of each step or of all; 1 is the model under `positive` alone.
       steps: which of the sampler's steps are guided; in the others the model is not computed under
-        `negative`, at half the cost.
+        `negative`, at half the cost. None is all.
+      where: latents whose velocity is predicted, for models that are given others; None is all.
     """
 
     passes: Passes
@@ -123,7 +124,8 @@ class Guided:
     negative: PyTree
     guidance: Guidance
     scale: float | Float[Array, ""] | Float[Array, "s"]
-    steps: Bool[np.ndarray, "s"]
+    steps: Bool[np.ndarray, "s"] | Bool[Array, "s"] | None = None
+    where: Bool[Array, "b t h w 1"] | None = None
 
     def init(self, latents: Latents) -> PyTree:
         return self.passes.init(_joined(latents, latents)), self.guidance.init(latents)
@@ -131,7 +133,7 @@ class Guided:
     def apply(
         self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        if self.steps.all():
+        if self.steps is None or (isinstance(self.steps, np.ndarray) and self.steps.all()):
             return self._guided(latents, timestep, memory, step)
         return jax.lax.cond(
             jnp.asarray(self.steps)[step], self._guided, self._alone, latents, timestep, memory, step
@@ -154,9 +156,10 @@ class Guided:
             negative,
             latents=latents,
             timestep=timestep,
-            scale=jnp.broadcast_to(self.scale, self.steps.shape)[step],
+            scale=self.scale if jnp.ndim(self.scale) == 0 else jnp.asarray(self.scale)[step],
             memory=own,
             step=step,
+            where=self.where,
         )
         return velocity, (kept, own)
 

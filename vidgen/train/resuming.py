@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "run.keep",
     "run.keep_every",
     "run.power_law.every",
+    # How previews, and later users, sample.
+    "task.sampling.*",
     # What gets a run over a bad place.
     "run.schedule_steps",
     "run.grad_clip",

@@ -31,6 +31,7 @@ from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
 from vidgen.parallel import processes
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
+from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
@@ -60,6 +61,7 @@ class TextToVideoTask:
       image_share: of the clips whose first frame is given.
       draws_per_clip: noises and timesteps that each clip is seen with in a step. A clip is encoded once for
         all of them: the transformer's batch is this many times the clips'.
+      sampling: how the model is sampled, in previews and later, where a call does not say.
     """
 
     kind: Literal["text_to_video"] = "text_to_video"
@@ -74,6 +76,7 @@ class TextToVideoTask:
     images: FramesEnter | None = None
     image_share: float = 1.0
     draws_per_clip: int = 1
+    sampling: SamplingOptions = SamplingOptions()
 
     def __post_init__(self):
         if self.dit.image_dim is not None:
@@ -121,6 +124,10 @@ class TextToVideoTask:
         """Tokens of a clip."""
         t, h, w, _ = latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
         return math.prod(self.dit.token_grid(t, h, w))
+
+    def sampling_options(self) -> SamplingOptions:
+        """`sampling`, with the shift of `density` where it names none: the noise levels of training."""
+        return self.sampling.with_default_shift(self.density.shift)
 
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
         """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.
