@@ -57,8 +57,7 @@ def test_a_video_model_is_scored_by_its_alignment(tiny_runs, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-clips", "0"], "--num-clips is 0: give at least 1"),
-        (["--batch-size", "0"], "--batch-size is 0: give at least 1"),
+        (["--json", "."], ". is a folder: give the name of a file"),
         (["--fps", "8"], "--fps is for --videos"),
         (["--checkpoint", "no/such/run"], "no/such/run is not the workdir of a training run"),
     ],
@@ -68,6 +67,25 @@ def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, argumen
     assert evaluate("--checkpoint", "x", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--num-clips=0",
+        "--batch-size=0",
+        "--fps=nan",
+        "--height=1000000",
+        "--clip-frames=0",
+        "--steps=0",
+        "--seed=-1",
+    ],
+)
+def test_numbers_out_of_range(capsys, argument):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate("--checkpoint", "x", argument)
+    assert stopped.value.code == 2
+    assert f"argument {argument.split('=')[0]}: found" in capsys.readouterr().err
 
 
 def test_options_for_another_kind_of_run_are_errors(tiny_runs, tmp_path, capsys):

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vidgen.cli.main import run
+from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target
 from vidgen.core.paths import path_option
 
 __all__ = ["main"]
@@ -77,12 +79,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises UserError for options that cannot be."""
-    for name in ("num_clips", "batch_size", "group", "clip_frames", "height", "width"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"{_option(name)} is {value}: give at least 1")
-    if arguments.fps is not None and arguments.fps <= 0:
-        raise UserError(f"--fps is {arguments.fps}: give a positive number")
+    if arguments.json is not None:
+        check_target(arguments.json)
+    beside = arguments.side_by_side
+    if beside is not None and beside.exists() and not beside.is_dir():
+        raise UserError(f"--side-by-side {beside} is a file: give a folder")
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("give both --height and --width, or none of them")
     for name in ("fps", "height", "width"):
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="workdir of a run, or a VAE in diffusers' layout",
     )
     parser.add_argument(
-        "--num-clips", type=int, help="how many clips or prompts (200), or files of --videos (all)"
+        "--num-clips", type=limits.COUNT, help="how many clips or prompts (200), or files of --videos (all)"
     )
     parser.add_argument("--json", type=path_option, metavar="FILE", help="write the scores there too")
     vae = parser.add_argument_group("of a VAE")
@@ -168,29 +169,33 @@ def _parser() -> argparse.ArgumentParser:
         "--videos", type=path_option, help="a folder or a file, instead of the run's held-out clips"
     )
     vae.add_argument(
-        "--fps", type=float, help="frames per second to take of --videos; their own where not given"
+        "--fps", type=limits.FPS, help="frames per second to take of --videos; their own where not given"
     )
-    vae.add_argument("--height", type=int, help="pixels, of --videos; their own where not given")
-    vae.add_argument("--width", type=int)
+    vae.add_argument("--height", type=limits.SIDE, help="pixels, of --videos; their own where not given")
+    vae.add_argument("--width", type=limits.SIDE)
     vae.add_argument(
         "--lpips", type=path_option, metavar="FILE", help="weights of VGG16-LPIPS (.safetensors)"
     )
     vae.add_argument(
         "--i3d", type=path_option, metavar="FILE", help="weights of I3D, for rFVD (.safetensors)"
     )
-    vae.add_argument("--clip-frames", type=int, default=16, help="of a clip of rFVD (16), at least 9")
+    vae.add_argument(
+        "--clip-frames", type=limits.NUM_FRAMES, default=16, help="of a clip of rFVD (16), at least 9"
+    )
     vae.add_argument(
         "--side-by-side",
         type=path_option,
         metavar="DIR",
         help="write each video beside its reconstruction there",
     )
-    vae.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    vae.add_argument("--group", type=limits.COUNT, default=1, help="latent frames computed at a time")
     sampler = parser.add_argument_group("of a video model")
-    sampler.add_argument("--batch-size", type=int, default=20, help="prompts at a time")
-    sampler.add_argument("--steps", type=int, default=30, help="of the sampler")
-    sampler.add_argument("--guidance-scale", type=float, default=4.0)
-    sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=20, help="prompts at a time")
+    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS, help="of the sampler; by default the run's")
+    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="by default the run's")
+    sampler.add_argument(
+        "--seed", type=limits.SEED, default=0, help="of the first prompt; the next has one more"
+    )
     return parser
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vidgen.cli.evaluators import heldout_source
 from vidgen.core.errors import UserError
+from vidgen.core.logging import get_logger
 from vidgen.data.folder_files import clip_files
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.video_io import probe, read_frames, save_frames
@@ -24,6 +25,8 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.train.experiment import Experiment
 
 __all__ = ["evaluate_vae", "video_files"]
+
+_log = get_logger(__name__)
 
 _HELD_OUT = 200
 """How many clips of a run's data are taken, where no number is given."""
@@ -41,8 +44,8 @@ class Opened:
     frames: Iterable[np.ndarray]
 
 
-Open = Callable[[], Opened]
-"""Opens one video, or raises BrokenClip."""
+Open = tuple[str, Callable[[], Opened]]
+"""The name of a video, and what opens it or raises BrokenClip."""
 
 
 def evaluate_vae(
@@ -77,12 +80,19 @@ def evaluate_vae(
     skipped: dict[str, str] = {}
     rfvd = RFVD()
     with tqdm(unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
-        for number, open_video in enumerate(videos, 1):
+        for number, (name, open_video) in enumerate(videos, 1):
             bar.set_description(f"video {number} of {len(videos)}")
             try:
                 scorer = _score(vae, open_video(), networks, arguments, bar)
             except BrokenClip as error:
-                skipped[error.name] = error.reason
+                skipped[name] = error.reason
+                continue
+            except (UserError, OSError) as error:
+                skipped[name] = str(error)
+                continue
+            except Exception as error:  # A defect, which must not cost the scores of the other videos.
+                _log.exception("%s", name)
+                skipped[name] = f"{type(error).__name__}: {error}"
                 continue
             scores.append(scorer.scores())
             rfvd += scorer.rfvd
@@ -140,7 +150,8 @@ def _score(
 def _of_folder(arguments: argparse.Namespace) -> Iterator[Open]:
     root = arguments.videos if arguments.videos.is_dir() else arguments.videos.parent
     for path in video_files(arguments.videos)[: arguments.num_clips]:
-        yield functools.partial(_open_file, path, path.relative_to(root).as_posix(), arguments)
+        name = path.relative_to(root).as_posix()
+        yield name, functools.partial(_open_file, path, name, arguments)
 
 
 def _open_file(path: pathlib.Path, name: str, arguments: argparse.Namespace) -> Opened:
@@ -163,7 +174,7 @@ def _held_out(experiment: Experiment | None, arguments: argparse.Namespace) -> I
         raise UserError(f"{arguments.checkpoint} is a VAE without data of its own: give some with --videos")
     source = heldout_source(experiment)
     for index in range(min(arguments.num_clips or _HELD_OUT, len(source))):
-        yield functools.partial(_open_clip, source, index, experiment.data.fps)
+        yield f"clip {index}", functools.partial(_open_clip, source, index, experiment.data.fps)
 
 
 def _open_clip(source: ClipSource, index: int, fps: float) -> Opened:

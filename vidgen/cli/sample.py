@@ -2,28 +2,34 @@
 
 import argparse
 import json
+import math
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.main import run
+from vidgen.core import limits
 from vidgen.core.config import to_dict
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target, read_lines, require_text
+from vidgen.core.limits import PIXELS, SEED
+from vidgen.core.logging import get_logger
 from vidgen.core.paths import path_option
+
+if TYPE_CHECKING:
+    from vidgen.pipeline import Pipeline
+    from vidgen.sampling.generate import Progress
 
 __all__ = ["main"]
 
-_SAMPLER = (
-    "guidance_scale_2",
-    "guidance",
-    "guidance_interval",
-    "cache_threshold",
-    "image",
-    "last_image",
-    "lora",
-)
+_STORED = ("guidance", "guidance_interval", "cache_threshold", "image", "last_image", "lora", "lora_scale")
 """Options that are stored with the video where they were given."""
+_EVERY = 10.0
+"""Seconds between lines of progress."""
+
+_log = get_logger(__name__)
 
 _EPILOG = """\
 examples:
@@ -31,7 +37,7 @@ examples:
   vidgen sample --checkpoint runs/dit --prompt-file prompts.txt --out samples.mp4   (samples-000.mp4, ...)
 
 The file's ending chooses the format: .mp4 (H.264), .gif or .png. Everything that made a video is stored in it
-as JSON under "vidgen".
+as JSON under "vidgen". What is going on is said on stderr; VIDGEN_LOG=warning keeps it quiet.
 """
 
 
@@ -42,43 +48,126 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}: give at least 1")
-    if arguments.fps is not None and arguments.fps <= 0:
-        raise UserError(f"--fps is {arguments.fps}: give a positive number")
     prompts = _prompts(arguments)
+    require_text(arguments.negative_prompt, "--negative-prompt")
     targets = _targets(arguments.out, len(prompts))
+    _check(arguments, len(prompts))
 
     # What needs jax is imported late: --help and wrong options answer at once.
     from vidgen.data.video_io import save_video
     from vidgen.pipeline import load
 
-    options = _options(arguments)
+    given = _options(arguments)
+    start_time = time.monotonic()
+    _log.info("loading %s", arguments.checkpoint)
     pipeline = load(arguments.checkpoint, dtype=arguments.dtype, cache=arguments.text_cache)
     for path in arguments.lora or ():
-        pipeline.add_lora(path, scale=arguments.lora_scale)
-    given = (arguments.num_frames, arguments.height, arguments.width)
-    size = [d if g is None else g for g, d in zip(given, pipeline.size, strict=True)]
+        pipeline.add_lora(path, scale=1.0 if arguments.lora_scale is None else arguments.lora_scale)
+    _log.info("loaded in %.1f s", time.monotonic() - start_time)
+    asked = (arguments.num_frames, arguments.height, arguments.width)
+    size = [d if g is None else g for g, d in zip(asked, pipeline.size, strict=True)]
     fps = arguments.fps or pipeline.fps
     settings: dict[str, Any] = {"num_frames": size[0], "height": size[1], "width": size[2]}
-    made_how = {
-        "negative_prompt": arguments.negative_prompt,
-        "steps": arguments.steps or pipeline.options.grid.num_steps,
-        "guidance_scale": options.get("guidance_scale", pipeline.options.guidance_scale),
-        "shift": to_dict(options.get("shift", pipeline.options.grid.shift)),
-        "stepper": arguments.stepper or pipeline.options.stepper.kind,
-        "fps": fps,
-        "checkpoint": str(arguments.checkpoint),
-    } | {name: value for name in _SAMPLER if (value := getattr(arguments, name)) is not None}
+    made_how = _made_how(pipeline, given, arguments) | {"fps": fps}
     for start in range(0, len(prompts), arguments.batch_size):
+        start_time = time.monotonic()
         chunk = prompts[start : start + arguments.batch_size]
-        seed = arguments.seed + start
-        videos = pipeline(chunk, negative_prompt=arguments.negative_prompt, seed=seed, **settings, **options)
+        videos = pipeline(
+            chunk,
+            negative_prompt=arguments.negative_prompt,
+            seed=arguments.seed + start,
+            on_progress=_Reporter(start, len(chunk), len(prompts)),
+            **settings,
+            **given,
+        )
         for index, video in enumerate(videos, start):
             made_by = settings | made_how | {"prompt": prompts[index], "seed": arguments.seed + index}
             save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(made_by, default=str)})
-            print(targets[index])
+            print(targets[index], flush=True)
+        frames, height, width = videos[0].shape[:3]
+        _log.info(
+            "wrote %s (%d frames of %d x %d) %.1f s after its prompt",
+            f"{targets[start]}" if len(chunk) == 1 else f"{len(chunk)} videos",
+            frames,
+            height,
+            width,
+            time.monotonic() - start_time,
+        )
     return 0
+
+
+class _Reporter:
+    """Says in lines how far the sampler is: at the first steps, then every ten seconds."""
+
+    def __init__(self, start: int, count: int, of: int):
+        """Of prompts `start` to `start + count` of `of`."""
+        self._what = "" if count == of else f"prompts {start + 1} to {start + count} of {of}: "
+        self._begun = self._last = self._second = time.monotonic()
+
+    def __call__(self, progress: "Progress") -> None:
+        now, (stage, done, count) = time.monotonic(), progress
+        where = f"{self._what}step {done} of {count}"
+        if stage == "decoding":
+            _log.info("%s; decoding", where)
+        elif done == 0:
+            _log.info("%s; compiling, or reading what JAX_COMPILATION_CACHE_DIR keeps", where)
+        elif done == 1:
+            self._second = self._last = now
+            _log.info("%s after %.1f s, compiling included", where, now - self._begun)
+        elif now - self._last >= _EVERY:
+            # The first step, which compiles, tells nothing of the others.
+            each, self._last = (now - self._second) / (done - 1), now
+            _log.info("%s, %.2f s a step, %.0f s left", where, each, each * (count - done))
+
+
+def _made_how(pipeline: "Pipeline", given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the videos are made, as arguments of the pipeline where it takes them."""
+    images = ("image", "last_image")
+    options = pipeline.with_options(**{name: x for name, x in given.items() if name not in images})
+    made = {
+        "negative_prompt": arguments.negative_prompt,
+        "steps": options.grid.num_steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_scale_2": options.guidance_scale_2,
+        "shift": to_dict(options.grid.shift),
+        "stepper": options.stepper.kind,
+        "convention": None if options.grid.convention == "even" else options.grid.convention,
+        "checkpoint": str(arguments.checkpoint),
+    } | {name: getattr(arguments, name) for name in _STORED}
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def _check(arguments: argparse.Namespace, count: int) -> None:
+    """Finds wrong options and files before anything is loaded."""
+    SEED.check(arguments.seed + count - 1, f"--seed of the last of {count} prompts")
+    size = {name: getattr(arguments, name) for name in ("num_frames", "height", "width")}
+    chosen = {name: value for name, value in size.items() if value is not None}
+    shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    PIXELS.check(math.prod(chosen.values()), shown)
+    for name in ("image", "last_image"):
+        path = getattr(arguments, name)
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"--{name.replace('_', '-')} {path}: there is no such image")
+        if path is not None:
+            _check_image(path)
+    for path in arguments.lora or ():
+        if not path.is_file():
+            raise FileNotFoundError(f"--lora {path}: there is no such file")
+    cache = arguments.text_cache
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise UserError(f"--text-cache {cache} is a file: give a folder")
+    if arguments.lora_scale is not None and not arguments.lora:
+        raise UserError("--lora-scale is for --lora: give one, or leave it out")
+
+
+def _check_image(path: pathlib.Path) -> None:
+    from vidgen.data.image_reader import read_image
+    from vidgen.data.source import BrokenClip
+
+    try:
+        read_image(path, size=None)
+    except BrokenClip as error:
+        raise UserError(str(error)) from error
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -87,9 +176,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     from vidgen.sampling.guidance import GUIDANCES
     from vidgen.sampling.options import SamplingOptions
     from vidgen.sampling.steppers import STEPPERS
-    from vidgen.sampling.time_grid import TimeGrid
 
-    plain = ("steps", "shift", "guidance_scale", "guidance_scale_2", "image", "last_image")
+    plain = ("steps", "shift", "convention", "guidance_scale", "guidance_scale_2", "image", "last_image")
     threshold, interval = arguments.cache_threshold, arguments.guidance_interval
     options = {name: getattr(arguments, name) for name in plain} | {
         "stepper": None if arguments.stepper is None else STEPPERS[arguments.stepper],
@@ -97,16 +185,14 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "guidance_interval": None if interval is None else tuple(interval),
         "cache": None if threshold is None else TeaCache(threshold=threshold),
     }
-    options = {name: value for name, value in options.items() if value is not None}
-    TimeGrid(num_steps=options.get("steps", 1), shift=options.get("shift", 1.0))
-    SamplingOptions(guidance_interval=options.get("guidance_interval", (0.0, 1.0)))
-    return options
+    SamplingOptions(guidance_interval=options["guidance_interval"] or (0.0, 1.0))
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
-        return [arguments.prompt]
-    lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+        return [require_text(arguments.prompt, "--prompt")]
+    lines = read_lines(arguments.prompt_file)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{arguments.prompt_file} holds no prompt: write one per line")
@@ -120,10 +206,12 @@ def _targets(out: pathlib.Path, count: int) -> list[pathlib.Path]:
     if out.suffix.lower() not in SUPPORTED_SUFFIXES:
         valid = ", ".join(SUPPORTED_SUFFIXES)
         raise UserError(f'--out {out}: cannot write "{out.suffix}"; use one of {valid}')
-    if count == 1:
-        return [out]
     digits = max(3, len(str(count - 1)))
-    return [out.with_name(f"{out.stem}-{index:0{digits}}{out.suffix}") for index in range(count)]
+    names = [f"{out.stem}-{index:0{digits}}{out.suffix}" for index in range(count)]
+    targets = [out] if count == 1 else [out.with_name(name) for name in names]
+    for target in targets:
+        check_target(target)
+    return targets
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,40 +237,49 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--image", type=path_option, help="the first frame")
     images.add_argument("--last-image", type=path_option, help="the last frame")
     size = parser.add_argument_group("size", "by default that of training")
-    size.add_argument("--num-frames", type=int, help="1 + 4 n; 1 makes an image")
-    size.add_argument("--height", type=int, help="pixels")
-    size.add_argument("--width", type=int, help="pixels")
-    size.add_argument("--fps", type=float, help="frames per second written to the file")
+    size.add_argument("--num-frames", type=limits.NUM_FRAMES, help="1 + 4 n; 1 makes an image")
+    size.add_argument("--height", type=limits.SIDE, help="pixels")
+    size.add_argument("--width", type=limits.SIDE, help="pixels")
+    size.add_argument("--fps", type=limits.FPS, help="frames per second written to the file")
     weights = parser.add_argument_group("weights")
     weights.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
     weights.add_argument(
         "--lora", type=path_option, action="append", help="safetensors, of PEFT or ComfyUI; may be repeated"
     )
-    weights.add_argument("--lora-scale", type=float, default=1.0)
+    weights.add_argument("--lora-scale", type=limits.LORA_SCALE, help="of the updates; default 1")
     weights.add_argument("--text-cache", type=path_option, help="folder that keeps features of prompts")
     sampler = parser.add_argument_group("sampler", "by default as the model was published or trained")
-    sampler.add_argument("--steps", type=int)
-    sampler.add_argument("--guidance-scale", type=float, help="1 is none")
+    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS)
+    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="1 is none")
     sampler.add_argument(
-        "--guidance-scale-2", type=float, help="of the second transformer, for models with two"
+        "--guidance-scale-2",
+        type=limits.GUIDANCE_SCALE,
+        help="of the transformer for little noise, for models with two; else that of --guidance-scale",
     )
     sampler.add_argument("--guidance", choices=("cfg", "cfg_zero_star", "apg"), help="default cfg")
     sampler.add_argument(
         "--guidance-interval",
         nargs=2,
-        type=float,
+        type=limits.TIMESTEP,
         metavar=("LOW", "HIGH"),
         help="timesteps, from 0 (data) to 1 (noise), with guidance; elsewhere a step costs half; default 0 1",
     )
     sampler.add_argument(
         "--cache-threshold",
-        type=float,
+        type=limits.NON_NEGATIVE,
         help="of TeaCache, which skips most of the transformer in steps like the last; 0.1 is a start",
     )
-    sampler.add_argument("--shift", type=float, help="of timesteps towards noise; 1 is none")
+    sampler.add_argument("--shift", type=limits.SHIFT, help="of timesteps towards noise; 1 is none")
     sampler.add_argument("--stepper", choices=("dpm_solver", "unipc", "heun", "euler"))
-    sampler.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1")
-    sampler.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
+    sampler.add_argument(
+        "--convention",
+        choices=("even", "unipc", "wan", "flow_match_euler"),
+        help="of the timesteps: evenly spaced, those of diffusers' schedulers, or of Wan's own program",
+    )
+    sampler.add_argument(
+        "--seed", type=limits.SEED, default=0, help="of the first prompt; the next has seed + 1"
+    )
+    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=8, help="prompts at a time")
     return parser
 
 

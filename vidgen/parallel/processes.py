@@ -10,15 +10,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array
+from vidgen.core.typing import Array, Bool
 from vidgen.parallel.rules import RULES, batch_sharding
 
 __all__ = [
     "all_agree",
+    "anywhere",
     "broadcast_text",
+    "check_rows",
+    "check_tokens",
     "global_batch",
     "initialize",
     "is_main_process",
+    "is_shared",
     "row_shard",
     "stop_requested_anywhere",
     "sync",
@@ -89,6 +93,16 @@ def broadcast_text(text: str) -> str:
     if is_main_process():
         padded[:] = np.frombuffer(data, np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(padded).astype(np.uint8)).decode()
+
+
+def is_shared(mesh: Mesh) -> bool:
+    """Whether devices of several processes are in a mesh."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def anywhere(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which flags are set on any process: the same on all of them. All must call this, with as many flags."""
+    return np.asarray(np.asarray(multihost_utils.process_allgather(flags)).any(0))
 
 
 def stop_requested_anywhere(step: int, requested_here: bool) -> bool:

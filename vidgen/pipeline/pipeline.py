@@ -1,8 +1,10 @@
 """A video model as a function from prompt, and image, to video."""
 
+import contextlib
 import dataclasses
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -13,6 +15,8 @@ from PIL import Image
 
 from vidgen.core import pixels
 from vidgen.core.errors import UserError
+from vidgen.core.files import require_text
+from vidgen.core.limits import LORA_SCALE, PIXELS, TOKENS
 from vidgen.core.typing import Float, Latents, UInt8
 from vidgen.data.image_reader import fit_image, read_image
 from vidgen.data.source import BrokenClip
@@ -27,10 +31,11 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import merge_low_rank
 from vidgen.sampling.caching import TeaCache
 from vidgen.sampling.conditioning import FramesEnter, beside_noise, first_frame
-from vidgen.sampling.generate import denoise, seeded_noise
+from vidgen.sampling.generate import OnProgress, denoise, seeded_noise
 from vidgen.sampling.guidance import AnyGuidance
 from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.steppers import AnyStepper, UniPC
+from vidgen.sampling.time_grid import Convention
 
 __all__ = ["AnyImage", "Pipeline"]
 
@@ -93,13 +98,15 @@ class Pipeline:
         guidance_interval: tuple[float, float] | None = None,
         shift: float | AnyShift | None = None,
         stepper: AnyStepper | None = None,
+        convention: Convention | None = None,
         cache: TeaCache | None = None,
         seed: int = 0,
         noise: Float[np.ndarray, "b tz hz wz z"] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
         """A video for a prompt, or one for each of several prompts (seeded by seed, seed + 1, ...).
 
-        What is not given is as the model was trained or published with.
+        What is not given is as `options` say: as the model was trained or published with.
 
         Args:
           negative_prompt: what guidance leads away from.
@@ -110,39 +117,47 @@ class Pipeline:
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
           steps: of the sampler.
           guidance_scale: 1 is none.
-          guidance_scale_2: of the transformer for little noise, where there are two.
+          guidance_scale_2: of the transformer for little noise, where there are two; where only
+            `guidance_scale` is given, that is for both.
           guidance: how the velocities with and without the prompt are combined.
           guidance_interval: timesteps, from 0 (data) to 1 (noise), between which there is guidance.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
           cache: reuses what most of the transformer computed in steps that are like the last.
-          stepper: integrator; `UniPC` is on the timesteps that Wan's sampler visits.
+          stepper: integrator; another one than the model's is on evenly spaced timesteps, `UniPC` on those of
+            diffusers' scheduler, where `convention` does not say.
+          convention: of the timesteps, as in `TimeGrid`; `wan` are those of Wan's own program.
           seed: the same seed gives the same video on any number of devices.
           noise: to begin with, in the place of that of the seed; of the shape of the latents.
+          on_progress: is called as each step and the decoding begin.
 
         Returns:
           uint8 frames `t h w 3`, with a leading batch axis if `prompt` is a sequence.
 
         Raises:
-          UserError: a size that the models do not take (the message names the nearest), an image that is
-            missing or not taken, noise of another shape.
+          UserError: a size that the models do not take (the message names the nearest), or that is too large
+            for any; an option out of its range; a prompt that is no text; an image that is missing or not
+            taken; noise of another shape; not enough memory.
           PromptTooLong: names what would be cut.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("found no prompt: give at least one")
+        for name, text in (("negative_prompt", negative_prompt), *(("prompt", text) for text in prompts)):
+            require_text(text, name)
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
         options = self.with_options(
             steps=steps,
             shift=shift,
             stepper=stepper,
+            convention=convention,
             guidance_scale=guidance_scale,
             guidance_scale_2=guidance_scale_2,
             guidance=guidance,
             guidance_interval=guidance_interval,
             cache=cache,
         )
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), _memory_errors((frames, rows, columns), len(prompts)):
             start = self._noise(prompts, (frames, rows, columns), seed, noise)
             parts = self._given(image, last_image, start, (frames, rows, columns))
             videos = denoise(
@@ -152,6 +167,7 @@ class Pipeline:
                 self.encode_prompts(prompts)._replace(**parts),
                 self.encode_prompts([negative_prompt] * len(prompts))._replace(**parts),
                 options=options,
+                on_progress=on_progress,
             )
         return videos[0] if isinstance(prompt, str) else videos
 
@@ -171,8 +187,9 @@ class Pipeline:
         Raises:
           FileNotFoundError: no such file.
           WeightsError: the file holds something else, or is of another model.
-          UserError: `expert` of a model that has one transformer.
+          UserError: `expert` of a model that has one transformer; a scale out of range.
         """
+        LORA_SCALE.check(scale, "scale")
         dit = self.model.dit
         if isinstance(dit, DiT):
             if expert is not None:
@@ -190,14 +207,17 @@ class Pipeline:
         steps: int | None = None,
         shift: float | AnyShift | None = None,
         stepper: AnyStepper | None = None,
+        convention: Convention | None = None,
         **others: Any,
     ) -> SamplingOptions:
         """The pipeline's options but for those that are given; `others` are fields of `SamplingOptions`."""
         default = self.options
-        grid = {"num_steps": steps, "shift": shift}
-        if stepper is not None and stepper != default.stepper:
-            grid["convention"] = "unipc" if isinstance(stepper, UniPC) else "even"
+        if convention is None and stepper is not None and stepper != default.stepper:
+            convention = "unipc" if isinstance(stepper, UniPC) else "even"
+        grid = {"num_steps": steps, "shift": shift, "convention": convention}
         given = {"stepper": stepper, **others}
+        if others.get("guidance_scale") is not None and others.get("guidance_scale_2") is None:
+            default = dataclasses.replace(default, guidance_scale_2=None)
         return dataclasses.replace(
             default,
             grid=dataclasses.replace(default.grid, **_without_none(grid)),
@@ -208,6 +228,9 @@ class Pipeline:
         self, prompts: Sequence[str], size: tuple[int, int, int], seed: int, noise: np.ndarray | None
     ) -> Latents:
         shape = latent_shape(self.vae.config, self.model.dit.config, size)
+        asked = "num_frames={}, height={}, width={}".format(*size)
+        TOKENS.check(math.prod(self.model.dit.config.token_grid(*shape[:3])), f"{asked}: tokens of the video")
+        PIXELS.check(math.prod(size), asked)
         if noise is None:
             return seeded_noise(range(seed, seed + len(prompts)), shape)
         if noise.shape != (len(prompts), *shape):
@@ -255,6 +278,22 @@ class Pipeline:
         positions = self.model.dit.config.image_positions
         if positions and image is not None and last_image is None:
             raise UserError("last_image is missing: the model makes videos of a first and a last frame")
+
+
+@contextlib.contextmanager
+def _memory_errors(size: tuple[int, int, int], count: int) -> Iterator[None]:
+    """Says what to do where the devices have not the memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "not enough memory for {} at a time of {} frames of {} x {}: sample fewer at once, a smaller or "
+            "shorter video, with dtype bfloat16, or on a mesh of more devices ({})".format(
+                "1 video" if count == 1 else f"{count} videos", *size, str(error).split("\n")[0][:200]
+            )
+        ) from error
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vidgen.core import pixels
 from vidgen.core.errors import UserError
@@ -148,7 +149,6 @@ def denoise_on_device(
 ) -> UInt8[Array, "b t h w 3"]:
     """`denoise` as one program on the devices, which may be a part of another."""
     how, plan = _plan(model, noise, options)
-    plan = jax.tree.map(jnp.asarray, plan)
     network = _network(model, positive, None if how.guided == "never" else negative, plan, how)
 
     def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
@@ -221,7 +221,8 @@ def _computed(
     forced[[0, -1]] = True
     assert isinstance(model.dit, DiT)
     computed = jax.jit(lambda dit: constrain(cache.computed(dit, jnp.asarray(told), forced), None))(model.dit)
-    return computed if isinstance(computed, jax.core.Tracer) else np.asarray(computed)
+    # Within another program it stays on the device.
+    return computed if isinstance(computed, Tracer) else np.asarray(computed)
 
 
 def _network(
@@ -270,8 +271,7 @@ def _advance(
     how: _How,
 ) -> SamplerState:
     network = _network(model, positive, negative, plan, how)
-    times = Times(jnp.asarray(plan.times.visited), jnp.asarray(plan.times.told))
-    return _placed(advance(network, state, step, times, how.stepper))
+    return _placed(advance(network, state, step, plan.times, how.stepper))
 
 
 def _placed(state: SamplerState) -> SamplerState:

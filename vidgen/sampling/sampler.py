@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vidgen.core.protocols import VelocityNetwork
 from vidgen.core.typing import Array, Float, Int, Latents, PyTree, UInt32
@@ -22,8 +23,8 @@ class Times(NamedTuple):
       told: what the network is told there.
     """
 
-    visited: Float[Array, "s"]
-    told: Float[Array, "s"]
+    visited: Float[np.ndarray, "s"] | Float[Array, "s"]
+    told: Float[np.ndarray, "s"] | Float[Array, "s"]
 
 
 class SamplerState(NamedTuple):
@@ -48,11 +49,12 @@ def advance(
     which is the call at the timestep where the step begins. A stepper that calls twice (Heun) therefore
     integrates one velocity field per step.
     """
-    t, t_next = times.visited[step], times.visited[step + 1]
+    visited, told = jnp.asarray(times.visited), jnp.asarray(times.told)
+    t, t_next = visited[step], visited[step + 1]
     left: list[PyTree] = []
 
     def telling(latents: Latents, timestep: Array) -> Latents:
-        timestep = jnp.where(timestep == t, times.told[step], times.told[step + 1])
+        timestep = jnp.where(timestep == t, told[step], told[step + 1])
         velocity, new = network.apply(latents, timestep, state.network, step)
         left.append(new)
         return velocity
@@ -66,7 +68,7 @@ def sample(
 ) -> Latents:
     """Integrates from noise at t = 1 to clean latents at t = 0: all steps as one program."""
     stepped = network if isinstance(network, SteppedNetwork) else Memoryless(network)
-    times = Times(jnp.asarray(grid.timesteps()), jnp.asarray(grid.told()))
+    times = Times(grid.timesteps(), grid.told())
 
     def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
         return advance(stepped, state, step, times, stepper), None

@@ -16,6 +16,8 @@ from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.models.condition import Condition
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.tokenizer import PromptTokenizer
+from vidgen.parallel import processes
+from vidgen.parallel.rules import constrain
 
 __all__ = ["FeatureCache", "T5Prompts", "digest"]
 
@@ -45,7 +47,8 @@ class T5Prompts:
         Args:
           load: gives the encoder.
           cache: where features are kept; None keeps none.
-          mesh: over which the encoder is laid; None is one device.
+          mesh: over which the encoder is laid; None is one device. Over several processes, all of them must
+            ask for the same prompts.
           batch_size: prompts at a time; fewer are filled up to it, except for single ones.
         """
         self.tokenizer = tokenizer
@@ -63,8 +66,7 @@ class T5Prompts:
         tokens, mask = self.tokenizer(prompts)
         rows = [row[used] for row, used in zip(tokens, mask, strict=True)]
         known = {_key(row): self._cache.get(_key(row)) if self._cache else None for row in rows}
-        missing = {_key(row): index for index, row in enumerate(rows) if known[_key(row)] is None}
-        where = list(missing.values())
+        where = self._missing([key for key in known if known[key] is None], [_key(row) for row in rows])
         for start in range(0, len(where), self._batch_size):
             chunk = where[start : start + self._batch_size]
             for index, features in zip(chunk, self._encode(tokens[chunk], mask[chunk]), strict=True):
@@ -78,6 +80,18 @@ class T5Prompts:
         for row, ids in zip(out, rows, strict=True):
             row[: len(ids)] = known[_key(ids)]
         return out
+
+    def _missing(self, unknown: Sequence[str], keys: Sequence[str]) -> list[int]:
+        """Where in `keys` each stands first that must be encoded, the same on all processes of the mesh.
+
+        They encode together, while each finds another part of a cache that is being written, or has a cache
+        of its own. What one of them lacks, all encode.
+        """
+        lacking = np.array([key in unknown for key in keys])
+        if self._mesh is not None and processes.is_shared(self._mesh):
+            lacking = processes.anywhere(lacking)
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        return sorted({first[key] for key, lacks in zip(keys, lacking, strict=True) if lacks})
 
     def _encode(
         self, tokens: Int[np.ndarray, "b l"], mask: Bool[np.ndarray, "b l"]
@@ -149,4 +163,5 @@ def _key(tokens: Int[np.ndarray, "l"]) -> str:
 
 @jax.jit
 def _encode(encoder: T5Encoder, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l e"]:
-    return encoder(tokens, mask)
+    # Replicated, so that each process can read it.
+    return constrain(encoder(tokens, mask), None, None, None)
