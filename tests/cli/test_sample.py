@@ -178,7 +178,7 @@ def folder(tmp_path, monkeypatch):
             "--num-frames 1000000 --height 16384: found 16384000000, expected a whole number from 1 to",
         ),
         (["--image", "none.png"], "--image none.png: there is no such image"),
-        (["--image", "file"], "file: cannot be opened as an image"),
+        (["--image", "file"], "file: cannot be decoded as an image"),
         (["--lora", "none.safetensors"], "--lora none.safetensors: there is no such file"),
         (["--lora-scale", "2"], "--lora-scale is for --lora"),
         (["--text-cache", "file"], "--text-cache file is a file: give a folder"),
