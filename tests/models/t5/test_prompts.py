@@ -13,6 +13,8 @@ from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.prompts import FeatureCache, T5Prompts, digest
 from vidgen.models.t5.tokenizer import PromptTokenizer
+from vidgen.parallel import processes
+from vidgen.parallel.mesh import MeshOptions
 
 CONFIG = T5Config(vocab_size=40, dim=16, num_layers=1, num_heads=2, head_dim=8, ffn_dim=24)
 
@@ -82,6 +84,22 @@ def test_a_damaged_file_is_encoded_again(make, tmp_path, caplog):
     caplog.clear()
     prompts.features(["abc"])
     assert caplog.text == ""
+
+
+def test_what_one_process_lacks_is_encoded_by_all(make, tmp_path, monkeypatch):
+    """They encode together, whatever each of them finds."""
+    here = FeatureCache(tmp_path, "here")
+    first = make(cache=here).features(["abc", "de"])
+    prompts = make(cache=here, mesh=MeshOptions().build())
+    asked, encoded = [], []
+    monkeypatch.setattr(processes, "is_shared", lambda mesh: True)
+    there = np.array([True, True, False, True])  # Of another process, which knows "de" alone.
+    monkeypatch.setattr(processes, "anywhere", lambda flags: asked.append(flags.tolist()) or (flags | there))
+    encode = prompts._encode
+    monkeypatch.setattr(prompts, "_encode", lambda *x: encoded.append(len(x[0])) or encode(*x))
+    features = prompts.features(["abc", "z", "de", "abc"])
+    assert asked == [[False, True, False, False]] and encoded == [2]
+    np.testing.assert_allclose(features[[0, 2]], first, rtol=1e-5, atol=1e-5)
 
 
 def test_the_digest_sees_names_sizes_and_contents(tmp_path):
