@@ -17,7 +17,9 @@ from vidgen.data.sprites.source import SpritesData
 from vidgen.diffusion.shift import RootShift
 from vidgen.diffusion.timesteps import LogitNormal
 from vidgen.models.dit.config import VARIANTS
+from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
+from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.pipeline.exporting import export
 from vidgen.pipeline.sampling_file import (
@@ -171,7 +173,7 @@ def test_previews_are_sampled_as_the_model_is(monkeypatch):
     data = SpritesData(num_frames=1, height=4, width=4)
     experiment = Experiment(task=made, data=data, run=RunOptions(num_steps=1, batch_size=1))
     (preview,) = evaluators._samples(experiment, made, clips, MeshOptions().build())
-    preview.sample(None, None, ("a",))
+    preview.sample(object.__new__(TextToVideo), object.__new__(VideoVAE), ("a",))
     assert seen == [SamplingOptions(grid=TimeGrid(shift=3.0), guidance_scale=6.0)]
 
 
