@@ -1,5 +1,6 @@
 import argparse
 import json
+import logging
 
 import av
 import jax
@@ -29,12 +30,12 @@ def frames(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_an_mp4_with_what_made_it(tiny_runs, tmp_path, capsys):
+def test_an_mp4_with_what_made_it(tiny_runs, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO, logger="vidgen")
     out = tmp_path / "new" / "a.mp4"
     arguments = ["--checkpoint", tiny_runs.dit, "--prompt", "a red circle", "--out", out, "--seed", 5, *FEW]
     assert sample(*arguments, "--guidance-scale", 2.5, "--negative-prompt", "blue", "--fps", 12) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [str(out)]
+    assert capsys.readouterr().out.splitlines() == [str(out)]
     for line in (
         "loading",
         "loaded in",
@@ -42,7 +43,7 @@ def test_an_mp4_with_what_made_it(tiny_runs, tmp_path, capsys):
         "step 2 of 2; decoding",
         f"wrote {out} (5 ",
     ):
-        assert line in said.err
+        assert line in caplog.text
     assert frames(out).shape == (5, 16, 16, 3)
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
