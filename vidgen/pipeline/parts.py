@@ -17,7 +17,7 @@ from vidgen.models.t5.tokenizer import PromptTokenizer
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.parallel import processes
-from vidgen.pipeline.diffusers_folder import read_sampling
+from vidgen.pipeline.sampling_file import read_scheduler
 
 __all__ = ["copy_part", "refuse_pickles"]
 
@@ -58,7 +58,7 @@ _CHECKS: Mapping[str, Callable[[pathlib.Path], object]] = {
     "image_encoder": clip_folder.check_folder,
     "tokenizer": PromptTokenizer,
     "image_processor": _check_processor,
-    "scheduler": read_sampling,
+    "scheduler": read_scheduler,
 }
 
 
