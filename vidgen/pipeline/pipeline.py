@@ -117,15 +117,13 @@ class Pipeline:
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
           steps: of the sampler.
           guidance_scale: 1 is none.
-          guidance_scale_2: of the transformer for little noise, where there are two; where only
-            `guidance_scale` is given, that is for both.
+          guidance_scale_2: of the transformer for little noise, where there are two; else `guidance_scale`.
           guidance: how the velocities with and without the prompt are combined.
           guidance_interval: timesteps, from 0 (data) to 1 (noise), between which there is guidance.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
           cache: reuses what most of the transformer computed in steps that are like the last.
-          stepper: integrator; another one than the model's is on evenly spaced timesteps, `UniPC` on those of
-            diffusers' scheduler, where `convention` does not say.
-          convention: of the timesteps, as in `TimeGrid`; `wan` are those of Wan's own program.
+          stepper: integrator.
+          convention: of the timesteps, as in `TimeGrid`; with a new stepper `even`, or `unipc` for `UniPC`.
           seed: the same seed gives the same video on any number of devices.
           noise: to begin with, in the place of that of the seed; of the shape of the latents.
           on_progress: is called as each step and the decoding begin.
@@ -134,16 +132,11 @@ class Pipeline:
           uint8 frames `t h w 3`, with a leading batch axis if `prompt` is a sequence.
 
         Raises:
-          UserError: a size that the models do not take (the message names the nearest), or that is too large
-            for any; an option out of its range; a prompt that is no text; an image that is missing or not
-            taken; noise of another shape; not enough memory.
+          UserError: a size that the models do not take (the message names the nearest); an option out of its
+            range; a prompt that is no text; an image that is missing or not taken; not enough memory.
           PromptTooLong: names what would be cut.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("found no prompt: give at least one")
-        for name, text in (("negative_prompt", negative_prompt), *(("prompt", text) for text in prompts)):
-            require_text(text, name)
+        prompts = _texts([prompt] if isinstance(prompt, str) else prompt, negative_prompt)
         given = (num_frames, height, width)
         frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
         options = self.with_options(
@@ -294,6 +287,13 @@ def _memory_errors(size: tuple[int, int, int], count: int) -> Iterator[None]:
                 "1 video" if count == 1 else f"{count} videos", *size, str(error).split("\n")[0][:200]
             )
         ) from error
+
+
+def _texts(prompts: Sequence[str], negative_prompt: str) -> list[str]:
+    if not prompts:
+        raise UserError("found no prompt: give at least one")
+    require_text(negative_prompt, "negative_prompt")
+    return [require_text(text, "prompt") for text in prompts]
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
