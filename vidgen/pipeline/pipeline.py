@@ -110,8 +110,7 @@ class Pipeline:
 
         Args:
           negative_prompt: what guidance leads away from.
-          image: the first frame, for models that take one; of another shape, its middle is shown. Several
-            prompts share it.
+          image: the first frame of all videos, for models that take one; its middle in another shape.
           last_image: the last frame, for models that take channels beside the noise.
           num_frames: 1 + 4 n for the default VAE; 1 gives an image.
           height, width: in pixels, multiples of the VAE's and the transformer's patches together.
@@ -125,7 +124,7 @@ class Pipeline:
           stepper: integrator.
           convention: of the timesteps, as in `TimeGrid`; with a new stepper `even`, or `unipc` for `UniPC`.
           seed: the same seed gives the same video on any number of devices.
-          noise: to begin with, in the place of that of the seed; of the shape of the latents.
+          noise: of the shape of the latents, in the place of that of the seed.
           on_progress: is called as each step and the decoding begin.
 
         Returns:
@@ -137,8 +136,7 @@ class Pipeline:
           PromptTooLong: names what would be cut.
         """
         prompts = _texts([prompt] if isinstance(prompt, str) else prompt, negative_prompt)
-        given = (num_frames, height, width)
-        frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
+        frames, rows, columns = self._size(num_frames, height, width)
         options = self.with_options(
             steps=steps,
             shift=shift,
@@ -216,6 +214,10 @@ class Pipeline:
             grid=dataclasses.replace(default.grid, **_without_none(grid)),
             **_without_none(given),
         )
+
+    def _size(self, *given: int | None) -> tuple[int, int, int]:
+        frames, rows, columns = (d if g is None else g for g, d in zip(given, self.size, strict=True))
+        return frames, rows, columns
 
     def _noise(
         self, prompts: Sequence[str], size: tuple[int, int, int], seed: int, noise: np.ndarray | None
