@@ -86,7 +86,7 @@ def test_check_decode_finds_damage_inside(tmp_path, capsys):
     [
         (["check", "{}/gone"], "gone: no such folder"),
         (["check", "{}", "--captions", "{}/gone.csv"], "gone.csv: no such list"),
-        (["check", "{}", "--fps", "0"], "fps is 0"),
+        (["check", "{}", "--fps", "0"], "--fps: found '0'"),
         (["check", "{}", "--frames", "0"], "unrecognized arguments"),
         (["check"], "DIR"),
         ([], "command"),

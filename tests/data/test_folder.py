@@ -196,7 +196,11 @@ def test_damage_is_a_broken_clip_and_is_replaced_in_training(numbered_video, opt
         ({"fps": 0.0}, "fps"),
         ({"height": -1}, "height"),
         ({"stride": 0.0}, "stride"),
-        ({"heldout_every": 1}, "least 2"),
+        ({"heldout_every": 1}, "heldout_every: found 1, expected a whole number from 2"),
+        ({"fps": float("inf")}, "folder.fps: found inf"),
+        ({"stride": 1e-9}, "folder.stride"),
+        ({"num_frames": 1_000_001}, "folder.num_frames"),
+        ({"height": 1_000_000}, "folder.height"),
     ],
 )
 def test_impossible_options(options, keywords, message):

@@ -169,7 +169,7 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_impossible_options():
-    with pytest.raises(ValueError, match="fps is 0"):
+    with pytest.raises(ValueError, match=r"array_record\.fps: found 0"):
         ArrayRecordData(path="records", fps=0.0)
 
 

@@ -5,7 +5,9 @@ import collections
 import sys
 from collections.abc import Sequence
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target
 from vidgen.core.paths import path_option
 
 __all__ = ["add_latents_options", "write_latents"]
@@ -29,10 +31,12 @@ def add_latents_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--num-clips",
-        type=int,
+        type=limits.COUNT,
         help="clips over all buckets, shared as steps of training are, by weight (default: all there are)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="clips encoded at a time (default 16)")
+    parser.add_argument(
+        "--batch-size", type=limits.BATCH_SIZE, default=16, help="clips encoded at a time (default 16)"
+    )
 
 
 def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -41,10 +45,9 @@ def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     Args:
       overrides: `--config.section.key=value`.
     """
-    for name in ("num_clips", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+    if options.out.exists():
+        raise UserError(f"--out {options.out} is there already; remove it or choose another folder")
+    check_target(options.out, folder=True)
 
     from tqdm import tqdm
 

@@ -11,6 +11,7 @@ import numpy as np
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target
 from vidgen.core.paths import path_option
 
 __all__ = ["main"]
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     check_frame_options(arguments)
     if arguments.out.suffix.lower() not in (suffixes := (".mp4", ".gif", ".png")):
         raise UserError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
+    check_target(arguments.out)
 
     # What needs jax is imported late: --help and wrong options answer at once.
     import jax.numpy as jnp

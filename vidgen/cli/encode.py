@@ -9,7 +9,9 @@ import numpy as np
 
 from vidgen.cli.frame_options import add_frame_options, check_frame_options, on_all_devices, tiles
 from vidgen.cli.main import run
+from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.core.files import check_target
 from vidgen.core.paths import path_option
 
 __all__ = ["main"]
@@ -35,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     check_frame_options(arguments)
     if arguments.out.suffix != ".safetensors":
         raise UserError(f"--out {arguments.out}: latents are written to .safetensors files")
+    check_target(arguments.out)
+    check_target(arguments.out.with_suffix(".json"))
 
     # What needs jax is imported late: --help and wrong options answer at once.
     from tqdm import tqdm
@@ -106,9 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("video", type=path_option, help="a video or an image")
     parser.add_argument("--vae", required=True, type=path_option, help="a run, or a diffusers checkpoint")
     parser.add_argument("--out", required=True, type=path_option, help="file of latents (.safetensors)")
-    parser.add_argument("--fps", type=float, help="frames per second to take; the file's own where not given")
-    parser.add_argument("--height", type=int, help="pixels; the file's own where not given")
-    parser.add_argument("--width", type=int)
+    parser.add_argument(
+        "--fps", type=limits.FPS, help="frames per second to take; the file's own where not given"
+    )
+    parser.add_argument("--height", type=limits.SIDE, help="pixels; the file's own where not given")
+    parser.add_argument("--width", type=limits.SIDE)
     add_frame_options(parser)
     return parser
 

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,10 +17,10 @@ __all__ = ["add_frame_options", "check_frame_options", "on_all_devices", "tiles"
 
 def add_frame_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--group`, `--tile` and `--overlap`."""
-    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    parser.add_argument("--group", type=limits.NUM_FRAMES, default=1, help="latent frames computed at a time")
     parser.add_argument(
         "--tile",
-        type=int,
+        type=limits.SIDE,
         metavar="PIXELS",
         help="sides of tiles computed one after the other and blended, for a device with little memory; "
         "without, frames are taken whole, by all devices together, which leaves no seams",
@@ -33,8 +34,6 @@ def check_frame_options(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: names the option.
     """
-    if arguments.group < 1:
-        raise UserError(f"--group is {arguments.group}: give at least 1")
     if arguments.overlap is not None and arguments.tile is None:
         raise UserError("--overlap is of tiles: give --tile too, or neither")
 

@@ -6,8 +6,9 @@ that each size is compiled once.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
+from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.data.source import ClipSource
 
@@ -46,24 +47,21 @@ class Bucket:
       UserError: a number is not possible.
     """
 
-    num_frames: int = 1
-    height: int
-    width: int
-    batch_size: int | None = None
-    weight: float = 1.0
-    first_step: int = 0
-    last_step: int | None = None
+    num_frames: Annotated[int, limits.NUM_FRAMES] = 1
+    height: Annotated[int, limits.SIDE]
+    width: Annotated[int, limits.SIDE]
+    batch_size: Annotated[int, limits.BATCH_SIZE] | None = None
+    weight: Annotated[float, limits.POSITIVE] = 1.0
+    first_step: Annotated[int, limits.STEP] = 0
+    last_step: Annotated[int, limits.STEP] | None = None
 
     def __post_init__(self):
+        limits.check_fields(self, f"bucket {self}")
         if self.first_step < 0 or (self.last_step is not None and self.last_step < self.first_step):
             raise UserError(
                 f"bucket {self}: first_step is {self.first_step} and last_step {self.last_step}; expected "
                 "0 or more, and not the first after the last"
             )
-        for name in ("num_frames", "height", "width", "batch_size", "weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"bucket {self}: {name} is {value}; expected a positive number")
 
     def __str__(self) -> str:
         return f"{self.num_frames} x {self.height} x {self.width}"

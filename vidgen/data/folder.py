@@ -118,21 +118,15 @@ class FolderData:
     captions: str | None = None
     require_captions: bool = False
     split: Literal["train", "heldout", "all"] = "all"
-    heldout_every: Annotated[int, limits.COUNT] = 20
+    heldout_every: Annotated[int, limits.HELDOUT_EVERY] = 20
     buckets: tuple[Bucket, ...] = ()
     images_from_videos: bool = True
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    seed: int = 0
+    seed: Annotated[int, limits.SEED] = 0
 
     def __post_init__(self):
-        for name in ("num_frames", "height", "width", "fps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"folder: {name} is {getattr(self, name)}; expected a positive number.")
-        if self.stride is not None and self.stride <= 0:
-            raise UserError(f"folder: stride is {self.stride} s; expected a positive number.")
-        if self.heldout_every < 2:
-            raise UserError(f"folder: heldout_every is {self.heldout_every} s; expected at least 2.")
+        limits.check_fields(self, "folder")
 
     @property
     def clip_seconds(self) -> float:

@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from vidgen.ckpt.json_files import write_json
+from vidgen.core import limits
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.errors import UserError
-from vidgen.core.files import replacing
+from vidgen.core.files import read_json, replacing
 from vidgen.core.typing import Float
 
 __all__ = ["LatentsInfo", "load_latents", "require_finite", "save_latents"]
@@ -35,13 +36,13 @@ class LatentsInfo:
       source: the video's file.
     """
 
-    num_frames: int
-    height: int
-    width: int
-    fps: float
+    num_frames: Annotated[int, limits.NUM_FRAMES]
+    height: Annotated[int, limits.SIDE]
+    width: Annotated[int, limits.SIDE]
+    fps: Annotated[float, limits.FPS]
     vae: str
-    spatial_factor: int
-    temporal_factor: int
+    spatial_factor: Annotated[int, limits.FACTOR]
+    temporal_factor: Annotated[int, limits.FACTOR]
     source: str = ""
 
 
@@ -49,15 +50,18 @@ def save_latents(path: pathlib.Path | str, latents: Float[np.ndarray, "t h w c"]
     """Writes `path` (safetensors, one tensor `latents`) and the JSON beside it; each appears whole.
 
     Raises:
-      UserError: the name does not end in `.safetensors`.
+      UserError: the name does not end in `.safetensors`, or nothing can be written there.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: latents are written to .safetensors files")
     text = json.dumps(to_dict(info))
-    with replacing(path) as temporary:
-        save_file({"latents": np.ascontiguousarray(latents)}, temporary, metadata={"vidgen": text})
-    write_json(_json(path), to_dict(info))
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"latents": np.ascontiguousarray(latents)}, metadata={"vidgen": text}))
+        write_json(_json(path), to_dict(info))
+    except OSError as error:  # a full disk is reported without a name
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"], LatentsInfo]:
@@ -73,12 +77,9 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
             raise FileNotFoundError(f"{file} is missing: `vidgen encode` writes it together with the other")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: a type that NumPy lacks
         raise UserError(f"{path} is no complete safetensors file ({error}): {_REMEDY}") from error
-    try:
-        values: dict[str, Any] = json.loads(_json(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{_json(path)} is not JSON ({error}): {_REMEDY}") from error
+    values = read_json(_json(path), remedy=_REMEDY)
     info = resolve(LatentsInfo, values, where=str(_json(path)))
     found = {name: tensor.shape for name, tensor in tensors.items()}
     # A group's last frame may be repeated, and so may be rows and columns: at most to a whole latent.
@@ -91,6 +92,8 @@ def load_latents(path: pathlib.Path | str) -> tuple[Float[np.ndarray, "t h w c"]
             f"{path} holds {shown}; expected latents {[*wanted, 'channels']} alone, as {_json(path)} says: "
             f"{_REMEDY}"
         )
+    if tensors["latents"].dtype.kind != "f":
+        raise UserError(f"{path}: latents of type {tensors['latents'].dtype}, expected floats: {_REMEDY}")
     require_finite(tensors["latents"], info.temporal_factor, str(path))
     return tensors["latents"], info
 

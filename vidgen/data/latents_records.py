@@ -6,19 +6,20 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vidgen.ckpt.json_files import write_json
+from vidgen.core import limits
 from vidgen.core.config import resolve, to_dict
 from vidgen.core.errors import UserError
-from vidgen.core.files import read_json
+from vidgen.core.files import parse_json, read_json, require_text
 from vidgen.core.typing import Float
+from vidgen.data.decoding import broken_clips
 from vidgen.data.source import BrokenClip
 
 __all__ = ["LatentClip", "LatentRecords", "RecordsInfo", "write_latent_records"]
@@ -63,11 +64,11 @@ class RecordsInfo:
 
     vae: str
     encoder: str
-    channels: int
-    spatial_factor: int
-    temporal_factor: int
-    fps: float
-    shards: dict[str, int] = dataclasses.field(default_factory=dict)
+    channels: Annotated[int, limits.WIDTH]
+    spatial_factor: Annotated[int, limits.FACTOR]
+    temporal_factor: Annotated[int, limits.FACTOR]
+    fps: Annotated[float, limits.FPS]
+    shards: dict[str, Annotated[int, limits.COUNT]] = dataclasses.field(default_factory=dict)
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a video."""
@@ -147,11 +148,11 @@ class LatentRecords:
         """
         self._path = pathlib.Path(path)
         index = self._path / _INDEX
-        try:
-            values = read_json(index, remedy="give a folder that `vidgen data latents` wrote")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{index} is not JSON ({error}): {_REMEDY}") from error
+        values = read_json(index, remedy="give a folder that `vidgen data latents` wrote")
         self.info: RecordsInfo = resolve(RecordsInfo, values, where=str(index))
+        for name in self.info.shards:
+            if pathlib.PurePath(name).name != name or name in ("", ".", ".."):
+                raise UserError(f"{index}: shard {name!r} is no file of this folder: {_REMEDY}")
         for name in (_SIZES, *self.info.shards):
             if not (self._path / name).exists():
                 raise FileNotFoundError(f"{self._path / name} is missing: {_REMEDY}")
@@ -159,13 +160,18 @@ class LatentRecords:
             sizes = np.load(self._path / _SIZES)
             shards = [str(self._path / name) for name in self.info.shards]
             self._records: Any = grain.sources.ArrayRecordDataSource(shards)
-        except (ValueError, EOFError, RuntimeError) as error:
+        except Exception as error:  # of NumPy or ArrayRecord, of many types
             raise UserError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
         expected = sum(self.info.shards.values())
-        if sizes.shape != (expected, 3) or len(self._records) != expected:
+        if (
+            sizes.shape != (expected, 3)
+            or sizes.dtype.kind != "i"
+            or (sizes < 1).any()
+            or len(self._records) != expected
+        ):
             raise UserError(
-                f"{self._path} is damaged: {index} speaks of {expected} clips, {_SIZES} of {len(sizes)}, and "
-                f"the files have {len(self._records)}: {_REMEDY}"
+                f"{self._path} is damaged: {index} speaks of {expected} clips, {_SIZES} of "
+                f"{len(np.atleast_1d(sizes))}, and the files have {len(self._records)}: {_REMEDY}"
             )
         self._sizes: list[tuple[int, int, int]] = [(int(t), int(h), int(w)) for t, h, w in sizes]
 
@@ -189,10 +195,8 @@ class LatentRecords:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self._path}: clip {index} of {len(self)}")
-        try:
+        with broken_clips(self._place(index), f"its record is damaged ({_REMEDY})"):
             clip = _decode(self._records[index])
-        except (RuntimeError, SafetensorError, ValueError, KeyError) as error:
-            raise BrokenClip(self._place(index), f"its record is damaged ({error}); {_REMEDY}") from error
         expected = (*self.info.latent_size(*self._sizes[index]), self.info.channels)
         found = clip["latents"].shape
         if found != expected:
@@ -223,5 +227,8 @@ def _encode(clip: LatentClip) -> bytes:
 
 def _decode(record: bytes) -> dict[str, Any]:
     tensors: Mapping[str, np.ndarray] = load(record)
-    about = json.loads(tensors["about"].tobytes())
-    return {"latents": tensors["latents"], "caption": about["caption"], "name": about["name"]}
+    about = parse_json(tensors["about"].tobytes(), "its caption and name")
+    caption, name = (require_text(about[key], key) for key in ("caption", "name"))
+    if tensors["latents"].dtype != np.float16:
+        raise UserError(f"latents of type {tensors['latents'].dtype}, expected float16")
+    return {"latents": tensors["latents"], "caption": caption, "name": name}

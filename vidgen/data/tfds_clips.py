@@ -11,8 +11,10 @@ import numpy as np
 
 from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.core.files import parse_json, require_text
 from vidgen.core.typing import RGBClip
 from vidgen.data.buckets import Bucket, with_size
+from vidgen.data.decoding import broken_clips
 from vidgen.data.source import BrokenClip
 from vidgen.data.video_reader import read_clip
 from vidgen.data.video_writer import write_mp4
@@ -63,9 +65,7 @@ class ArrayRecordData:
     fps: Annotated[float, limits.FPS] = 8.0
 
     def __post_init__(self):
-        for name in ("num_frames", "height", "width", "fps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"array_record: {name} is {getattr(self, name)}; expected a positive number.")
+        limits.check_fields(self, "array_record")
 
     def source(self) -> "ArrayRecordSource":
         """The clips.
@@ -132,8 +132,10 @@ class ArrayRecordSource:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.options.path}: clip {index} of {len(self)}.")
         options = self.options
+        with broken_clips(f"{options.path}, {options.split}, record {index}", "its record is damaged"):
+            record = self._records[index]
         return decode_record(
-            self._records[index],
+            record,
             num_frames=options.num_frames,
             fps=options.fps,
             height=options.height,
@@ -202,16 +204,17 @@ def decode_record(
     Raises:
       BrokenClip: the clip cannot be decoded.
     """
-    name = _text(record["name"])
-    metadata = json.loads(_text(record["metadata"]))
+    with broken_clips(str(record.get("name", "record"))[:80], "its record is damaged"):
+        name, caption = _text(record["name"]), require_text(_text(record["caption"]), "its caption")
+        metadata = parse_json(_text(record["metadata"]), "its metadata")
+        extras = {key: _from_json(value) for key, value in metadata["extras"].items()}
     try:
         video = read_clip(
             io.BytesIO(record["clip"]), num_frames=num_frames, fps=fps, height=height, width=width
         )
     except BrokenClip as error:
         raise BrokenClip(name, error.reason) from error
-    extras = {key: _from_json(value) for key, value in metadata["extras"].items()}
-    return {"video": video, "caption": _text(record["caption"]), "name": name, **extras}
+    return {"video": video, "caption": caption, "name": name, **extras}
 
 
 def _to_json(key: str, value: Any) -> Any:
