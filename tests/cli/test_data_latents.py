@@ -159,7 +159,7 @@ def test_a_vae_is_not_trained_on_latents(packed, tmp_path, capsys):
     ("change", "message"),
     [
         ([], "is there already"),
-        (["--num-clips=0", "--out=new"], "--num-clips is 0: give at least 1"),
+        (["--num-clips=0", "--out=new"], "--num-clips: found 0"),
         (
             ["--num-clips=1", "--out=new"],
             "1 clips are 0 of the size 1 x 16 x 32, of which there are 64: take more",

@@ -87,7 +87,7 @@ def test_errors_name_what_is_wrong(workdir, encoded, tmp_path, capsys):
     assert main(["encode", str(broken), "--vae", str(workdir), *out]) == 2
     assert "b.mp4: latents are written to .safetensors" in capsys.readouterr().err
     assert main(["decode", str(encoded), "--group", "0", *out]) == 2
-    assert "--group is 0" in capsys.readouterr().err
+    assert "--group: found 0" in capsys.readouterr().err
     latents = ["--out", str(tmp_path / "b.safetensors")]
     assert main(["encode", str(broken), "--vae", str(workdir), *latents]) == 2
     assert "broken.mp4" in capsys.readouterr().err

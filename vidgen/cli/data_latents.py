@@ -31,12 +31,10 @@ def add_latents_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--num-clips",
-        type=limits.COUNT,
+        type=int,
         help="clips over all buckets, shared as steps of training are, by weight (default: all there are)",
     )
-    parser.add_argument(
-        "--batch-size", type=limits.BATCH_SIZE, default=16, help="clips encoded at a time (default 16)"
-    )
+    parser.add_argument("--batch-size", type=int, default=16, help="clips encoded at a time (default 16)")
 
 
 def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -45,6 +43,9 @@ def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     Args:
       overrides: `--config.section.key=value`.
     """
+    if options.num_clips is not None:
+        limits.COUNT.check(options.num_clips, "--num-clips")
+    limits.BATCH_SIZE.check(options.batch_size, "--batch-size")
     if options.out.exists():
         raise UserError(f"--out {options.out} is there already; remove it or choose another folder")
     check_target(options.out, folder=True)

@@ -17,7 +17,7 @@ __all__ = ["add_frame_options", "check_frame_options", "on_all_devices", "tiles"
 
 def add_frame_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--group`, `--tile` and `--overlap`."""
-    parser.add_argument("--group", type=limits.NUM_FRAMES, default=1, help="latent frames computed at a time")
+    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
     parser.add_argument(
         "--tile",
         type=limits.SIDE,
@@ -34,6 +34,7 @@ def check_frame_options(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: names the option.
     """
+    limits.NUM_FRAMES.check(arguments.group, "--group")
     if arguments.overlap is not None and arguments.tile is None:
         raise UserError("--overlap is of tiles: give --tile too, or neither")
 
