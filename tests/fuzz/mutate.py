@@ -160,7 +160,7 @@ _BYTES = (_flip, _flip, _flip_early, _truncate, _splice, _insert, _remove, _repe
 
 def damage_json(data: bytes, rng: random.Random, donor: bytes = b"") -> bytes:
     """Mostly another value of JSON: numbers, types and keys that should not be; sometimes other bytes."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 or data.lstrip()[:1] not in (b"{", b"["):
         return damage_bytes(data, rng, donor)
     if rng.random() < 0.02:
         return b"[" * DEEP + b"]" * DEEP

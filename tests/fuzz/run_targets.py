@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.vae import sprites
 from tests.fuzz.mutate import damage_bytes, damage_json, damage_lines, damage_safetensors
 from tests.fuzz.target import Target
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.core.config import resolve
+from vidgen.experiments.vae import sprites
 from vidgen.models.t5.prompts import FeatureCache
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.experiment import Experiment, claim_workdir, load_experiment
