@@ -1,5 +1,6 @@
 """Snapshots that a run writes, and what is made of them."""
 
+import json
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 from tests.train import toy
+from vidgen.core.errors import UserError
 from vidgen.core.tree import named_leaves
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.power_law import PowerLaw
@@ -77,3 +79,22 @@ def test_what_there_is_not(trained, abstract, tmp_path):
         averaged_weights(trained[0], abstract.params, 0.1, step=7)
     with pytest.raises(ValueError, match=r"sigma_rel=0\.5: widths"):
         averaged_weights(trained[0], abstract.params, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("updates", 10**12, "updates: found 1000000000000"),
+        ("updates", None, "updates: found None"),
+        ("averages", [{"file": "../a.safetensors", "sigma_rel": 0.1}], "expected a file of the same folder"),
+        ("averages", [{"file": "a.safetensors", "sigma_rel": 0.5}], r"sigma_rel=0\.5: widths"),
+        ("averages", [{"file": "a.safetensors"}], "sigma_rel"),
+        ("averages", [], "list no averages"),
+    ],
+)
+def test_a_damaged_list_of_averages_is_named(abstract, tmp_path, key, value, told):
+    (tmp_path / "averages").mkdir()
+    about = {"step": 5, "updates": 5, "averages": [{"file": "a.safetensors", "sigma_rel": 0.1}], key: value}
+    (tmp_path / "averages" / "step_0000005.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=rf"averages.*{told}"):
+        averaged_weights(tmp_path, abstract.params, 0.1)

@@ -1,16 +1,20 @@
 """Snapshots of a run's power-law averages, and weights averaged over other lengths made of them."""
 
-import json
+import dataclasses
 import pathlib
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
 from vidgen.ckpt.json_files import write_json
+from vidgen.ckpt.tensor_files import is_plain_name
 from vidgen.ckpt.weights import load_weights
+from vidgen.core import limits
+from vidgen.core.config import resolve
 from vidgen.core.errors import UserError
+from vidgen.core.files import read_json
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
 from vidgen.train.power_law import Averaged, PowerLaw, combination, exponent
@@ -62,7 +66,7 @@ def averaged_weights(
     """
     folder = pathlib.Path(workdir) / _FOLDER
     power = exponent(sigma_rel)
-    snapshots = {about["step"]: about for about in map(_read, sorted(folder.glob("step_*.json")))}
+    snapshots = {about.step: about for about in map(_read, sorted(folder.glob("step_*.json")))}
     if not snapshots:
         raise SnapshotError(f"{folder} holds no snapshots: train with run.power_law")
     end = max(snapshots) if step is None else step
@@ -70,10 +74,12 @@ def averaged_weights(
         raise SnapshotError(f"{folder} has no snapshot of step {end}; there are {sorted(snapshots)}")
     files, profiles = [], []
     for about in (snapshots[s] for s in sorted(snapshots) if s <= end):
-        for average in about["averages"]:
-            files.append(folder / average["file"])
-            profiles.append((about["updates"], exponent(average["sigma_rel"])))
-    shares = combination(profiles, (snapshots[end]["updates"], power))
+        for average in about.averages:
+            files.append(folder / average.file)
+            profiles.append((about.updates, exponent(average.sigma_rel)))
+    if not files:
+        raise SnapshotError(f"{folder}: the snapshots up to step {end} list no averages")
+    shares = combination(profiles, (snapshots[end].updates, power))
     total = None
     for file, share in zip(files, shares, strict=True):
         average = load_weights(file, abstract_params)
@@ -85,5 +91,32 @@ def averaged_weights(
     return end, total
 
 
-def _read(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Average:
+    file: str
+    sigma_rel: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """The JSON of one snapshot."""
+
+    step: Annotated[int, limits.STEPS]
+    updates: Annotated[int, limits.STEPS]
+    averages: tuple[_Average, ...]
+
+
+def _read(path: pathlib.Path) -> _Snapshot:
+    """Raises UserError, naming the file."""
+    about: _Snapshot = resolve(_Snapshot, read_json(path, remedy="remove this snapshot"), where=str(path))
+    for average in about.averages:
+        if not is_plain_name(average.file):
+            raise SnapshotError(
+                f"{path}: found an average in {average.file[:200]!r}, expected a file of the same folder: "
+                "remove this snapshot"
+            )
+        try:
+            exponent(average.sigma_rel)
+        except UserError as error:
+            raise SnapshotError(f"{path}: {error}: remove this snapshot") from error
+    return about
