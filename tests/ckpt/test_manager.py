@@ -222,6 +222,22 @@ def test_a_newest_checkpoint_that_lacks_something_is_passed_over(tmp_path, caplo
 
 
 @late
+@pytest.mark.parametrize("name", ["_METADATA", "_sharding", "array_metadatas/process_0"])
+def test_json_of_a_checkpoint_that_is_nested_too_deep_is_passed_over(tmp_path, caplog, name):
+    saved = pair(tmp_path)
+    (tmp_path / "8" / "state" / name).write_text("[" * 100_000)
+    assert restores_what_was_saved(tmp_path, saved, caplog, name) == 4
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"init_timestamp_nsecs": "x"}', '{"metrics": 1}'])
+def test_metadata_of_a_step_that_orbax_does_not_take_is_named(tmp_path, text):
+    pair(tmp_path)
+    (tmp_path / "8" / "_CHECKPOINT_METADATA").write_text(text)
+    with pytest.raises(CheckpointError, match=r"8/_CHECKPOINT_METADATA is damaged: remove this file"):
+        CheckpointManager(tmp_path)
+
+
+@late
 @pytest.mark.slow
 def test_whatever_is_damaged_the_values_are_those_that_were_saved(tmp_path, caplog):
     saved = pair(tmp_path)

@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vidgen.ckpt.manifest import Manifest, StoredArray
 from vidgen.ckpt.orbax_errors import in_one_line, is_of_the_machine, without_noise
+from vidgen.ckpt.orbax_json import check_checkpoint
 from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
@@ -91,6 +92,7 @@ class Checkpoint:
         """
 
         def read() -> dict[str, StoredArray]:
+            check_checkpoint(self.where)
             with without_noise():
                 metadata = ocp.checkpointables_metadata(str(self.where)).metadata.get(STATE)
             if metadata is None:

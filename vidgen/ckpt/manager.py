@@ -13,6 +13,8 @@ from orbax.checkpoint import v1 as ocp
 from vidgen.ckpt.checkpoint import MANIFEST, STATE, Checkpoint, CheckpointError, Damaged, plain_name
 from vidgen.ckpt.manifest import Manifest
 from vidgen.ckpt.orbax_errors import in_one_line, without_noise
+from vidgen.ckpt.orbax_json import check_directory
+from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.core.signals import deferred_signals
 from vidgen.core.tree import named_leaves
@@ -50,6 +52,9 @@ class CheckpointManager:
           keep_every: checkpoints at multiples of this stay too; None keeps the newest only.
           cleanup: removes what killed saves left behind, and renames damaged checkpoints to `<step>.damaged`.
             For the one run that writes here, never for readers.
+
+        Raises:
+          CheckpointError: what Orbax reads first of each checkpoint is damaged in one of them.
         """
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(keep)]
@@ -59,6 +64,10 @@ class CheckpointManager:
         # Any: the annotations of Orbax's policies do not fit its own protocols.
         decision: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
         preservation: Any = policies.AnyPreservationPolicy(kept)
+        try:
+            check_directory(self.directory)
+        except UserError as error:
+            raise CheckpointError(str(error)) from error
         self._orbax = ocp.training.Checkpointer(
             str(self.directory),
             save_decision_policy=decision,
