@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import shutil
@@ -225,8 +226,17 @@ def test_a_newest_checkpoint_that_lacks_something_is_passed_over(tmp_path, caplo
 @pytest.mark.parametrize("name", ["_METADATA", "_sharding", "array_metadatas/process_0"])
 def test_json_of_a_checkpoint_that_is_nested_too_deep_is_passed_over(tmp_path, caplog, name):
     saved = pair(tmp_path)
-    (tmp_path / "8" / "state" / name).write_text("[" * 100_000)
+    file = tmp_path / "8" / "state" / name
+    whole = file.read_text()
+    file.write_text("[" * 100_000)
     assert restores_what_was_saved(tmp_path, saved, caplog, name) == 4
+    if name == "_METADATA":  # An array a thousand levels down.
+        values = json.loads(whole)
+        leaf = next(iter(values["tree_metadata"].values()))
+        leaf["key_metadata"] *= 1000
+        file.write_text(json.dumps(values))
+        assert restores_what_was_saved(tmp_path, saved, caplog, name) == 4
+        assert "tree_metadata is no list of arrays" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"init_timestamp_nsecs": "x"}', '{"metrics": 1}'])

@@ -148,6 +148,8 @@ class Checkpoint:
             if not agreed:
                 raise Damaged("another process could not read it")
             return result  # pyright: ignore[reportReturnType]
+        if isinstance(failure, UserError):
+            raise Damaged(str(failure)) from failure
         if isinstance(failure, MemoryError | jax.errors.JaxRuntimeError):
             raise failure
         if is_of_the_machine(failure):

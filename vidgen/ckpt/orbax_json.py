@@ -6,12 +6,15 @@ deep, an interpreter whose recursion limit stays used up.
 
 import json
 import pathlib
+from typing import Any
 
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 
 __all__ = ["check_checkpoint", "check_directory"]
 
+_REMEDY = "it is not as Orbax wrote it"
+_MAX_LEVELS = 64
 _OF_A_STEP = "_CHECKPOINT_METADATA"
 _INSIDE = ("*/_METADATA", "*/_sharding", "*/_strings.json", "*/array_metadatas/process_*")
 _TYPES = {
@@ -54,4 +57,13 @@ def check_checkpoint(folder: pathlib.Path) -> None:
     """
     for pattern in _INSIDE:
         for path in sorted(folder.glob(pattern)):
-            read_json(path, remedy="it is not as Orbax wrote it")
+            values = read_json(path, remedy=_REMEDY)
+            leaves = values.get("tree_metadata", {})
+            if not isinstance(leaves, dict) or not all(map(_is_leaf, leaves.values())):
+                raise UserError(f"{path}: tree_metadata is no list of arrays: {_REMEDY}")
+
+
+def _is_leaf(leaf: Any) -> bool:
+    """Whether an entry gives a place in a tree, of which Orbax builds every level."""
+    keys = leaf.get("key_metadata") if isinstance(leaf, dict) else None
+    return isinstance(keys, list) and 0 < len(keys) <= _MAX_LEVELS
