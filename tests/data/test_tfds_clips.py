@@ -6,12 +6,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vidgen.core.config import resolve, to_dict
+from vidgen.core.errors import UserError
 from vidgen.data.buckets import training_clips
 from vidgen.data.folder import FolderData
 from vidgen.data.loader import Loader
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.tfds_builder import build_records
-from vidgen.data.tfds_clips import ArrayRecordData, decode_record, encode_record, records_folder
+from vidgen.data.tfds_clips import ArrayRecordData, decode_record, encode_record
+from vidgen.data.tfds_folder import records_folder
 
 
 class Noise:
@@ -190,3 +192,25 @@ def test_records_in_buckets(tmp_path):
     )
     with pytest.raises(ValueError, match=r"bucket 0 \(9 x 8 x 8\): .*only 3 of 9 frames"):
         training_clips(long)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("features.json", "text_feature.Text", "text_feature.Other", "expected texts alone"),
+        ("features.json", "{", "[", "not JSON"),
+        ("features.json", "featuresDict", "x", "is damaged"),
+        ("dataset_info.json", '"3"', '"x"', "is damaged"),
+        ("dataset_info.json", '"3"', "", "is damaged"),
+        ("dataset_info.json", "{DATASET}-", "../", "in the name of a file"),
+        ("dataset_info.json", '"name": "train"', '"name": "../train"', "in the name of a file"),
+    ],
+)
+def test_damaged_json_of_records_is_named(tmp_path, file, old, new, told):
+    build_records({"train": Noise(3)}, tmp_path, fps=8.0, encoding="h264")
+    path = records_folder(tmp_path) / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=rf"{file}.*{told}"):
+        stored(tmp_path)

@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.source import BrokenClip, ClipSource
-from vidgen.data.tfds_clips import BUILDER_NAME, VERSION, Encoding, encode_record
+from vidgen.data.tfds_clips import Encoding, encode_record
+from vidgen.data.tfds_folder import BUILDER_NAME, VERSION
 
 __all__ = ["BuildReport", "VidgenClips", "build_records"]
 

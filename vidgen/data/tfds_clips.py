@@ -16,6 +16,7 @@ from vidgen.core.typing import RGBClip
 from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.decoding import broken_clips
 from vidgen.data.source import BrokenClip
+from vidgen.data.tfds_folder import open_records
 from vidgen.data.video_reader import read_clip
 from vidgen.data.video_writer import write_mp4
 
@@ -25,15 +26,11 @@ __all__ = [
     "Encoding",
     "decode_record",
     "encode_record",
-    "records_folder",
 ]
 
 Encoding = Literal["lossless", "h264"]
 """How a clip's frames are kept: `lossless` is H.264 in RGB, every pixel as it was; `h264` is H.264 in 4:4:4
 with crf 17, many times smaller for camera footage and without visible loss."""
-
-BUILDER_NAME = "vidgen_clips"
-VERSION = "1.0.0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,18 +69,9 @@ class ArrayRecordData:
 
         Raises:
           FileNotFoundError: there are no records at `path`.
-          UserError: there is no such split, it is empty, or its clips are too short.
+          UserError: their JSON is damaged; there is no such split, it is empty, or its clips are too short.
         """
-        # Half a second of imports that no other kind of data needs.
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(str(records_folder(pathlib.Path(self.path))))
-        splits = builder.info.splits
-        if self.split not in splits:
-            raise UserError(
-                f'{self.path}: no split "{self.split}"; there are: {", ".join(splits) or "none"}.'
-            )
-        records = builder.as_data_source(split=self.split)  # pyright: ignore[reportCallIssue]
+        records = open_records(pathlib.Path(self.path), self.split)
         if len(records) == 0:
             raise UserError(f'{self.path}: the split "{self.split}" has no clips.')
         source = ArrayRecordSource(self, records)
@@ -141,20 +129,6 @@ class ArrayRecordSource:
             height=options.height,
             width=options.width,
         )
-
-
-def records_folder(path: pathlib.Path) -> pathlib.Path:
-    """The folder of a builder's files, below `path` or `path` itself.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    for folder in (path, path / BUILDER_NAME / VERSION):
-        if (folder / "dataset_info.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"{path}: no records here (no dataset_info.json); `vidgen data build` writes them."
-    )
 
 
 def encode_record(example: Mapping[str, Any], *, fps: float, encoding: Encoding) -> dict[str, bytes | str]:
