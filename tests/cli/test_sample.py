@@ -135,7 +135,7 @@ def test_a_file_of_prompts_gives_numbered_files(tiny_runs, tmp_path, capsys):
     [
         (["--checkpoint", "no/such/run"], "no/such/run is not the workdir of a training run"),
         (["--num-frames", "6"], "num_frames=6 is not 1 + 4 n; use 5 or 9"),
-        (["--num-frames", "5", "--height", "8192", "--width", "8192"], "tokens of the video: found"),
+        (["--num-frames", "5", "--height", "16384", "--width", "16384"], "tokens of the video: found"),
     ],
 )
 def test_errors_that_need_the_model(tiny_runs, tmp_path, monkeypatch, capsys, arguments, message):

@@ -48,7 +48,7 @@ def command(tmp_path_factory):
         f"--config={ROOT / 'experiments' / 'dit' / 'sprites.py'}:packed,tiny",
         f"--config.data.path={root / 'latents'}",
         f"--config.task.vae={root}",
-        f"--config.task.text_encoder={ {'path': str(root), 'dtype': 'float32', 'max_tokens': 16} }",
+        f"--config.task.text_encoder={ {'path': str(root), 'dtype': 'float32', 'max_tokens': 80} }",
         f"--config.task.dit.text_dim={WIDTH}",
         "--config.task.lora={'rank': 2}",
         "--config.task.sampling={'grid': {'num_steps': 2}, 'guidance': {'kind': 'apg'}}",
