@@ -64,7 +64,7 @@ def test_check_of_buckets_says_what_goes_where(clips, capsys):
     assert "of 1 x 16 x 32 at 5 fps, from" in out
     assert main(["check", str(clips), *sizes, "--bucket=500x16x32"]) == 1
     assert "can be used for the bucket 500 x 16 x 32" in capsys.readouterr().err
-    for wrong, message in (("1x16", "no size of clips"), ("1x0x16", "height is 0")):
+    for wrong, message in (("1x16", "no size of clips"), ("1x0x16", "bucket 1 x 0 x 16.height: found 0")):
         assert main(["check", str(clips), f"--bucket={wrong}"]) == 2
         assert message in capsys.readouterr().err
 
