@@ -50,7 +50,8 @@ class Limit:
         # An int of any length is compared exactly.
         if not isinstance(value, int) and not math.isfinite(value):
             return False
-        return bool((self.low < value if self.above else self.low <= value) and value <= self.high)
+        number: Any = value
+        return bool((self.low < number if self.above else self.low <= number) and number <= self.high)
 
     def check(self, value: Any, where: str) -> Any:
         """`value` itself.
