@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from vidgen.core.errors import UserError
 from vidgen.data import latents_records
 from vidgen.data.latents_records import LatentClip, LatentRecords, RecordsInfo, write_latent_records
 from vidgen.data.source import BrokenClip
@@ -50,6 +51,14 @@ def test_clips_come_back_as_they_were_in_half_precision(folder):
         np.testing.assert_array_equal(found["latents"], expected.latents.astype(np.float16))
     with pytest.raises(IndexError, match="clip 7 of 7"):
         records[7]
+
+
+def test_a_size_of_less_than_a_latent_is_damage(folder):
+    sizes = np.load(folder / "sizes.npy")
+    sizes[3, 2] = INFO.spatial_factor - 1
+    np.save(folder / "sizes.npy", sizes)
+    with pytest.raises(UserError, match=r"sizes\.npy: clip 3 is of 1 x 16 x 7, which is less"):
+        LatentRecords(folder)
 
 
 def test_a_damaged_record_is_named_and_the_others_are_read(folder):

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 __all__ = ["Limits", "Report", "reproduce", "run"]
 
@@ -35,7 +35,7 @@ class Limits:
 
 
 Part = tuple[str, int, int]
-"""Name of a target, index of the first input, number of inputs."""
+"""Name of a target, or "*" for each of them; index of the first input; number of inputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,17 +86,19 @@ def run(
     seed: int = 0,
     module: str = "tests.fuzz.targets",
     limits: Limits = Limits(),
+    without: Collection[str] = (),
 ) -> Report:
     """Reads the inputs of a plan, in order, in as many workers as it takes.
 
     Args:
       root: an empty folder to work in.
       module: has `TARGETS`.
+      without: targets that "*" does not stand for.
     """
     started, results, number = time.monotonic(), [], 0
     rest = list(plan)
     while rest:
-        found, rest = _worker(rest, root / str(number), seed, module, limits)
+        found, rest = _worker(rest, root / str(number), seed, module, limits, without)
         results += found
         number += 1
     return Report(results=tuple(results), seconds=time.monotonic() - started)
@@ -112,7 +114,7 @@ def reproduce(result: dict, seed: int, module: str = "tests.fuzz.targets") -> st
 
 
 def _worker(
-    plan: list[Part], root: pathlib.Path, seed: int, module: str, limits: Limits
+    plan: list[Part], root: pathlib.Path, seed: int, module: str, limits: Limits, without: Collection[str]
 ) -> tuple[list[dict], list[Part]]:
     """The results of one worker, and what is left of the plan where it ended early."""
     root.mkdir(parents=True)
@@ -120,13 +122,14 @@ def _worker(
     command += ["--seed", str(seed), "--module", module]
     command += ["--cpu-seconds", str(limits.cpu_seconds), "--peak-bytes", str(limits.peak_bytes)]
     results: list[dict] = []
+    command += [f"--without={name}" for name in without]
     command += [f"{name}:{first}:{count}" for name, first, count in plan]
     with (
         (root / "stderr").open("wb") as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True) as process,
     ):
         try:
-            started, why = _follow(process, results, limits.wall_seconds)
+            plan, started, why = _follow(process, results, limits.wall_seconds)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -152,10 +155,10 @@ def _worker(
 
 def _follow(
     process: subprocess.Popen, results: list[dict], wall_seconds: float
-) -> tuple[tuple[str, int] | None, str | None]:
-    """Takes the results of a worker until it ends: the input that it ended in, if it did, and why."""
+) -> tuple[list[Part], tuple[str, int] | None, str | None]:
+    """Takes the results of a worker until it ends: its plan, the input that it ended in (or None), and why."""
     assert process.stdout is not None
-    limit, started, buffer = START_SECONDS, None, b""
+    limit, plan, started, buffer = START_SECONDS, [], None, b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
@@ -163,20 +166,22 @@ def _follow(
                 os.killpg(process.pid, signal.SIGABRT)  # faulthandler says where it was.
                 with contextlib.suppress(subprocess.TimeoutExpired):  # Then the caller ends it.
                     process.wait(10)
-                return started, f"no answer for {limit} s"
+                return plan, started, f"no answer for {limit} s"
             data = os.read(process.stdout.fileno(), 1 << 16)
             if not data:
                 break
             *lines, buffer = (buffer + data).split(b"\n")
             for line in map(json.loads, lines):
-                limit = wall_seconds
-                if "started" in line:
+                if "plan" in line:
+                    plan = [(name, first, count) for name, first, count in line["plan"]]
+                elif "started" in line:
+                    limit = wall_seconds
                     started = tuple(line["started"])
                 elif "outcome" in line:
                     results.append(line)
                     started = None
     status = process.wait()
-    return started, None if status == 0 else f"the worker ended with status {status}"
+    return plan, started, None if status == 0 else f"the worker ended with status {status}"
 
 
 def _after(plan: list[Part], name: str, index: int) -> list[Part]:

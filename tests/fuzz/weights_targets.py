@@ -38,8 +38,10 @@ from vidgen.models.video_vae.diffusers_folder import save_diffusers
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import LoRAOptions, adapted, add_low_rank
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.pipeline.diffusers_folder import load_checkpoint, read_sampling
+from vidgen.pipeline.diffusers_folder import load_checkpoint
 from vidgen.pipeline.importing import import_checkpoint
+from vidgen.pipeline.sampling_file import read_scheduler, write_defaults
+from vidgen.sampling.published import SamplingDefaults
 from vidgen.train.vae_folder import load_vae, save_vae
 
 DIT = DiTConfig(in_channels=3, model_dim=8, num_layers=2, num_heads=2, ffn_dim=8, text_dim=8, freq_dim=8)
@@ -134,6 +136,7 @@ def _make_checkpoint(folder: pathlib.Path) -> None:
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     }
     write_json(folder / "model_index.json", index)
+    write_defaults(folder, SamplingDefaults(num_frames=5, height=16, width=16, fps=8.0))
 
 
 def _make_scheduler(folder: pathlib.Path) -> None:
@@ -229,11 +232,11 @@ TARGETS = {
     "clip": Target(
         make=_make_clip, damaged=FOLDER, read=lambda folder: clip_folder.load_transformers(folder, mesh())
     ),
-    "scheduler": Target(make=_make_scheduler, damaged={"*.json": damage_json}, read=read_sampling),
+    "scheduler": Target(make=_make_scheduler, damaged={"*.json": damage_json}, read=read_scheduler),
     "checkpoint": Target(
         make=_make_checkpoint,
         damaged={
-            "model_index.json": damage_json,
+            "*.json": damage_json,
             "*/*.json": damage_json,
             "byte_encoder/*.safetensors": damage_safetensors,
         },
@@ -242,7 +245,7 @@ TARGETS = {
     "import": Target(
         make=_make_checkpoint,
         damaged={
-            "model_index.json": damage_json,
+            "*.json": damage_json,
             "*/*.json": damage_json,
             "*/*.safetensors": damage_safetensors,
         },

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -143,7 +144,8 @@ class Worker:
         rng = random.Random(f"{name}/{self.seed}/{index}")
         first = sorted(path for path in self.seeds(target.donor or name).rglob("*") if path.is_file())[0]
         file = damage(target, case, first.read_bytes(), rng)
-        before, descriptors, peak = _listing(case), _descriptors(), _maxrss()
+        before, descriptors = _listing(case), _descriptors()
+        _reset_peak()
         started, outcome, error = time.process_time(), "success", ""
         try:
             with self._limits():
@@ -174,8 +176,8 @@ class Worker:
                 problems.append(f"left {left[:5]}")
                 shutil.rmtree(folder)
                 folder.mkdir()
-        if _maxrss() - max(peak, self.baseline) > 0 and _maxrss() - self.baseline > self.peak_bytes:
-            problems.append(f"took {(_maxrss() - self.baseline) >> 20} MiB")
+        if (grown := max(0, _peak() - self.baseline)) > self.peak_bytes:
+            problems.append(f"took {grown >> 20} MiB")
         return {
             "target": name,
             "index": index,
@@ -183,7 +185,7 @@ class Worker:
             "outcome": "failure" if problems else outcome,
             "error": "; ".join([*problems, error] if error else problems),
             "seconds": round(seconds, 3),
-            "peak": _maxrss() - self.baseline,
+            "peak": grown,
         }
 
     @contextlib.contextmanager
@@ -250,8 +252,14 @@ def _rss() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _maxrss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def _reset_peak() -> None:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Most memory that the process had since the last reset."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) << 10
 
 
 @contextlib.contextmanager
@@ -270,7 +278,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="TARGET:FIRST:COUNT")
+    parser.add_argument("inputs", nargs="+", metavar="TARGET:FIRST:COUNT", help="TARGET: or *")
+    parser.add_argument("--without", action="append", default=[], metavar="TARGET", help="not that one of *")
     parser.add_argument("--root", type=pathlib.Path, required=True, help="folder to work in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", default="tests.fuzz.targets", help="has TARGETS")
@@ -282,6 +291,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    # TensorBoard's writer imports it where it is, for seconds; nothing that is read here needs it.
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     worker = Worker(
         arguments.module,
         arguments.root,
@@ -289,9 +300,17 @@ def main() -> None:
         cpu_seconds=arguments.cpu_seconds,
         peak_bytes=arguments.peak_bytes,
     )
-    plan = [(name, int(first), int(count)) for name, first, count in (i.split(":") for i in arguments.inputs)]
+    parts = [
+        (name, int(first), int(count)) for name, first, count in (i.split(":") for i in arguments.inputs)
+    ]
+    plan = [
+        (name, first, count)
+        for pattern, first, count in parts
+        for name in (worker.targets if pattern == "*" else [pattern])
+        if name not in arguments.without
+    ]
+    print(json.dumps({"plan": plan}), file=out)
     worker.prepare([name for name, _, _ in plan])
-    print(json.dumps({"baseline": worker.baseline}), file=out)
     for name, first, count in plan:
         for index in range(first, first + count):
             print(json.dumps({"started": [name, index]}), file=out)

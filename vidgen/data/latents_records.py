@@ -174,6 +174,12 @@ class LatentRecords:
                 f"{len(np.atleast_1d(sizes))}, and the files have {len(self._records)}: {_REMEDY}"
             )
         self._sizes: list[tuple[int, int, int]] = [(int(t), int(h), int(w)) for t, h, w in sizes]
+        for number, size in enumerate(self._sizes):
+            if min(self.info.latent_size(*size)) < 1:
+                raise UserError(
+                    f"{self._path / _SIZES}: clip {number} is of {size[0]} x {size[1]} x {size[2]}, which is "
+                    f"less than one latent: {_REMEDY}"
+                )
 
     @property
     def sizes(self) -> list[tuple[int, int, int]]:
