@@ -156,7 +156,7 @@ def _worker(
 def _follow(
     process: subprocess.Popen, results: list[dict], wall_seconds: float
 ) -> tuple[list[Part], tuple[str, int] | None, str | None]:
-    """Takes the results of a worker until it ends: its plan, the input that it ended in (or None), and why."""
+    """Takes the results of a worker until it ends: its plan, the input that it ended in, and why."""
     assert process.stdout is not None
     limit, plan, started, buffer = START_SECONDS, [], None, b""
     with selectors.DefaultSelector() as selector:

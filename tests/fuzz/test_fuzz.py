@@ -10,7 +10,7 @@ from tests.fuzz.bad_targets import FAULTS
 SEED = 0
 SMALL, LARGE = 3, 50
 """Inputs of each target."""
-SECONDS_EACH = {"import", "vae_run", "wan_file", "workdir_model"}
+SECONDS_EACH = {"import", "vae_diffusers", "vae_run", "wan_file", "workdir_model"}
 """They build models of files that others read too, and are left to the large test."""
 
 

@@ -158,7 +158,7 @@ def _read_import(folder: pathlib.Path) -> None:
 
 
 def _make_lora(folder: pathlib.Path, spelling="peft") -> None:
-    made = random_module(lambda: DiT(DIT, rngs=nnx.Rngs(0)))
+    made = nnx.merge(*nnx.split(dit(), graph=False))
     add_low_rank(made, LORA, rngs=nnx.Rngs(1))
     for index, linear in enumerate(adapted(made).values()):
         up = linear.low_rank.up
@@ -183,8 +183,7 @@ def _make_kohya(folder: pathlib.Path) -> None:
 
 
 def _read_lora(folder: pathlib.Path) -> None:
-    graphdef, state = nnx.split(dit(), graph=False)
-    load_lora(nnx.merge(graphdef, state), folder / "lora.safetensors")
+    load_lora(nnx.merge(*nnx.split(dit(), graph=False)), folder / "lora.safetensors")
 
 
 def _make_latents(folder: pathlib.Path) -> None:
