@@ -333,6 +333,8 @@ def test_signals_while_the_last_checkpoint_is_written_wait_for_it(tmp_path, monk
     saved = {"x": jnp.arange(3.0)}
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    # pytest-xdist's workers ignore SIGINT.
+    interrupted_before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         manager = CheckpointManager(tmp_path)
         manager.save(1, saved)
@@ -352,5 +354,6 @@ def test_signals_while_the_last_checkpoint_is_written_wait_for_it(tmp_path, monk
         assert received == ["SIGTERM"]
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupted_before)
     with CheckpointManager(tmp_path) as manager:
         assert manager.steps() == [1]
