@@ -11,8 +11,10 @@ from flax import nnx
 from tests.models.random_weights import random_module
 from tests.models.small_vae import CONFIG
 from vidgen.ckpt.weights import save_weights
+from vidgen.cli import evaluate_vae
 from vidgen.cli.main import main
 from vidgen.core import pixels
+from vidgen.core.errors import UserError
 from vidgen.core.tree import named_leaves
 from vidgen.data.video_io import read_clip, save_video
 from vidgen.evals.quality import flicker, psnr, ssim
@@ -138,6 +140,34 @@ def test_a_folder_of_diffusers_is_scored_alike(vae, workdir, videos, tmp_path):
     np.testing.assert_allclose(found[1:], found[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("not that"), "not that"),
+        (OSError("no disk"), "no disk"),
+        (RuntimeError("a defect"), "RuntimeError: a defect"),
+    ],
+)
+def test_a_bad_file_does_not_cost_the_scores_of_the_others(
+    workdir, videos, tmp_path, monkeypatch, capsys, error, reason
+):
+    """Whatever is raised, at whichever file."""
+    opened = evaluate_vae._open_file
+
+    def open_file(path, name, arguments):
+        if name == "below/b.mp4":
+            raise error
+        return opened(path, name, arguments)
+
+    monkeypatch.setattr(evaluate_vae, "_open_file", open_file)
+    file = tmp_path / "scores.json"
+    assert evaluate("--checkpoint", workdir, "--videos", videos, "--json", file) == 0
+    scores = json.loads(file.read_text())
+    assert [video["name"] for video in scores["videos"]] == ["a.mp4", "c.png"]
+    assert scores["skipped"]["below/b.mp4"] == reason
+    assert f"skipped below/b.mp4: {reason}" in capsys.readouterr().out
+
+
 def test_frames_are_taken_at_the_size_and_rate_asked_for(workdir, videos, tmp_path):
     options = ["--videos", videos / "a.mp4", "--fps", 6, "--height", 12, "--width", 12]
     beside = tmp_path / "beside"
@@ -155,8 +185,7 @@ def test_errors_name_what_is_wrong(workdir, videos, tmp_path, capsys):
         (["--videos", tmp_path / "empty"], "the folder holds no videos"),
         ([], "is a VAE without data of its own: give some with --videos"),
         (["--videos", videos, "--height", 16], "give both --height and --width"),
-        (["--videos", videos, "--fps", 0], "--fps is 0.0: give a positive number"),
-        (["--videos", videos, "--group", 0], "--group is 0: give at least 1"),
+        (["--videos", videos, "--side-by-side", videos / "a.mp4"], "a.mp4 is a file: give a folder"),
         (["--videos", videos, "--side-by-side", videos / "new"], "is among the videos: give another folder"),
         (
             ["--videos", videos / "a.mp4", "--side-by-side", videos],

@@ -132,5 +132,5 @@ def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guide
 
 
 def test_thresholds_that_are_none():
-    with pytest.raises(ConfigError, match=r"threshold: found -0\.1, expected a number from 0"):
+    with pytest.raises(ConfigError, match=r"threshold: found -0\.1 of type float, expected a number from 0"):
         resolve(TeaCache, {"threshold": -0.1})
