@@ -53,7 +53,7 @@ def dry_run(
     task.frozen()
     with open_clips() as loader:
         batch = next(iter(loader))
-    evaluators(experiment, open_clips=open_clips, mesh=mesh)
+    evaluators(experiment, mesh=mesh)
     rule = averaging(partitioned(experiment.optimizer, task.apart, run.num_steps), run.power_law)
     state, _ = abstract_state(task, rule, mesh)
     sizes = [math.prod(leaf.shape) for leaf in named_leaves(state.params).values()]
