@@ -123,3 +123,9 @@ def test_to_dict_is_the_json_inverse():
 def test_to_dict_names_what_json_cannot_hold():
     with pytest.raises(config.ConfigError, match=r"config\.extra\[1\]: found <object"):
         config.to_dict(Run(steps=1, extra=[1, object()]))
+
+
+@pytest.mark.parametrize("kind", [["adam"], {"adam": 1}, None, 3])
+def test_a_kind_that_is_no_text_is_named(kind):
+    with pytest.raises(config.ConfigError, match=r"config\.optimizer\.kind: unknown value"):
+        config.resolve(Run, {"steps": 1, "optimizer": {"kind": kind}})

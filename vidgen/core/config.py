@@ -181,7 +181,7 @@ def _choose(classes: Sequence[Any], values: Any, where: str) -> Any:
     if "kind" not in values:
         raise ConfigError(f'{where}: missing key "kind"; expected one of {", ".join(sorted(by_kind))}')
     kind = values["kind"]
-    if kind not in by_kind:
+    if not isinstance(kind, str) or kind not in by_kind:
         raise ConfigError(f'{where}.kind: unknown value "{kind}"; {nearest(str(kind), list(by_kind))}')
     return by_kind[kind]
 
