@@ -80,7 +80,18 @@ def test_a_pickle_beside_missing_weights_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "place",
-    ["../x.safetensors", "/dev/zero", "a/x.safetensors", "..", "", "x.bin", "x\0.safetensors", 3, None],
+    [
+        "../x.safetensors",
+        "/dev/zero",
+        "a/x.safetensors",
+        "..",
+        "",
+        "x.bin",
+        "x" * 244 + ".safetensors",
+        "x\0.safetensors",
+        3,
+        None,
+    ],
 )
 def test_an_index_names_safetensors_of_its_own_folder_only(place, tmp_path):
     folder = tmp_path / "inside"

@@ -11,7 +11,7 @@ from vidgen.core.logging import get_logger
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 
-__all__ = ["check_weights", "save_checked_weights"]
+__all__ = ["save_checked_weights", "verify_weights"]
 
 _log = get_logger(__name__)
 _KEY = "vidgen.digests"
@@ -26,7 +26,7 @@ def save_checked_weights(path: pathlib.Path | str, tree: PyTree) -> None:
     save_weights(path, tree, metadata={_KEY: json.dumps(digests)})
 
 
-def check_weights(path: pathlib.Path | str, tree: PyTree, *, remedy: str) -> None:
+def verify_weights(path: pathlib.Path | str, tree: PyTree, *, remedy: str) -> None:
     """Compares arrays that were loaded from a file with the digests in its header.
 
     A file of an earlier version, which has none, is not checked. With several processes all of them must call

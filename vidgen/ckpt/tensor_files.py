@@ -19,6 +19,8 @@ __all__ = ["PICKLES", "TensorFiles", "TensorSpec", "WeightsError", "is_plain_nam
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 """How names of files end that can run any code when they are loaded; they are never loaded here."""
 
+_MAX_FILE_NAME = 255
+"""Bytes that file systems take."""
 _MAX_HEADER_BYTES = 16 << 20
 """A header has some 100 bytes for each tensor; models of thousands of tensors have less than 1 MB."""
 
@@ -112,7 +114,9 @@ class TensorFiles:
 
 def is_plain_name(name: Any) -> bool:
     """Whether `name`, which another file gives, is that of a file in the same folder, and nothing else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    return len(name.encode(errors="surrogatepass")) <= _MAX_FILE_NAME
 
 
 def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:

@@ -168,6 +168,7 @@ VOCABULARY = Limit(low=1, high=10_000_000, whole=True, unit="tokens")
 TOKENS = Limit(low=1, high=1_000_000, whole=True, unit="tokens")
 EPSILON = Limit(low=0, high=1)
 LORA_RANK = Limit(low=1, high=8192, whole=True)
+LORA_WEIGHT = Limit(low=-1e12, high=1e12)
 LORA_ALPHA = Limit(low=0, high=1e6)
 RES_BLOCKS = Limit(low=1, high=32, whole=True, unit="blocks of a level")
 MAX_LEVELS = 8

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vidgen.ckpt.json_files import write_json
@@ -29,7 +27,6 @@ __all__ = ["import_checkpoint", "new_folder"]
 
 _log = get_logger(__name__)
 
-_MAX_NAME_BYTES = 512
 _TRANSFORMERS = ("transformer", "transformer_2")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _EXPERTS = ("high_noise_model", "low_noise_model")
@@ -154,14 +151,6 @@ def new_folder(target: pathlib.Path | str) -> Iterator[pathlib.Path]:
     main = processes.is_main_process()
     with replacing(target, folder=True) if main else contextlib.nullcontext() as made:
         try:
-            yield target.with_name(_same_everywhere("" if made is None else made.name))
+            yield target.with_name(processes.broadcast_text("" if made is None else made.name))
         finally:
             processes.sync("folder written")
-
-
-def _same_everywhere(text: str) -> str:
-    """The text of process 0."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.frombuffer(text.encode().ljust(_MAX_NAME_BYTES, b"\0"), np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode()

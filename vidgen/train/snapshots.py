@@ -7,7 +7,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
+from vidgen.ckpt.checked_weights import save_checked_weights, verify_weights
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.tensor_files import is_plain_name
 from vidgen.ckpt.weights import load_weights
@@ -83,7 +83,7 @@ def averaged_weights(
     total = None
     for file, share in zip(files, shares, strict=True):
         average = load_weights(file, abstract_params)
-        check_weights(
+        verify_weights(
             file, average, remedy="Remove it and the JSON of its step, or bring it back from a copy"
         )
         part = jax.tree.map(lambda x, share=share: jnp.float32(share) * x, average)

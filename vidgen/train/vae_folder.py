@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.checked_weights import check_weights, save_checked_weights
+from vidgen.ckpt.checked_weights import save_checked_weights, verify_weights
 from vidgen.ckpt.config_values import check_size
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.pretrained import load_module
@@ -62,7 +62,7 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
     check_size(config.least_size, tensor_shapes(weights), config=config_file, weights=str(weights))
     vae = load_module(weights, lambda: VideoVAE(config, rngs=nnx.Rngs(0)), remedy="use the config of its run")
     remedy = "Bring it back from a copy, or from the run that trained it"
-    check_weights(weights, nnx.state(vae, graph=False), remedy=remedy)
+    verify_weights(weights, nnx.state(vae, graph=False), remedy=remedy)
     return vae
 
 

@@ -154,6 +154,7 @@ def test_files_that_hold_something_else(dit, tmp_path):
         ({"transformer.blocks.0.norm2.diff": np.ones(23, np.float32)}, r"\(23,\) does not fit \(24,\)"),
         ({"transformer.blocks.0.attn1.norm_q.diff_b": np.ones(24)}, "there is no such bias"),
         ({"transformer.blocks.0.norm2.diff": np.full(24, np.nan)}, "not finite"),
+        ({"transformer.blocks.0.norm2.diff": np.full(24, 2e12)}, r"a number from -1,000,000,000,000 to"),
         ({"transformer.blocks.0.norm2.diff": np.ones(24, np.int32)}, "of type int32, expected floating"),
         (
             {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": good[name]},

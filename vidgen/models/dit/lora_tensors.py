@@ -189,8 +189,9 @@ class _Reader:
         if dtype.kind not in ("fVui" if name.endswith(".alpha") else "fV"):
             self.problems.append(f"{name}: of type {dtype}, expected floating point")
             return False
-        if not np.isfinite(self._files.read(name).astype(np.float32)).all():
-            self.problems.append(f"{name}: holds numbers that are not finite")
+        # False of NaN too. Within this range no product of both factors, alpha and a scale overflows.
+        if not (np.abs(self._files.read(name).astype(np.float32)) <= limits.LORA_WEIGHT.high).all():
+            self.problems.append(f"{name}: holds numbers that are not finite, or not {limits.LORA_WEIGHT}")
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""Mutated files of weights: each ends in success or in an error of the project's own that names the file."""
+"""Damaged files of weights, many and quickly: read in this process, without the watch of `runner`."""
 
 import json
 import random
@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from tests.fuzz import mutate
 from tests.models.tiny_tokenizer import write_tokenizer
 from vidgen.ckpt.tensor_files import TensorFiles
 from vidgen.core.errors import UserError
@@ -23,31 +24,10 @@ CONFIG = DiTConfig(
 )
 
 
-def mutated(data, rng):
-    """Flipped bits, a cut, a splice, or a number that is another."""
-    data = bytearray(data)
-    kind = rng.randrange(4)
-    if kind == 0:
-        for _ in range(rng.randrange(1, 8)):
-            data[rng.randrange(min(len(data), rng.choice([16, 400, len(data)])))] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del data[rng.randrange(len(data)) :]
-    elif kind == 2:
-        start = rng.randrange(len(data))
-        data[rng.randrange(len(data)) : start] = data[start : start + rng.randrange(64)]
-    else:
-        places = [i for i, byte in enumerate(data[:2000]) if chr(byte).isdigit()] or [0]
-        number = rng.choice([b"-1", b"1e999", b"NaN", b"99999999999999999999", b"null", b'"a"', b"0.5"])
-        place = rng.choice(places)
-        data[place : place + 1] = number
-    return bytes(data)
-
-
-def survives(path, original, read, count):
-    rng = random.Random(0)
+def survives(path, damage, original, read, count):
     ends = {"read": 0, "refused": 0}
-    for _ in range(count):
-        path.write_bytes(mutated(original, rng))
+    for index in range(count):
+        path.write_bytes(damage(original, random.Random(f"{path.name}/{index}"), original))
         try:
             read()
             ends["read"] += 1
@@ -82,7 +62,7 @@ def test_lora_files(count, lora, tmp_path):
             assert all(np.isfinite(factor).all() for factor in pair.read())
 
     read()
-    survives(path, path.read_bytes(), read, count)
+    survives(path, mutate.damage_safetensors, path.read_bytes(), read, count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -101,7 +81,7 @@ def test_configs(count, tmp_path):
         "num_layers": 2,
         "eps": 1e-6,
     }
-    survives(path, json.dumps(values).encode(), lambda: read_config(tmp_path), count)
+    survives(path, mutate.damage_json, json.dumps(values).encode(), lambda: read_config(tmp_path), count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -117,7 +97,9 @@ def test_indexes(count, tmp_path):
         except UserError as error:  # An index that asks for more than a file has names that file first.
             raise UserError(f"{path.name}: {error}") from error
 
-    survives(path, json.dumps({"weight_map": {"a": "w-1.safetensors"}}).encode(), read, count)
+    survives(
+        path, mutate.damage_json, json.dumps({"weight_map": {"a": "w-1.safetensors"}}).encode(), read, count
+    )
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -128,7 +110,7 @@ def test_tokenizers(count, tmp_path):
         PromptTokenizer(tmp_path, max_tokens=16)(["A red circle", "\0 雨 \ud7ff"])
 
     read()
-    survives(path, path.read_bytes(), read, count)
+    survives(path, mutate.damage_bytes, path.read_bytes(), read, count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -140,7 +122,7 @@ def test_fast_tokenizers(count, tmp_path):
         PromptTokenizer(tmp_path, max_tokens=16)(["a red circle", "x"])
 
     read()
-    survives(path, path.read_bytes(), read, count)
+    survives(path, mutate.damage_json, path.read_bytes(), read, count)
 
 
 FAST = {
