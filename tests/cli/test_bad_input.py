@@ -243,7 +243,7 @@ def test_a_description_that_cannot_be_read(encoded, tmp_path, capsys):
     values = json.loads(described.read_text())
     described.write_text(json.dumps(values)[:-5])
     assert main(["decode", str(encoded), "--out", str(tmp_path / "a.mp4")]) == 2
-    assert "a.json is not JSON" in capsys.readouterr().err
+    assert "a.json: not JSON" in capsys.readouterr().err
     described.write_text(json.dumps({**values, "hight": 3}))
     assert main(["decode", str(encoded), "--out", str(tmp_path / "a.mp4")]) == 2
     assert 'unknown key "hight" for LatentsInfo; did you mean "height"' in capsys.readouterr().err

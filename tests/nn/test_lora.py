@@ -45,8 +45,8 @@ def test_an_update_begins_at_zero_and_has_the_layout_of_its_kernel():
     assert list(adapted(model)) == ["blocks", "last"]
     down, up = model.blocks.low_rank.down, model.blocks.low_rank.up
     assert (down.shape, up.shape) == ((2, 8, 3), (2, 3, 8))
-    assert down.get_metadata("axes") == ("layers", "embed", None)
-    assert up.get_metadata("axes") == ("layers", None, "heads")
+    assert down.get_metadata("axes") == ("layers", "embed", "rank")
+    assert up.get_metadata("axes") == ("layers", "rank", "heads")
     assert np.abs(down[...]).max() <= 8**-0.5 and down[...].std() > 0.1
 
 

@@ -253,7 +253,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
     repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
     np.testing.assert_allclose(loss, expected(model, repeated), rtol=1e-5)
     np.testing.assert_allclose(metrics["fill"], (24 + 12 + 12) / (3 * S), rtol=1e-6)
-    assert metrics["clips"] == COUNT
+    assert metrics["clips"].value == COUNT
     values = np.concatenate([one["latents"].ravel() for one in CLIPS])
     np.testing.assert_allclose(metrics["latent_std"], values.std(), rtol=1e-5)
 

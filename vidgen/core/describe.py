@@ -92,6 +92,8 @@ def find_classes(cls: Any, place: str) -> list[Any]:
 def _dataclasses(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
+    if typing.get_origin(hint) is typing.Annotated:
+        return _dataclasses(hint.__origin__)  # a limit beside it is no field's value
     return [found for part in typing.get_args(hint) for found in _dataclasses(part)]
 
 

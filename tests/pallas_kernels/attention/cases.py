@@ -12,8 +12,12 @@ TOLERANCE = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 2e-6}
 """Of the root of the mean squared error, relative to that of what is expected."""
 
 
-def exact(query, key, value, cotangent, mask, scale=None):
-    """Output, log-sum-exp and the three gradients in float64; `mask` is bool, `b s r`."""
+def exact(query, key, value, cotangent, mask, scale=None, mean=1.0):
+    """Output, log-sum-exp and the three gradients in float64; `mask` is bool, `b s r`.
+
+    The gradient of a score is the difference of two terms. A `mean` of zero leaves the first of them: what
+    rounding errors are relative to where the difference is zero, as under a single key.
+    """
     q, k, v, g = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = np.where(mask[:, None], scale * np.einsum("bsnk,brnk->bnsr", q, k), -np.inf)
@@ -25,17 +29,17 @@ def exact(query, key, value, cotangent, mask, scale=None):
     weights = weights / np.where(total > 0, total, 1.0)
     output = np.einsum("bnsr,brnk->bsnk", weights, v)
     of_weights = np.einsum("bsnk,brnk->bnsr", g, v)
-    of_scores = scale * weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
+    of_scores = scale * weights * (of_weights - mean * (weights * of_weights).sum(-1, keepdims=True))
     d_query = np.einsum("bnsr,brnk->bsnk", of_scores, k)
     d_key = np.einsum("bnsr,bsnk->brnk", of_scores, q)
     return output, log_sum_exp, d_query, d_key, np.einsum("bnsr,bsnk->brnk", weights, g)
 
 
-def error(found, expected):
-    """Root of the mean squared error, relative to that of what is expected."""
+def error(found, expected, terms=0.0):
+    """Root of the mean squared error, relative to that of what is expected, or of its terms if that is 0."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected)
     assert found.shape == expected.shape
-    scale = np.sqrt(np.mean(expected**2))
+    scale = np.sqrt(np.mean(expected**2)) or np.sqrt(np.mean(np.square(terms)))
     difference = np.sqrt(np.mean((found - expected) ** 2))
     return difference / scale if scale else difference
 
@@ -100,7 +104,7 @@ class AttentionCases:
             mask &= np.asarray(ranges.visible())
         if block_mask is not None:
             mask &= np.asarray(block_mask.visible(*mask.shape[1:]))[None]
-        expected = exact(*arrays, mask, scale)
+        expected, terms = exact(*arrays, mask, scale), exact(*arrays, mask, scale, mean=0.0)
         options = {
             **({} if scale is None else {"scale": scale}),
             **({} if ranges is None else {"ranges": ranges}),
@@ -113,8 +117,8 @@ class AttentionCases:
         close_log_sum_exp(log_sum_exp, expected[1], tolerance)
         errors = {
             "output": error(output, expected[0]),
-            "d_query": error(gradients[0][..., channels], expected[2][..., channels]),
-            "d_key": error(gradients[1], expected[3]),
+            "d_query": error(gradients[0][..., channels], expected[2][..., channels], terms[2]),
+            "d_key": error(gradients[1], expected[3], terms[3]),
             "d_value": error(gradients[2], expected[4]),
         }
         assert max(errors.values()) <= tolerance, errors
