@@ -13,9 +13,16 @@ CACHE = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Most of the time of the tests is that of the compiler; and eight devices share what cores there are, so that
-# one may wait long for the others.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+XLA_FLAGS = " ".join(
+    (
+        # Most of the time of the tests is that of the compiler.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # Eight devices share what cores there are: one may wait long for the others.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(ROOT))  # `from tests.train import toy`

@@ -31,7 +31,10 @@ def out(tmp_path, monkeypatch):
 
     stopped.number = signal.SIGTERM
     monkeypatch.setattr(os, "replace", stopped)
-    return folder
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield folder
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -78,18 +78,25 @@ def test_result_and_gradients_are_those_of_one_device(qkv, options, masks):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("masks", [(), ("segment_ids", "key_mask")], ids=["all", "packed and masked"])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+BOTH = ("segment_ids", "key_mask")
+
+
 @pytest.mark.parametrize(
-    ("options", "context"),
+    ("method", "context", "masks"),
     [
-        (METHODS["ring"], 2),
-        (METHODS["ring"], 4),
-        (METHODS["ulysses"], 2),
-        (METHODS["rings of 2 that exchange"], 4),
+        ("ring", 2, BOTH),
+        ("ulysses", 2, ()),
+        ("rings of 2 that exchange", 4, BOTH),
+        slow("ring", 2, ()),
+        slow("ring", 4, ()),
+        slow("ring", 4, BOTH),
+        slow("ulysses", 2, BOTH),
+        slow("rings of 2 that exchange", 4, ()),
     ],
-    ids=["ring of 2", "ring of 4", "ulysses", "rings of 2 that exchange"],
 )
-def test_with_kernels_result_and_gradients_are_those_of_one_device(options, context, masks):
+def test_with_kernels_result_and_gradients_are_those_of_one_device(method, context, masks):
+    options = METHODS[method]
     shape = (1, 128 * context, 2, 64)
     arrays = tuple(jnp.asarray(normal(seed, *shape)) for seed in range(3))
     weight = normal(3, *shape)

@@ -117,7 +117,7 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
         return 128 + stopped.number
     if loader.broken:
         _log.warning(
-            "%d clips could not be decoded and were left out or replaced: %s",
+            "%d files or records could not be decoded; their clips were left out or replaced: %s",
             len(loader.broken),
             loader.broken,
         )

@@ -14,6 +14,7 @@ from vidgen.core import limits
 from vidgen.core.errors import UserError
 from vidgen.core.files import check_target, read_json, replacing
 from vidgen.core.logging import get_logger
+from vidgen.core.paths import hub_remedy
 from vidgen.models.dit import diffusers_folder as dit_folder
 from vidgen.models.dit.wan_file import load_wan
 from vidgen.models.video_vae import diffusers_folder as vae_folder
@@ -79,7 +80,7 @@ def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tupl
     if source.is_file():
         return {"transformer": (source, functools.partial(load_wan, source, num_heads=num_heads))}
     if not source.is_dir():
-        raise FileNotFoundError(f"{source}: there is no such folder or file")
+        raise FileNotFoundError(f"{source}: there is no such folder or file{hub_remedy(source)}")
     if is_checkpoint(source):
         names = [name for name in _TRANSFORMERS if (source / name).is_dir()]
         return {name: (source / name, _diffusers(source / name)) for name in names}

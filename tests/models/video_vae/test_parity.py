@@ -54,6 +54,7 @@ WAN_2_2 = {
     "decoder.norm_out.gamma": "decoder.head.0.gamma",
 }
 """Names in diffusers and in Wan's own checkpoint, one or more of each kind."""
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # Compiling takes longer than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 encode = jit(lambda vae, video: vae.posterior(video))
@@ -100,7 +101,7 @@ def difference(found, expected):
     return np.abs(np.asarray(found) - expected).max() / expected.std()
 
 
-@pytest.mark.parametrize("frames", [1, 5, 17, 21])
+@pytest.mark.parametrize("frames", [1, slow(5), slow(17), 21])
 def test_encode_and_decode(pair, frames):
     reference, vae, _ = pair
     side = vae.config.spatial_factor

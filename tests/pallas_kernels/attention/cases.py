@@ -74,10 +74,15 @@ class AttentionCases:
     """Queries and keys under a block mask, not multiples of 128."""
 
     def pytest_generate_tests(self, metafunc):
-        for name in ("dtype", "head_dim", "lengths", "unsupported_head_dim"):
+        for name in ("head_dim", "lengths", "unsupported_head_dim"):
             if name in metafunc.fixturenames:
                 values = getattr(self, name if name == "lengths" else f"{name}s")
                 metafunc.parametrize(name, values, ids=str)
+        if "dtype" in metafunc.fixturenames:
+            # Head dimensions are tested on what is trained with, all else to the last digit.
+            quick = "bfloat16" if "head_dim" in metafunc.fixturenames else "float32"
+            marks = {dtype: [] if dtype == quick else [pytest.mark.slow] for dtype in self.dtypes}
+            metafunc.parametrize("dtype", [pytest.param(d, marks=marks[d], id=d) for d in self.dtypes])
 
     # What the tests are made of.
 

@@ -15,6 +15,7 @@ from vidgen.pallas_kernels.attention.masks import BlockMask, causal_ranges, segm
 from vidgen.pallas_kernels.attention.specs import GENERATIONS, BlockSizes
 from vidgen.pallas_kernels.attention.tpu_layout import Heads
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = BlockSizes(queries=128, keys=256, query_unit=128, key_unit=128)
 
 
@@ -100,8 +101,17 @@ def test_a_reference_is_raised_between_blocks_without_the_exact_kernel(monkeypat
     np.testing.assert_allclose(log_sum_exp, expected[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "dim", "at_once"), [(4, 64, 2), (4, 128, 2), (3, 128, 1)])
-@pytest.mark.parametrize("generation", ["v6e", "v5e"])
+@pytest.mark.parametrize(
+    ("generation", "heads", "dim", "at_once"),
+    [
+        ("v6e", 4, 64, 2),
+        ("v5e", 4, 128, 2),
+        ("v6e", 3, 128, 1),
+        slow("v5e", 4, 64, 2),
+        slow("v6e", 4, 128, 2),
+        slow("v5e", 3, 128, 1),
+    ],
+)
 def test_several_heads_at_once(generation, heads, dim, at_once):
     """As many as divide what there are."""
     arrays = query, key, value, _ = inputs(200, 300, heads=heads, dim=dim)
@@ -136,7 +146,7 @@ def test_as_many_heads_at_once_as_have_their_gradients_fit():
     assert 131072 < call.queries < 10**6 and call.queries % call.blocks.queries == 0
 
 
-@pytest.mark.parametrize("kind", ["all", "segments", "frames", "blocks"])
+@pytest.mark.parametrize("kind", [slow("all"), "segments", slow("frames"), "blocks"])
 def test_queries_of_which_the_gradients_do_not_fit_at_once(monkeypatch, kind):
     """In parts, of which the last is not full."""
     vmem_bytes = 11000 << 10
@@ -163,7 +173,7 @@ def test_queries_of_which_the_gradients_do_not_fit_at_once(monkeypatch, kind):
     assert all(error(a, b) <= 2e-6 for a, b in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["all", "segments", "frames", "blocks"])
+@pytest.mark.parametrize("kind", [slow("all"), slow("segments"), "frames", "blocks"])
 def test_more_blocks_than_can_be_listed(monkeypatch, kind):
     """Both passes take the queries in parts, of which the last is not full."""
     monkeypatch.setattr(visits, "_MOST", 14)
