@@ -86,6 +86,7 @@ def test_the_run_has_losses_and_previews_of_the_size_of_its_clips(packed):
     assert probe(preview).num_frames == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(packed, tmp_path):
     shutil.copytree(packed.workdir, tmp_path / "dit")
     shutil.rmtree(tmp_path / "dit" / "checkpoints" / "4")
@@ -97,6 +98,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(packed, tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_sampled_at_sizes_that_it_was_not_trained_on(packed, tmp_path):
     table = tmp_path / "table.json"
     options = ["--num-clips=2", "--batch-size=2", "--steps=2", f"--json={table}"]

@@ -103,6 +103,7 @@ def test_whole_videos_are_scored_and_what_cannot_be_is_named(vae, workdir, video
     assert names == ["a.mp4", "below/b.mp4", "c.png.mp4"]
 
 
+@pytest.mark.slow
 def test_lpips_and_rfvd_with_weights(workdir, videos, tmp_path, capsys):
     options = ["--checkpoint", workdir, "--videos", videos, "--clip-frames", 9, "--json", tmp_path / "scores"]
     for kind, network, names in (

@@ -105,6 +105,7 @@ def test_captions_are_encoded_once(lora_run):
     assert len(kept) >= 3, "two captions and the empty one"
 
 
+@pytest.mark.slow
 def test_image_to_video_with_channels_beside(tmp_path, videos, wan):
     beside = {"task.images": "beside", "task.dit.in_channels": 10, "task.dit.out_channels": 4}
     overrides = {**beside, "run.init_from": None, "task.lora.rank": 2, "run.num_steps": 1}

@@ -19,8 +19,13 @@ PATHS = sorted(
     if not path.name.startswith("_")
 )
 PATHS.remove("experiments/dit/wan.py")  # test_recipes.py trains it.
-SLOW = ("experiments/dit/t2v_1b.py", "experiments/vae/wan.py")
-"""What they do at small sizes is what the others do, in bfloat16 and with remat."""
+SLOW = (
+    "experiments/dit/t2v_1b.py",
+    "experiments/vae/finetune.py",
+    "experiments/vae/folder.py",
+    "experiments/vae/wan.py",
+)
+"""Their parts are in other tests: bfloat16, remat, the adversary; folder.py is trained on several sizes above."""
 
 
 @pytest.fixture(scope="module")

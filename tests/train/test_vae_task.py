@@ -92,6 +92,7 @@ def test_terms_of_weight_zero_are_absent():
     assert loss == pytest.approx(3 * np.square(made - video).mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_perceptual_weights_come_from_a_file(tmp_path):
     lpips = random_module(lambda: LPIPS(rngs=nnx.Rngs(0)))
     state = nnx.state(lpips, graph=False)
@@ -149,6 +150,7 @@ def after_two(workdir, last):
         return checkpoints.restore(abstract, 2)[1]
 
 
+@pytest.mark.slow
 def test_resuming_an_adversarial_run_is_bit_exact(adversarial, tmp_path):
     workdir, state = adversarial
 
@@ -177,6 +179,7 @@ def test_evaluators_and_later_runs_get_the_vae_alone(adversarial):
     assert_same(expected, kept)
 
 
+@pytest.mark.slow
 def test_an_adversarial_run_does_not_depend_on_the_mesh(adversarial, tmp_path):
     workdir, _ = adversarial
     mesh = MeshOptions(data=2, fsdp=2, tensor=2).build()

@@ -33,7 +33,18 @@ def param(
     """
     if len(axes) != len(shape):
         raise UserError(f"a parameter of shape {shape} needs {len(shape)} axis names, found {axes}")
-    return nnx.Param(init(rngs.params(), shape), axes=axes)
+    return nnx.Param(init(_next_key(rngs.params), shape), axes=axes)
+
+
+def _next_key(stream: nnx.RngStream) -> Array:
+    """`stream()`. Under tracing the latter takes time in the square of the number of parameters.
+
+    flax 0.12 asks the counter, a tracer, for its sharding; jax answers with an error that prints all that was
+    traced so far.
+    """
+    key = jax.random.fold_in(stream.key[...], stream.count[...])
+    stream.count.set_value(stream.count[...] + 1)
+    return key
 
 
 Module = TypeVar("Module", bound=nnx.Module)

@@ -30,7 +30,7 @@ def test_large_presets_have_the_latents_that_their_names_say(name):
         config.latent_shape(5, side, side)
 
 
-@pytest.mark.parametrize("name", ["base-8x16x16", "base-8x32x32"])
+@pytest.mark.parametrize("name", ["base-8x16x16", pytest.param("base-8x32x32", marks=pytest.mark.slow)])
 def test_a_narrow_copy_encodes_and_decodes_images_and_clips(name):
     config = dataclasses.replace(
         VARIANTS[name], base_dim=4, decoder_base_dim=8, latent_channels=4, num_res_blocks=1

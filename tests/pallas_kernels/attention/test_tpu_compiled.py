@@ -84,7 +84,12 @@ def case(heads, head_dim, *, length=2048, dtype="bfloat16", mask="none"):
 
 @pytest.mark.parametrize(
     ("generation", "which"),
-    [("v5e", "forward"), ("v5p", "backward"), ("v6e", "backward"), ("tpu7x", "forward")],
+    [
+        ("v6e", "backward"),
+        ("tpu7x", "forward"),
+        pytest.param("v5e", "forward", marks=pytest.mark.slow),
+        pytest.param("v5p", "backward", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles(generation, which):
     """One each, of the smallest; `tpu_static/test_attention.py` compiles 128 channels for v6e."""
