@@ -210,10 +210,10 @@ class Vidgen:
         leaves = named_leaves(gradients)
         names, theirs = diffusers_names(self.config, leaves), {}
         for ours, leaf in leaves.items():
-            foreign, array = names[ours], np.asarray(leaf)
-            layers = list(array) if foreign.stacked else [array]
-            for name, layer in zip(foreign.shapes(array.shape), layers, strict=True):
-                theirs[name] = foreign.to_theirs(layer)
+            mapping, array = names[ours], np.asarray(leaf)
+            layers = list(array) if mapping.stacked else [array]
+            for name, layer in zip(mapping.external_shapes(array.shape), layers, strict=True):
+                theirs[name] = mapping.to_external(layer)
         return np.asarray(velocity), theirs
 
     def calls(self) -> Calls:

@@ -112,7 +112,7 @@ def _computed(pipeline: Pipeline, cache: TeaCache, grid: TimeGrid) -> int:
     with jax.set_mesh(pipeline.mesh):
         dit = pipeline.model.dit
         assert isinstance(dit, DiT)
-        return int(cache.computed(dit, jnp.asarray(grid.told()[:-1]), forced).sum())
+        return int(cache.computed(dit, jnp.asarray(grid.model_timesteps()[:-1]), forced).sum())
 
 
 def _psnr(videos: np.ndarray, expected: np.ndarray) -> float:

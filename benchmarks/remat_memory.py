@@ -66,7 +66,7 @@ def measure(dit: DiTConfig, mesh, latents: tuple[int, ...]) -> tuple[Memory, int
     """Memory of a chip and of its host, matrix products of a step, seconds to compile."""
     start = time.monotonic()
     task: Any = Velocity(dit=dit)
-    transformation = partitioned(AdamW(), task.apart, 1000)
+    transformation = partitioned(AdamW(), task.param_groups, 1000)
     state, graphdef = abstract_state(task, transformation, mesh)
     batch = {
         "latents": jax.ShapeDtypeStruct(latents, jnp.float32),

@@ -49,7 +49,7 @@ def start(path: str, started: float) -> None:
     assert isinstance(experiment.data, SpritesData)
     done("import")
     task, run, mesh = experiment.task, experiment.run, experiment.mesh.build()
-    tx = partitioned(experiment.optimizer, task.apart, run.num_steps)
+    tx = partitioned(experiment.optimizer, task.param_groups, run.num_steps)
     with (
         jax.set_mesh(mesh),
         Loader(training_clips(experiment.data), batch_size=run.batch_size, seed=run.seed) as loader,

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import specs
+from .block_schedule import most_listed
 from .masks import BlockMask, KeyRanges
 from .specs import GENERATIONS, BlockSizes
 from .tpu_backward import BackwardKernel, equal_part, fitting
 from .tpu_forward import ForwardKernel
 from .tpu_layout import Heads, masking
-from .visits import most_listed
 
 __all__ = ["Call", "backward", "forward"]
 
@@ -316,7 +316,7 @@ class Call:
 
 
 def _most_queries(query: Any, key: Any, blocks: BlockSizes) -> int:
-    """As many as have the pairs of their blocks with those of all keys listed (`visits.Sparse`)."""
+    """As many as have the pairs of their blocks with those of all keys listed (`block_schedule.Sparse`)."""
     return blocks.queries * most_listed(query.shape[0], -(-key.shape[1] // blocks.keys))
 
 

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .block_schedule import GridStep
 from .pipeline import pipelined
 from .specs import BlockSizes
 from .tpu_layout import (
@@ -30,7 +31,6 @@ from .tpu_layout import (
     filled,
     visible,
 )
-from .visits import Visit
 
 __all__ = ["BackwardKernel", "equal_part", "fitting"]
 
@@ -69,23 +69,23 @@ class BackwardKernel:
         interpret: Any = False,
     ) -> tuple[Array, Array, Array]:
         """Gradients of query, key and value; all are `b s (n k)`, but `log_sum_exp`: `b groups heads s`."""
-        visits, blocks, heads = self.masking.visits, self.blocks, self.heads
+        schedule, blocks, heads = self.masking.schedule, self.blocks, self.heads
         tokens = functools.partial(self._spec, heads.lanes)
         of_queries = tokens(blocks.queries, lambda b, g, outer, inner, _: (b, inner, g))
         of_keys = tokens(blocks.keys, lambda b, g, outer, inner, _: (b, outer, g))
         # Leaves when all blocks of keys have been met.
-        leaving = tokens(blocks.queries, lambda b, g, outer, inner, flushed: (b, flushed, g))
+        leaving = tokens(blocks.queries, lambda b, g, outer, inner, output_block: (b, output_block, g))
         of_rows = pl.BlockSpec(
             (None, None, heads.together, blocks.queries),
-            visits.map(lambda b, g, outer, inner, _: (b, g, 0, inner)),
+            schedule.map(lambda b, g, outer, inner, _: (b, g, 0, inner)),
         )
         batch = query.shape[0]
-        grid = visits.grid(batch, heads.groups)
+        grid = schedule.grid(batch, heads.groups)
         arrays = (query, key, value, output, log_sum_exp, cotangent, query, key, value)
         gradients = pl.pallas_call(
             self._body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(visits.prefetch),
+                num_scalar_prefetch=len(schedule.prefetch),
                 grid=grid,
                 in_specs=[
                     *(of_queries, of_keys, of_keys, of_queries, of_rows, of_queries),
@@ -104,7 +104,7 @@ class BackwardKernel:
             name="attention_backward",
             interpret=interpret,
         )(
-            *visits.prefetch,
+            *schedule.prefetch,
             query,
             key,
             value,
@@ -117,34 +117,34 @@ class BackwardKernel:
         return lax.optimization_barrier(gradients)
 
     def _spec(self, lanes: int, size: int, index) -> pl.BlockSpec:
-        return pl.BlockSpec((None, size, lanes), self.masking.visits.map(index))
+        return pl.BlockSpec((None, size, lanes), self.masking.schedule.map(index))
 
     def _body(self, *refs: Any) -> None:
-        count = len(self.masking.visits.prefetch)
+        count = len(self.masking.schedule.prefetch)
         words, refs = refs[:count], refs[count:]
         inputs, refs = refs[:6], refs[6:]
         masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
-        visit = self.masking.visits.visit(0, words)
-        step = _Step(self, visit, inputs, (*masks, None, None)[:3], refs[:3], refs[3:])
-        pl.when(visit.first)(step.begin_keys)
-        if not isinstance(visit.active, bool):
-            idle = jnp.logical_not(visit.active)
-            pl.when(visit.first & idle)(step.clear_keys)
-            pl.when(visit.first_inner & idle)(step.clear_queries)
+        grid_step = self.masking.schedule.current_step(0, words)
+        step = _Step(self, grid_step, inputs, (*masks, None, None)[:3], refs[:3], refs[3:])
+        pl.when(grid_step.first)(step.begin_keys)
+        if not isinstance(grid_step.active, bool):
+            idle = jnp.logical_not(grid_step.active)
+            pl.when(grid_step.first & idle)(step.clear_keys)
+            pl.when(grid_step.first_inner & idle)(step.clear_queries)
         if not masks:
-            pl.when(visit.active)(lambda: step.absorb(masked=False))
+            pl.when(grid_step.active)(lambda: step.absorb(masked=False))
         else:
-            pl.when(visit.active & visit.full)(lambda: step.absorb(masked=False))
-            pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
-        pl.when(visit.last_inner)(step.finish_queries)
-        pl.when(visit.last)(step.finish_keys)
+            pl.when(grid_step.active & grid_step.full)(lambda: step.absorb(masked=False))
+            pl.when(grid_step.active & jnp.logical_not(grid_step.full))(lambda: step.absorb(masked=True))
+        pl.when(grid_step.last_inner)(step.finish_queries)
+        pl.when(grid_step.last)(step.finish_keys)
 
 
 class _Step:
     """One block of keys meets one of queries."""
 
-    def __init__(self, kernel: BackwardKernel, visit: Visit, inputs, masks, gradients, scratch):
-        self.kernel, self.visit = kernel, visit
+    def __init__(self, kernel: BackwardKernel, grid_step: GridStep, inputs, masks, gradients, scratch):
+        self.kernel, self.grid_step = kernel, grid_step
         self.heads, self.blocks = kernel.heads, kernel.blocks
         self.query, self.key, self.value, self.output, self.log_sum_exp, self.cotangent = inputs
         self.masks = masks
@@ -164,24 +164,24 @@ class _Step:
     def begin_keys(self) -> None:
         """A block of keys is met for the first time."""
         if self.copied_keys:
-            left = self.kernel.keys - self.visit.outer * self.blocks.keys if self.ragged_keys else None
+            left = self.kernel.keys - self.grid_step.outer * self.blocks.keys if self.ragged_keys else None
             self._copy(self.key, self.own_key, left)
             if self.ragged_keys:
                 self.whole_key[...] = filled(self.key[...], left, self.key[0:1])
                 self.whole_value[...] = filled(self.value[...], left, 0)
 
     def clear_keys(self) -> None:
-        """Nothing is added at the first visit, which would else replace what is there."""
+        """Nothing is added at the first grid_step, which would else replace what is there."""
         self.of_key[...] = jnp.zeros_like(self.of_key)
         self.of_value[...] = jnp.zeros_like(self.of_value)
 
     def clear_queries(self) -> None:
         """As `clear_keys`."""
-        self.of_query[self.visit.inner] = jnp.zeros_like(self.of_query[self.visit.inner])
+        self.of_query[self.grid_step.inner] = jnp.zeros_like(self.of_query[self.grid_step.inner])
 
     def finish_queries(self) -> None:
         """A block of queries has met all its keys."""
-        gradient = self.kernel.scale * self.of_query[self.visit.inner]
+        gradient = self.kernel.scale * self.of_query[self.grid_step.inner]
         self.d_query[...] = self._turned(gradient.astype(self.d_query.dtype))
 
     def finish_keys(self) -> None:
@@ -196,7 +196,7 @@ class _Step:
         """How many queries of the block there are, or None for all of them."""
         if not self.ragged_queries:
             return None
-        return self.kernel.queries - self.visit.inner * self.blocks.queries
+        return self.kernel.queries - self.grid_step.inner * self.blocks.queries
 
     @staticmethod
     def _valid(left: Any, shape: tuple[int, ...], axis: int) -> Array:
@@ -295,14 +295,14 @@ class _Step:
         query, cotangent = self._queries_of(head, queries)
         window = self.heads.window(head)
         key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, window]
-        first = self.visit.first if queries.start == 0 and self._begins(head) else False
-        first_inner = self.visit.first_inner if keys.start == 0 and self._begins(head) else False
+        first = self.grid_step.first if queries.start == 0 and self._begins(head) else False
+        first_inner = self.grid_step.first_inner if keys.start == 0 and self._begins(head) else False
         at_keys, at_queries = (window, keys), (window, queries)
         if not self.kernel.transposed:
             at_keys, at_queries = at_keys[::-1], at_queries[::-1]
         self._sum(self.of_value, at_keys, first, self._product(cotangent, weights, (0, 1)))
         self._sum(self.of_key, at_keys, first, self._product(query, of_scores, (0, 1)))
-        at_queries = (self.visit.inner, *at_queries)
+        at_queries = (self.grid_step.inner, *at_queries)
         self._sum(self.of_query, at_queries, first_inner, self._product(key, of_scores, (0, 0)))
 
     def _begins(self, head: int) -> bool:

@@ -23,6 +23,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .block_schedule import GridStep, Sparse
 from .pipeline import pipelined
 from .specs import BlockSizes
 from .tpu_layout import (
@@ -35,7 +36,6 @@ from .tpu_layout import (
     filled,
     visible,
 )
-from .visits import Sparse, Visit
 
 __all__ = ["ForwardKernel"]
 
@@ -84,17 +84,18 @@ class ForwardKernel:
         Args:
           previous: both results, of which only the blocks of queries that are met are replaced.
         """
-        visits, blocks, heads = self.masking.visits, self.blocks, self.heads
+        schedule, blocks, heads = self.masking.schedule, self.blocks, self.heads
         batch = query.shape[0]
         of_queries = pl.BlockSpec(
-            (None, blocks.queries, heads.lanes), visits.map(lambda b, g, outer, inner, _: (b, outer, g))
+            (None, blocks.queries, heads.lanes),
+            schedule.map(lambda b, g, outer, inner, _: (b, outer, g)),
         )
         of_keys = pl.BlockSpec(
-            (None, blocks.keys, heads.lanes), visits.map(lambda b, g, outer, inner, _: (b, inner, g))
+            (None, blocks.keys, heads.lanes), schedule.map(lambda b, g, outer, inner, _: (b, inner, g))
         )
         of_rows = pl.BlockSpec(
             (None, None, heads.together, blocks.queries),
-            visits.map(lambda b, g, outer, inner, _: (b, g, 0, outer)),
+            schedule.map(lambda b, g, outer, inner, _: (b, g, 0, outer)),
         )
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         shapes = (
@@ -102,15 +103,15 @@ class ForwardKernel:
             jax.ShapeDtypeStruct((batch, heads.groups, heads.together, self.queries), jnp.float32),
         )
         mask_specs = self.masking.specs(blocks, queries_outside=True)
-        inputs = (*visits.prefetch, query, key, value, *self.masking.arrays)
+        inputs = (*schedule.prefetch, query, key, value, *self.masking.arrays)
         aliases = {} if previous is None else {len(inputs): 0, len(inputs) + 1: 1}
-        grid = visits.grid(batch, heads.groups)
+        grid = schedule.grid(batch, heads.groups)
         # That the exact variant is needed is not expected.
         scores = 0 if self.exact else self.queries * self.keys
         return pl.pallas_call(
             functools.partial(self._body, previous is not None),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(visits.prefetch),
+                num_scalar_prefetch=len(schedule.prefetch),
                 grid=grid,
                 in_specs=[of_queries, of_keys, of_keys, *mask_specs, *[anywhere] * len(aliases)],
                 out_specs=[of_queries, of_rows],
@@ -150,36 +151,36 @@ class ForwardKernel:
         return (self.blocks.keys, self.heads.lanes) if self.ragged else (8, LANES)
 
     def _body(self, has_previous: bool, *refs: Any) -> None:
-        count = len(self.masking.visits.prefetch)
+        count = len(self.masking.schedule.prefetch)
         words, refs = refs[:count], refs[count:]
         (query, key, value), refs = refs[:3], refs[3:]
         masks, refs = refs[: len(self.masking.arrays)], refs[len(self.masking.arrays) :]
         refs = refs[2:] if has_previous else refs
         results, scratch = refs[:2], refs[2:]
-        visit = self.masking.visits.visit(0, words)
-        step = _Step(self, visit, (query, key, value), (*masks, None, None)[:3], results, scratch)
+        grid_step = self.masking.schedule.current_step(0, words)
+        step = _Step(self, grid_step, (query, key, value), (*masks, None, None)[:3], results, scratch)
         # Where rows are short, as under masks, their ends hide in a body of their own.
         ending: Any = False
-        if isinstance(self.masking.visits, Sparse) and not self.exact:
-            ending = visit.full & visit.last
+        if isinstance(self.masking.schedule, Sparse) and not self.exact:
+            ending = grid_step.full & grid_step.last
         others = lambda condition: condition if ending is False else condition & jnp.logical_not(ending)  # noqa: E731
-        pl.when(others(visit.first))(step.begin)
+        pl.when(others(grid_step.first))(step.begin)
         pl.when(ending)(lambda: step.absorb(ending=True))
         if not masks:
-            pl.when(others(visit.active))(step.absorb)
+            pl.when(others(grid_step.active))(step.absorb)
         else:
-            pl.when(others(visit.active & visit.full))(step.absorb)
-            pl.when(visit.active & jnp.logical_not(visit.full))(lambda: step.absorb(masked=True))
-        pl.when(others(visit.last & visit.active))(step.finish)
-        if not isinstance(visit.active, bool):
-            pl.when(visit.last & jnp.logical_not(visit.active))(step.see_nothing)
+            pl.when(others(grid_step.active & grid_step.full))(step.absorb)
+            pl.when(grid_step.active & jnp.logical_not(grid_step.full))(lambda: step.absorb(masked=True))
+        pl.when(others(grid_step.last & grid_step.active))(step.finish)
+        if not isinstance(grid_step.active, bool):
+            pl.when(grid_step.last & jnp.logical_not(grid_step.active))(step.see_nothing)
 
 
 class _Step:
     """One block of queries meets one of keys."""
 
-    def __init__(self, kernel: ForwardKernel, visit: Visit, inputs, masks, results, scratch):
-        self.kernel, self.visit = kernel, visit
+    def __init__(self, kernel: ForwardKernel, grid_step: GridStep, inputs, masks, results, scratch):
+        self.kernel, self.grid_step = kernel, grid_step
         self.heads, self.blocks = kernel.heads, kernel.blocks
         self.factor = kernel.scale * LOG2_E
         self.query, self.key, self.value = inputs
@@ -243,7 +244,7 @@ class _Step:
 
     def _left(self) -> Any:
         """Keys that there are from the start of this block."""
-        return self.kernel.keys - self.visit.inner * self.blocks.keys
+        return self.kernel.keys - self.grid_step.inner * self.blocks.keys
 
     def _products(self, head: int, queries: slice, key: Array) -> Array:
         """Of some keys, `r width`, and some queries."""
@@ -263,7 +264,7 @@ class _Step:
             scores = jnp.where(mask, scores, NEGATIVE)
         reference, shrink = self.reference[head, 0:1, queries], None
         if keys.start == 0 and not self.kernel.exact:
-            reference = jnp.where(self.visit.first, self._sample(products), reference)
+            reference = jnp.where(self.grid_step.first, self._sample(products), reference)
             self._refer(head, queries, reference)
         if self.kernel.exact:
             before = self._unless_first(keys, reference, NEGATIVE)
@@ -303,7 +304,7 @@ class _Step:
 
     def _unless_first(self, keys: slice, stored: Array, initial: Any) -> Array:
         """What earlier units stored, or at a block of queries' first keys, when there are none, `initial`."""
-        return jnp.where(self.visit.first, initial, stored) if keys.start == 0 else stored
+        return jnp.where(self.grid_step.first, initial, stored) if keys.start == 0 else stored
 
     def _raise(self) -> None:
         """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""

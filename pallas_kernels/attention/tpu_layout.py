@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from .block_schedule import Dense, Sparse, seen_blocks
 from .masks import HIDDEN, BlockMask, KeyRanges
 from .specs import BlockSizes
-from .visits import Dense, Sparse, seen_blocks
 
 __all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "filled", "masking", "visible"]
 
@@ -124,12 +124,12 @@ class Masking:
     """What a kernel is told about what is seen.
 
     Attributes:
-      visits: `Dense` or `Sparse`.
+      schedule: `Dense` or `Sparse`.
       codes, low, high: int32, `b 1 r` and `b 1 s` (b may be 1), padded to whole blocks; None where nothing is
         masked, and no `high` where it is `low`.
     """
 
-    visits: Dense | Sparse
+    schedule: Dense | Sparse
     codes: Array | None
     low: Array | None
     high: Array | None
@@ -144,7 +144,7 @@ class Masking:
         def spec(x: Array, size: int, outside: bool) -> pl.BlockSpec:
             one = x.shape[0] == 1
             index = lambda b, g, outer, inner, _: (0 if one else b, 0, outer if outside else inner)  # noqa: E731
-            return pl.BlockSpec((None, 1, size), self.visits.map(index))
+            return pl.BlockSpec((None, 1, size), self.schedule.map(index))
 
         of_queries = functools.partial(spec, size=blocks.queries, outside=queries_outside)
         of_keys = functools.partial(spec, size=blocks.keys, outside=not queries_outside)
@@ -161,7 +161,7 @@ def masking(
     queries_outside: bool,
     only: Array | None = None,
 ) -> Masking:
-    """Plans a kernel's visits.
+    """Plans a kernel's schedule.
 
     Args:
       only: bool, `b q`: blocks of queries that are to be met at all.
@@ -170,7 +170,7 @@ def masking(
     counts = -(-queries // blocks.queries), -(-keys // blocks.keys)
     if ranges is None and block_mask is None and only is None:
         outer, inner = counts if queries_outside else counts[::-1]
-        visits = Dense(outer=outer, inner=inner)
+        schedule = Dense(outer=outer, inner=inner)
     else:
         sizes = {"query_block": blocks.queries, "key_block": blocks.keys}
         some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
@@ -180,20 +180,20 @@ def masking(
                 (lax.broadcasted_iota(jnp.int32, only.shape, 1) == 0) & ~only.any(1, keepdims=True)
             )
             some = jnp.broadcast_to(some, (batch, *counts)) & only[:, :, None]
-            visits = Sparse(some, jnp.broadcast_to(whole, some.shape), inner_once=False, listed=only)
+            schedule = Sparse(some, jnp.broadcast_to(whole, some.shape), inner_once=False, required=only)
         elif queries_outside:
-            visits = Sparse(some, whole, inner_once=False)
+            schedule = Sparse(some, whole, inner_once=False)
         else:
-            visits = Sparse(some.swapaxes(1, 2), whole.swapaxes(1, 2), inner_once=True)
+            schedule = Sparse(some.swapaxes(1, 2), whole.swapaxes(1, 2), inner_once=True)
     if ranges is None:
-        return Masking(visits=visits, codes=None, low=None, high=None)
+        return Masking(schedule=schedule, codes=None, low=None, high=None)
     to_blocks = lambda x, size: (0, -x.shape[1] % size)  # noqa: E731
     codes, low, high = ranges
     codes = jnp.pad(codes, ((0, 0), to_blocks(codes, blocks.keys)), constant_values=HIDDEN)
     # Queries beyond the end see what the last one sees: that a row sees nothing is then of that row's making.
     wide = lambda x: jnp.pad(x, ((0, 0), to_blocks(x, blocks.queries)), mode="edge")[:, None]  # noqa: E731
     return Masking(
-        visits=visits, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
+        schedule=schedule, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
     )
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.ckpt.weights import WeightsError, load_weights, save_weights
 from vidgen.parallel.mesh import MeshOptions
 
@@ -99,7 +99,7 @@ def test_several_files_with_an_index_are_one(tmp_path):
 
 @pytest.mark.parametrize("spec", [None, PartitionSpec("fsdp", "tensor"), PartitionSpec(None, None, "fsdp")])
 def test_layers_of_one_array_are_tensors_of_their_own_elsewhere(spec, tmp_path):
-    names = {"kernel": Foreign("layers.{}.weight", (2, 0, 1), view=(2, 3, 4), stacked=True)}
+    names = {"kernel": TensorMapping("layers.{}.weight", (2, 0, 1), reshape=(2, 3, 4), stacked=True)}
     kernel = np.arange(96, dtype=np.float32).reshape(4, 6, 4)
     save_weights(tmp_path / "w.safetensors", {"kernel": kernel}, names=names)
     with safe_open(tmp_path / "w.safetensors", framework="numpy") as file:

@@ -70,10 +70,10 @@ def lora_run(tmp_path_factory, videos, wan):
 
 
 def test_a_lora_run_begins_from_wans_weights_and_leaves_them_as_they_are(lora_run, wan):
-    from vidgen.train.trained import load_trained
+    from vidgen.train.restore import load_run
 
     mesh = MeshOptions().build()
-    _, step, model = load_trained(lora_run, mesh)
+    _, step, model = load_run(lora_run, mesh)
     assert step == 2
     expected = named_leaves(nnx.state(load_diffusers(wan / "transformer")))
     found = named_leaves(nnx.state(model.dit))

@@ -17,8 +17,8 @@ from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.experiment import Experiment, claim_workdir, load_experiment
 from vidgen.train.metrics import MetricsWriter
 from vidgen.train.power_law import Averaged, PowerLaw
+from vidgen.train.restore import load_run
 from vidgen.train.snapshots import averaged_weights, save_snapshots
-from vidgen.train.trained import load_trained
 
 STATE = {"params": {"kernel": np.ones((4, 3), np.float32), "bias": np.zeros((3,), np.float32)}}
 PARTS = {"data": {"next_index": 40, "seed": 1}}
@@ -39,7 +39,7 @@ def _read_workdir(folder: pathlib.Path) -> None:
 def _read_model(folder: pathlib.Path) -> None:
     """Up to the checkpoint, which is named as missing where the model could be built."""
     try:
-        load_trained(folder, MeshOptions().build())
+        load_run(folder, MeshOptions().build())
     except CheckpointError as error:
         if "checkpoints is missing" not in str(error):
             raise

@@ -60,7 +60,7 @@ def schedules(program):
     return [names for names in named if {"attention_forward", "attention_backward"} & set(names)]
 
 
-def travelling(names, kernel):
+def in_flight(names, kernel):
     """How many arrays have left when the kernel begins, and come after it ended."""
     at = names.index(kernel)
     sent, come = "collective-permute-start", "collective-permute-done"
@@ -73,11 +73,11 @@ def test_keys_travel_while_the_kernels_compute():
     for program in (forward, both):
         # A turn of the loop; the last turn, which sends nothing, is of the main program.
         body, *_ = [n for n in schedules(program) if "attention_backward" not in n]
-        assert travelling(body, "attention_forward") == (2, 2)
+        assert in_flight(body, "attention_forward") == (2, 2)
         assert "collective-permute-start" not in body[body.index("attention_forward") :]
     body, main = [n for n in schedules(both) if "attention_backward" in n]
     # Keys, values, and the sums of their gradients.
-    assert travelling(body, "attention_backward") == (4, 4)
+    assert in_flight(body, "attention_backward") == (4, 4)
     assert "collective-permute-start" not in body[body.index("attention_backward") :]
     # The first turn sends keys and values, the last the sums, which after it go home.
     first, last = [i for i, name in enumerate(main) if name == "attention_backward"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vidgen.ops.attention import attention
-from vidgen.ops.attention_blocks import ATTENTION, Attended, Blocks, merge
+from vidgen.ops.attention_blocks import ATTENTION, Blocks, PartialAttention, merge
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
 from vidgen.parallel.mesh import MeshOptions
@@ -170,7 +170,7 @@ def test_blocks_are_attention_however_they_are_cut_and_a_query_without_keys_gets
     def attend(keys, mask):
         ranges = KeyRanges(jnp.where(mask[:, keys], 0, HIDDEN), low, low)
         part = Blocks().forward(query, key[:, keys], value[:, keys], scale=K**-0.5, ranges=ranges)
-        return Attended(part[0].reshape(B, S, N * K), part[1])
+        return PartialAttention(part[0].reshape(B, S, N * K), part[1])
 
     mask = jnp.asarray(KEY_MASK)
     mean, log_sum_exp = merge(attend(slice(None, 24), mask), attend(slice(24, None), mask))

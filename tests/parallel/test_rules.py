@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.parallel.rules import RULES, constrain, gathered, partition_spec, shardings
+from vidgen.parallel.rules import RULES, all_gather_fsdp, constrain, partition_spec, shardings
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_constrain_lays_activations_over_the_mesh_in_context(mesh):
 
 def test_a_matrix_is_gathered_where_it_is_used_and_its_gradient_lies_as_it_is_stored(mesh):
     x, weight = (jnp.asarray(np.random.default_rng(i).normal(size=(8, 16)), jnp.float32) for i in range(2))
-    use = lambda x: gathered(x, "embed", "mlp")  # noqa: E731
+    use = lambda x: all_gather_fsdp(x, "embed", "mlp")  # noqa: E731
     np.testing.assert_array_equal(use(x), x)  # No mesh.
     loss = lambda x: (jnp.sin(use(x)) * weight).sum()  # noqa: E731
     with jax.set_mesh(mesh):

@@ -54,9 +54,9 @@ def test_images_and_other_steppers(pipe):
 
 
 def test_weights_are_those_of_the_checkpoint(tiny_runs, pipe):
-    from vidgen.train.trained import load_trained
+    from vidgen.train.restore import load_run
 
-    _, step, model = load_trained(tiny_runs.dit, pipe.mesh)
+    _, step, model = load_run(tiny_runs.dit, pipe.mesh)
     assert step == 2
     equal = jax.tree.map(lambda a, b: bool((a == b).all()), model, pipe.model)
     assert all(jax.tree.leaves(equal))

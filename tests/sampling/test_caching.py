@@ -15,16 +15,16 @@ from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.embeddings import grid_positions
-from vidgen.sampling.caching import CachedPasses, CachePolicy, TeaCache
+from vidgen.sampling.caching import CachedDenoiser, CachePolicy, TeaCache
 from vidgen.sampling.guidance import ClassifierFree
-from vidgen.sampling.network import Conditional, Direct, Guided, Passes
+from vidgen.sampling.network import Conditional, Denoiser, Guided, UncachedDenoiser
 from vidgen.sampling.sampler import sample
 from vidgen.sampling.steppers import Heun
 from vidgen.sampling.time_grid import TimeGrid
 
 SHAPE = (2, 1, 4, 4, 4)
 GRID = TimeGrid(num_steps=8)
-TOLD = jnp.asarray(GRID.told()[:-1])
+TOLD = jnp.asarray(GRID.model_timesteps()[:-1])
 FORCED = np.array([True] + 6 * [False] + [True])
 
 
@@ -81,19 +81,19 @@ def test_threshold_0_computes_all_and_a_high_one_what_must_be(model):
 def test_what_the_blocks_added_is_added_again(dtype):
     model, text = model_of(dtype), condition(0)
     dit, (first, second), t = model.dit, array(1, 2, *SHAPE), jnp.asarray([[0.9, 0.9], [0.7, 0.7]])
-    passes = CachedPasses(model=model, computed=jnp.asarray([True, False]))
-    assert isinstance(passes, Passes)
+    denoiser = CachedDenoiser(model=model, computed=jnp.asarray([True, False]))
+    assert isinstance(denoiser, Denoiser)
 
-    def both(passes):
-        one, memory = passes.apply(first, t[0], text, passes.init(first), jnp.asarray(0))
-        return one, passes.apply(second, t[1], text, memory, jnp.asarray(1))[0]
+    def both(denoiser):
+        one, state = denoiser.apply(first, t[0], text, denoiser.init(first), jnp.asarray(0))
+        return one, denoiser.apply(second, t[1], text, state, jnp.asarray(1))[0]
 
     def tokens(latents, t):
         positions = grid_positions(1, 2, 2)[None]
         patches = patchify(latents, dit.config.patch_size)
         return dit.embed(patches, t[:, None], text.text, positions=positions, text_mask=text.mask)
 
-    one, two = both(passes)
+    one, two = both(denoiser)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
     np.testing.assert_allclose(one, model.velocity(first, t[0], text), **tolerance)
     x, _, conditions = tokens(first, t[0])
@@ -108,12 +108,12 @@ def test_what_the_blocks_added_is_added_again(dtype):
 def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guided):
     """Of a stepper with two calls per step."""
 
-    def run(passes):
+    def run(denoiser):
         if not guided:
-            return Conditional(passes=passes, condition=condition(0))
+            return Conditional(denoiser=denoiser, condition=condition(0))
         steps = np.array([False, True, True, False, False, True, False, False])
         return Guided(
-            passes=passes,
+            denoiser=denoiser,
             positive=condition(0),
             negative=condition(1),
             guidance=ClassifierFree(),
@@ -123,8 +123,13 @@ def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guide
 
     @jax.jit
     def trajectories(model, noise):
-        cached = CachedPasses(model=model, computed=TeaCache(threshold=0.0).computed(model.dit, TOLD, FORCED))
-        made = (sample(run(p), noise, grid=GRID, stepper=Heun()) for p in (cached, Direct(model.velocity)))
+        cached = CachedDenoiser(
+            model=model, computed=TeaCache(threshold=0.0).computed(model.dit, TOLD, FORCED)
+        )
+        made = (
+            sample(run(p), noise, grid=GRID, stepper=Heun())
+            for p in (cached, UncachedDenoiser(model.velocity))
+        )
         return tuple(made)
 
     found, expected = trajectories(model, array(2, *SHAPE))

@@ -215,8 +215,8 @@ def test_the_network_says_nothing_where_latents_are_given(model):
     """However it is asked: with guidance, whose norms take in all latents, and without."""
     random = np.random.default_rng(0)
     latents, given = (jnp.asarray(random.normal(size=(2, 3, 4, 4, 4)), jnp.float32) for _ in range(2))
-    is_given = jnp.zeros((2, 3, 4, 4), bool).at[:, 0].set(True)
+    known_mask = jnp.zeros((2, 3, 4, 4), bool).at[:, 0].set(True)
     text = jnp.asarray(random.normal(size=(2, 8, 16)), jnp.float32)
-    condition = Condition(text, given=given, is_given=is_given)
+    condition = Condition(text, known_latents=given, known_mask=known_mask)
     velocity = model.velocity(latents, jnp.asarray([0.3, 0.9]), condition)
     assert (velocity[:, 0] == 0).all() and (velocity[:, 1:] != 0).all()

@@ -22,15 +22,15 @@ TIMESTEP = jnp.asarray([0.9, 0.4])
 T = TIMESTEP.reshape(2, 1, 1, 1, 1)
 
 
-def combine(guidance, scale, positive=POSITIVE, negative=NEGATIVE, timestep=TIMESTEP, memory=None, step=5):
-    memory = guidance.init(positive) if memory is None else memory
+def combine(guidance, scale, positive=POSITIVE, negative=NEGATIVE, timestep=TIMESTEP, state=None, step=5):
+    state = guidance.init(positive) if state is None else state
     return guidance.combine(
         positive,
         negative,
         latents=LATENTS,
         timestep=timestep,
         scale=scale,
-        memory=memory,
+        state=state,
         step=jnp.asarray(step),
     )
 
@@ -57,7 +57,7 @@ def test_each_clip_is_its_own(guidance):
         latents=LATENTS[1:],
         timestep=TIMESTEP[1:],
         scale=3.0,
-        memory=guidance.init(POSITIVE[1:]),
+        state=guidance.init(POSITIVE[1:]),
         step=jnp.asarray(5),
     )
     np.testing.assert_allclose(alone, both[1:], rtol=1e-5, atol=1e-6)
@@ -98,8 +98,8 @@ def test_a_projected_change_is_no_longer_than_the_threshold():
 def test_projected_guidance_at_the_end_of_time():
     """Its limit where t = 0, whatever is remembered: no division by zero."""
     guidance = AdaptiveProjected(eta=1.0, norm_threshold=15.0)
-    _, memory = combine(guidance, 5.0)
-    guided, _ = combine(guidance, 5.0, timestep=jnp.zeros(2), memory=memory)
+    _, state = combine(guidance, 5.0)
+    guided, _ = combine(guidance, 5.0, timestep=jnp.zeros(2), state=state)
     np.testing.assert_allclose(guided, combine(ClassifierFree(), 5.0)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -109,15 +109,15 @@ ALL = [*GUIDANCES.values(), ClassifierFree(rescale=0.7), AdaptiveProjected(norm_
 
 def two_steps(guidance, positive, negative, latents, where):
     """The guided velocity of the second of two steps: what is kept between them counts too."""
-    memory = guidance.init(positive)
+    state = guidance.init(positive)
     for step, t in enumerate((0.9, 0.4), start=5):
-        guided, memory = guidance.combine(
+        guided, state = guidance.combine(
             positive,
             negative,
             latents=latents,
             timestep=jnp.full(len(positive), t),
             scale=5.0,
-            memory=memory,
+            state=state,
             step=jnp.asarray(step),
             where=where,
         )

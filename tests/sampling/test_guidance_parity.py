@@ -36,16 +36,16 @@ def test_three_steps(kind):
     theirs, ours = pair(kind)
     random = np.random.default_rng(0)
     latents = random.normal(size=(2, 2, 3, 4, 5)).astype(np.float32)
-    memory = ours.init(jnp.asarray(latents))
+    state = ours.init(jnp.asarray(latents))
     for step, t in enumerate(TIMES):
         positive, negative = (random.normal(size=latents.shape).astype(np.float32) for _ in range(2))
-        found, memory = ours.combine(
+        found, state = ours.combine(
             jnp.asarray(positive),
             jnp.asarray(negative),
             latents=jnp.asarray(latents),
             timestep=jnp.full(2, t, jnp.float32),
             scale=SCALE,
-            memory=memory,
+            state=state,
             step=jnp.asarray(step),
         )
         theirs.set_state(step=step, num_inference_steps=len(TIMES), timestep=None)

@@ -1,4 +1,4 @@
-"""Passes under two conditions, and what is kept between steps, on networks whose answers are known."""
+"""Denoiser under two conditions, and what is kept between steps, on networks whose answers are known."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vidgen.sampling.guidance import AdaptiveProjected, ClassifierFree
-from vidgen.sampling.network import Conditional, Direct, Guided
+from vidgen.sampling.network import Conditional, Guided, UncachedDenoiser
 from vidgen.sampling.sampler import sample
 from vidgen.sampling.steppers import DPMSolver, Euler, Heun
 from vidgen.sampling.time_grid import TimeGrid
@@ -26,9 +26,9 @@ def velocity(x, t, condition):
     return x * wide(condition["text"]) + wide(t) + wide(condition["mask"])
 
 
-def guided(passes, steps=(True,), guidance=PLAIN, scale=4.0):
+def guided(denoiser, steps=(True,), guidance=PLAIN, scale=4.0):
     return Guided(
-        passes=passes,
+        denoiser=denoiser,
         positive=POSITIVE,
         negative=NEGATIVE,
         guidance=guidance,
@@ -44,7 +44,7 @@ def test_one_pass_of_twice_the_batch():
         calls.append((x.shape, t.tolist()))
         return velocity(x, t, condition)
 
-    network, t = guided(Direct(counted)), jnp.asarray([0.2, 0.6])
+    network, t = guided(UncachedDenoiser(counted)), jnp.asarray([0.2, 0.6])
     found, _ = network.apply(X, t, network.init(X), STEP)
     positive, negative = velocity(X, t, POSITIVE), velocity(X, t, NEGATIVE)
     np.testing.assert_allclose(found, negative + 4.0 * (positive - negative), rtol=1e-6)
@@ -53,17 +53,17 @@ def test_one_pass_of_twice_the_batch():
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """Passes that keep how often each row was computed."""
+    """Denoiser that keep how often each row was computed."""
 
     rows: list
 
     def init(self, latents):
         return jnp.zeros(len(latents))
 
-    def apply(self, latents, timestep, condition, memory, step):
+    def apply(self, latents, timestep, condition, state, step):
         count = len(latents)
         jax.debug.callback(lambda step: self.rows.append((int(step), count)), step)
-        return velocity(latents, timestep, condition), memory + 1.0
+        return velocity(latents, timestep, condition), state + 1.0
 
 
 def test_steps_without_guidance_cost_half():
@@ -72,9 +72,9 @@ def test_steps_without_guidance_cost_half():
 
     @jax.jit
     def run(x):
-        def body(memory, step):
-            velocity, memory = network.apply(x, jnp.full(2, 0.5), memory, step)
-            return memory, velocity
+        def body(state, step):
+            velocity, state = network.apply(x, jnp.full(2, 0.5), state, step)
+            return state, velocity
 
         return jax.lax.scan(body, network.init(x), jnp.arange(4))
 
@@ -92,10 +92,13 @@ def test_steps_without_guidance_cost_half():
 
 def test_only_steps_in_between_are_guided_and_the_result_is_that_of_both_networks_in_turn():
     grid, t = TimeGrid(num_steps=3), jnp.asarray(TimeGrid(num_steps=3).timesteps())
-    found = sample(guided(Direct(velocity), (False, True, False)), X, grid=grid, stepper=Euler())
+    found = sample(guided(UncachedDenoiser(velocity), (False, True, False)), X, grid=grid, stepper=Euler())
     x = X
     for i, network in enumerate(
-        (Conditional(passes=Direct(velocity), condition=POSITIVE), guided(Direct(velocity)))
+        (
+            Conditional(denoiser=UncachedDenoiser(velocity), condition=POSITIVE),
+            guided(UncachedDenoiser(velocity)),
+        )
     ):
         x = x + (t[i + 1] - t[i]) * network.apply(x, jnp.full(2, t[i]), network.init(x), STEP)[0]
     x = x + (t[3] - t[2]) * velocity(x, jnp.full(2, t[2]), POSITIVE)
@@ -109,9 +112,9 @@ class Remembering:
     def init(self, latents):
         return {"count": jnp.zeros(()), "t": jnp.ones(())}
 
-    def apply(self, latents, timestep, memory, step):
-        memory = {"count": memory["count"] + 1.0, "t": timestep[0]}
-        return jnp.full_like(latents, 1.0) * memory["count"], memory
+    def apply(self, latents, timestep, state, step):
+        state = {"count": state["count"] + 1.0, "t": timestep[0]}
+        return jnp.full_like(latents, 1.0) * state["count"], state
 
 
 @pytest.mark.parametrize("stepper", [Euler(), Heun()], ids=str)
@@ -123,11 +126,13 @@ def test_a_step_counts_once_however_often_the_stepper_calls(stepper):
 
 @pytest.mark.parametrize("stepper", [Heun(), DPMSolver()], ids=str)
 def test_momentum_passes_through_the_scan_as_through_a_loop(stepper):
-    network = guided(Direct(velocity), guidance=AdaptiveProjected(momentum=-0.7, norm_threshold=2.0))
+    network = guided(
+        UncachedDenoiser(velocity), guidance=AdaptiveProjected(momentum=-0.7, norm_threshold=2.0)
+    )
     grid = TimeGrid(num_steps=3)
     found = sample(network, X, grid=grid, stepper=stepper)
     t = jnp.asarray(grid.timesteps())
-    x, memory, kept = X, stepper.init(X), network.init(X)
+    x, state, kept = X, stepper.init(X), network.init(X)
     for i in range(3):
         at_start = kept
 
@@ -135,7 +140,9 @@ def test_momentum_passes_through_the_scan_as_through_a_loop(stepper):
             return network.apply(x, timestep, at_start, jnp.asarray(i))[0]
 
         kept = network.apply(x, jnp.full(2, t[i]), at_start, jnp.asarray(i))[1]
-        x, memory = stepper.step(call, x, memory, t[i], t[i + 1])
+        x, state = stepper.step(call, x, state, t[i], t[i + 1])
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
-    forgetful = guided(Direct(velocity), guidance=AdaptiveProjected(momentum=0.0, norm_threshold=2.0))
+    forgetful = guided(
+        UncachedDenoiser(velocity), guidance=AdaptiveProjected(momentum=0.0, norm_threshold=2.0)
+    )
     assert np.abs(sample(forgetful, X, grid=grid, stepper=stepper) - found).max() > 1e-3

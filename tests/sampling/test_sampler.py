@@ -131,9 +131,9 @@ def test_dpm_solver_is_second_order_in_the_log_snr():
     stepper, x = DPMSolver(), jnp.full((1, 1, 1, 1, 1), 0.3)
     clean = lambda t: 0.2 + 0.1 * jnp.log((1 - t) / t)  # noqa: E731
     network = lambda x, t: (x - clean(t[0])) / t[0]  # noqa: E731
-    memory = stepper.init(x)
-    x, memory = stepper.step(network, x, memory, jnp.asarray(0.8), jnp.asarray(0.7))
-    y, _ = stepper.step(network, x, memory, jnp.asarray(0.7), jnp.asarray(0.55))
+    state = stepper.init(x)
+    x, state = stepper.step(network, x, state, jnp.asarray(0.8), jnp.asarray(0.7))
+    y, _ = stepper.step(network, x, state, jnp.asarray(0.7), jnp.asarray(0.55))
     # 2M takes the clean prediction at half of the step in lambda, extrapolated from the last two.
     middle = 0.2 + 0.1 * (log_snr(times[1]) + log_snr(times[2])) / 2
     expected = 0.55 / 0.7 * x.item() + (1 - 0.55 / 0.7) * middle

@@ -42,7 +42,7 @@ def test_trajectories(kind, num_steps, shift):
     grid = TimeGrid(num_steps=num_steps, shift=shift, convention=kind)
     # Thousandths in float32, as some of theirs are computed, are exact to some 1e-7.
     np.testing.assert_allclose(grid.timesteps(), scheduler.sigmas, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(grid.told()[:-1], scheduler.timesteps / 1000.0, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(grid.model_timesteps()[:-1], scheduler.timesteps / 1000.0, rtol=0, atol=1e-6)
     found = sample(network, jnp.asarray(noise), grid=grid, stepper=stepper)
     assert np.abs(found - x.numpy()).max() <= 1e-5 * max(1.0, x.std().item())
 

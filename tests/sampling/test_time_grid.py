@@ -43,16 +43,16 @@ WAN_TOLD = """
 
 def test_wans_own_timesteps():
     grid = TimeGrid(num_steps=50, shift=5.0, convention="wan")
-    told = np.rint(1000 * grid.told()[:-1])
+    told = np.rint(1000 * grid.model_timesteps()[:-1])
     assert told.tolist() == [float(t) for t in WAN_TOLD.split()]
     # Sigma of step k: 0.999 (1 - k / n), shifted, and 0 at the end.
     even = 0.999 * (1 - np.arange(51) / 50)
     np.testing.assert_allclose(grid.timesteps(), 5 * even / (1 + 4 * even), rtol=1e-6)
     # diffusers' scheduler of the same name visits others.
-    other = np.rint(1000 * TimeGrid(num_steps=50, shift=5.0, convention="unipc").told()[:-1])
+    other = np.rint(1000 * TimeGrid(num_steps=50, shift=5.0, convention="unipc").model_timesteps()[:-1])
     assert ((other != told).sum(), np.abs(other - told).max()) == (27, 4)
     # Its first timestep is kept in float32: two thirds of it are 0.666 and a little.
-    three = TimeGrid(num_steps=3, convention="wan").told()
+    three = TimeGrid(num_steps=3, convention="wan").model_timesteps()
     assert np.rint(1000 * three).tolist() == [999, 666, 333, 0]
 
 

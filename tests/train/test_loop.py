@@ -7,8 +7,8 @@ import pytest
 from tests.train import toy
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.train.metrics_buffer import NonFiniteLoss
 from vidgen.train.optimizer import AdamW, Muon
-from vidgen.train.recent import NonFiniteLoss
 
 
 def bits(state):

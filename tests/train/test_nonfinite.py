@@ -11,7 +11,7 @@ import pytest
 from tests.train import toy
 from tests.train.test_endings import Recorder, lines, saved
 from tests.train.test_loop import same_bits
-from vidgen.train.recent import NonFiniteLoss
+from vidgen.train.metrics_buffer import NonFiniteLoss
 
 
 class Bad(toy.ToyLoader):

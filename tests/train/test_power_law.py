@@ -9,7 +9,7 @@ from scipy import integrate
 
 from vidgen.core.config import ConfigError, resolve
 from vidgen.train.options import RunOptions
-from vidgen.train.power_law import PowerLaw, averaging, combination, exponent
+from vidgen.train.power_law import PowerLaw, averaging, exponent, solve_weights
 
 STEPS = 2000
 
@@ -62,7 +62,7 @@ def test_what_is_tracked_is_the_integral():
 
 def test_an_average_that_there_is_is_made_of_itself():
     profiles = [(t, exponent(s)) for t in (100, 200, 300) for s in (0.05, 0.1)]
-    np.testing.assert_allclose(combination(profiles, profiles[3]), np.eye(6)[3], atol=1e-6)
+    np.testing.assert_allclose(solve_weights(profiles, profiles[3]), np.eye(6)[3], atol=1e-6)
 
 
 @pytest.mark.parametrize(("sigma_rel", "largest"), [(0.07, 2e-3), (0.15, 2e-3), (0.03, 2e-2)])
@@ -73,7 +73,7 @@ def test_a_third_average_out_of_snapshots_of_two(sigma_rel, largest):
     times = range(100, STEPS + 1, 100)
     profiles = [(t, exponent(s)) for t in times for s in (0.05, 0.1)]
     snapshots = np.stack([average[t - 1] for t in times for average in (short, long)])
-    found = combination(profiles, (STEPS, exponent(sigma_rel))) @ snapshots
+    found = solve_weights(profiles, (STEPS, exponent(sigma_rel))) @ snapshots
     error = np.linalg.norm(found - third[-1])
     assert error < largest * np.linalg.norm(third[-1])
     assert error < 0.2 * min(np.linalg.norm(x[-1] - third[-1]) for x in (short, long))

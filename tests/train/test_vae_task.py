@@ -206,7 +206,7 @@ EVEN = dataclasses.replace(
 
 @functools.cache
 def stepper(count):
-    tx = partitioned(Descent(), EVEN.apart, 4)
+    tx = partitioned(Descent(), EVEN.param_groups, 4)
     mesh = MeshOptions().build(jax.devices()[:1])
     state, graphdef = init_state(EVEN, tx, jax.random.key(1), mesh)
     options = StepOptions(grad_clip=None, grad_accumulation=count)

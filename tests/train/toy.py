@@ -51,10 +51,10 @@ class ToyTask:
         return Net(rngs)
 
     @property
-    def apart(self):
+    def param_groups(self):
         return {}
 
-    def product(self, model):
+    def inference_model(self, model):
         return model
 
     def frozen(self):

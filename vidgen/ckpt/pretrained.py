@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.ckpt.weights import check_weights, load_weights
 from vidgen.core.tree import named_leaves
 from vidgen.parallel.rules import shardings
@@ -25,8 +25,8 @@ def load_module(
     make: Callable[[], Module],
     *,
     mesh: Mesh | None = None,
-    names: Callable[[Iterable[str]], Mapping[str, Foreign]] | None = None,
-    halved: str | None = None,
+    names: Callable[[Iterable[str]], Mapping[str, TensorMapping]] | None = None,
+    bf16_pattern: str | None = None,
     ignore: str | None = None,
     keep_dtypes: bool = False,
     remedy: str = "use the weights that belong to this config.json",
@@ -36,7 +36,7 @@ def load_module(
     Args:
       mesh: over which the arrays are laid; None is one device.
       names: from our names to those of the program that wrote the file.
-      halved: regular expression for whole names of arrays that are kept in bfloat16, in half the memory.
+      bf16_pattern: regular expression of the names of arrays that are kept in bfloat16.
       ignore, keep_dtypes, remedy: as in `load_weights`.
 
     Raises:
@@ -44,8 +44,8 @@ def load_module(
       WeightsError: names every tensor that is missing, left over or of another shape.
     """
     graphdef, state = nnx.split(nnx.eval_shape(make), graph=False)
-    if halved is not None:
-        state = _cast(state, halved)
+    if bf16_pattern is not None:
+        state = _cast(state, bf16_pattern)
     if mesh is not None:
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -61,7 +61,7 @@ def check_module(
     path: pathlib.Path | str,
     make: Callable[[], nnx.Module],
     *,
-    names: Callable[[Iterable[str]], Mapping[str, Foreign]] | None = None,
+    names: Callable[[Iterable[str]], Mapping[str, TensorMapping]] | None = None,
     ignore: str | None = None,
     remedy: str = "use the weights that belong to this config.json",
 ) -> None:
@@ -75,9 +75,9 @@ def check_module(
     check_weights(path, state, names=table, ignore=ignore, remedy=remedy)
 
 
-def _cast(state: nnx.State, halved: str) -> nnx.State:
+def _cast(state: nnx.State, bf16_pattern: str) -> nnx.State:
     leaves = [
-        jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if re.fullmatch(halved, name) else leaf.dtype)
+        jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if re.fullmatch(bf16_pattern, name) else leaf.dtype)
         for name, leaf in named_leaves(state).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)

@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh
 
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.json_files import write_json
 from vidgen.ckpt.scaled_tensors import ScaledTensors
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.core.tree import named_leaves
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
@@ -34,7 +34,7 @@ def save_weights(
     path: pathlib.Path | str,
     tree: PyTree,
     *,
-    names: Mapping[str, Foreign] | None = None,
+    names: Mapping[str, TensorMapping] | None = None,
     metadata: Mapping[str, str] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
@@ -76,7 +76,7 @@ def load_weights(
     path: pathlib.Path | str,
     abstract_tree: PyTree,
     *,
-    names: Mapping[str, Foreign] | None = None,
+    names: Mapping[str, TensorMapping] | None = None,
     ignore: str | None = None,
     keep_dtypes: bool = False,
     remedy: str = "use the config of its run",
@@ -97,12 +97,12 @@ def load_weights(
     """
     files = ScaledTensors(path)
     leaves = named_leaves(abstract_tree)
-    foreign = {name: _foreign(names, name, leaf) for name, leaf in leaves.items()}
-    _check(files, foreign, leaves, ignore=ignore, remedy=remedy)
+    mappings = {name: _mapping(names, name, leaf) for name, leaf in leaves.items()}
+    _check(files, mappings, leaves, ignore=ignore, remedy=remedy)
     if keep_dtypes:
-        leaves = {name: _as_stored(files, foreign[name], leaf) for name, leaf in leaves.items()}
+        leaves = {name: _as_stored(files, mappings[name], leaf) for name, leaf in leaves.items()}
     arrays = [
-        _placed(functools.partial(_read, files, foreign[name], leaf), leaf) for name, leaf in leaves.items()
+        _placed(functools.partial(_read, files, mappings[name], leaf), leaf) for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
 
@@ -111,7 +111,7 @@ def check_weights(
     path: pathlib.Path | str,
     abstract_tree: PyTree,
     *,
-    names: Mapping[str, Foreign] | None = None,
+    names: Mapping[str, TensorMapping] | None = None,
     ignore: str | None = None,
     remedy: str = "use the config of its run",
 ) -> None:
@@ -121,8 +121,8 @@ def check_weights(
       FileNotFoundError, WeightsError: as `load_weights`.
     """
     leaves = named_leaves(abstract_tree)
-    foreign = {name: _foreign(names, name, leaf) for name, leaf in leaves.items()}
-    _check(ScaledTensors(path), foreign, leaves, ignore=ignore, remedy=remedy)
+    mappings = {name: _mapping(names, name, leaf) for name, leaf in leaves.items()}
+    _check(ScaledTensors(path), mappings, leaves, ignore=ignore, remedy=remedy)
 
 
 def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
@@ -135,13 +135,13 @@ def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
     return ScaledTensors(path).shapes
 
 
-def _foreign(names: Mapping[str, Foreign] | None, name: str, leaf: Any) -> Foreign:
-    return Foreign(name, tuple(range(len(leaf.shape)))) if names is None else names[name]
+def _mapping(names: Mapping[str, TensorMapping] | None, name: str, leaf: Any) -> TensorMapping:
+    return TensorMapping(name, tuple(range(len(leaf.shape)))) if names is None else names[name]
 
 
 def _check(
     files: TensorFiles,
-    foreign: Mapping[str, Foreign],
+    mappings: Mapping[str, TensorMapping],
     leaves: Mapping[str, Any],
     *,
     ignore: str | None,
@@ -151,7 +151,7 @@ def _check(
     wanted: dict[str, tuple[int, ...]] = {}
     kinds: dict[str, np.dtype] = {}
     for name, leaf in leaves.items():
-        shapes = foreign[name].shapes(tuple(leaf.shape))
+        shapes = mappings[name].external_shapes(tuple(leaf.shape))
         wanted |= shapes
         kinds |= dict.fromkeys(shapes, np.dtype(leaf.dtype))
     found = {name: shape for name, shape in files.shapes.items() if not re.fullmatch(ignore or "", name)}
@@ -184,19 +184,19 @@ def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
             yield f"{name}: {found[name]} in the file, expected {wanted[name]}"
 
 
-def _as_stored(files: TensorFiles, foreign: Foreign, leaf: Any) -> jax.ShapeDtypeStruct:
-    stored = {files.dtypes[name] for name in foreign.shapes(tuple(leaf.shape))}
+def _as_stored(files: TensorFiles, mapping: TensorMapping, leaf: Any) -> jax.ShapeDtypeStruct:
+    stored = {files.dtypes[name] for name in mapping.external_shapes(tuple(leaf.shape))}
     dtype = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def _read(files: TensorFiles, foreign: Foreign, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
+def _read(files: TensorFiles, mapping: TensorMapping, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
     """A part of one of our arrays, layer by layer."""
     shape = tuple(leaf.shape)
-    if not foreign.stacked:
-        return np.array(foreign.to_ours(files.read(foreign.name), shape)[index], dtype=leaf.dtype)
+    if not mapping.stacked:
+        return np.array(mapping.to_native(files.read(mapping.external_name), shape)[index], dtype=leaf.dtype)
     layers = [
-        foreign.to_ours(files.read(foreign.name.format(layer)), shape[1:])[index[1:]]
+        mapping.to_native(files.read(mapping.external_name.format(layer)), shape[1:])[index[1:]]
         for layer in range(*index[0].indices(shape[0]))
     ]
     return np.stack(layers, dtype=leaf.dtype, casting="unsafe")
@@ -226,18 +226,18 @@ class _Part:
     read: Callable[[], np.ndarray]
 
 
-def _parts(tree: PyTree, names: Mapping[str, Foreign] | None) -> list[_Part]:
+def _parts(tree: PyTree, names: Mapping[str, TensorMapping] | None) -> list[_Part]:
     parts = []
     for name, leaf in named_leaves(tree).items():
-        foreign = _foreign(names, name, leaf)
-        for layer, (theirs, shape) in enumerate(foreign.shapes(tuple(leaf.shape)).items()):
-            read = functools.partial(_theirs, foreign, leaf, layer)
+        mapping = _mapping(names, name, leaf)
+        for layer, (theirs, shape) in enumerate(mapping.external_shapes(tuple(leaf.shape)).items()):
+            read = functools.partial(_theirs, mapping, leaf, layer)
             parts.append(_Part(theirs, TensorSpec(shape, np.dtype(leaf.dtype)), read))
     return parts
 
 
-def _theirs(foreign: Foreign, leaf: Any, layer: int) -> np.ndarray:
-    return foreign.to_theirs(_on_host(leaf, layer) if foreign.stacked else _on_host(leaf))
+def _theirs(mapping: TensorMapping, leaf: Any, layer: int) -> np.ndarray:
+    return mapping.to_external(_on_host(leaf, layer) if mapping.stacked else _on_host(leaf))
 
 
 def _divided(specs: Mapping[str, TensorSpec], largest: int) -> list[dict[str, TensorSpec]]:

@@ -54,7 +54,7 @@ def dry_run(
     with open_clips() as loader:
         batch = next(iter(loader))
     evaluators(experiment, mesh=mesh)
-    rule = averaging(partitioned(experiment.optimizer, task.apart, run.num_steps), run.power_law)
+    rule = averaging(partitioned(experiment.optimizer, task.param_groups, run.num_steps), run.power_law)
     state, _ = abstract_state(task, rule, mesh)
     sizes = [math.prod(leaf.shape) for leaf in named_leaves(state.params).values()]
     arrays = named_leaves(state).values()

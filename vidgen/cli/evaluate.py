@@ -106,13 +106,13 @@ def _load(checkpoint: pathlib.Path):
     """Experiment, step and model of a run; of a VAE alone, the model."""
     from vidgen.models.video_vae.diffusers_folder import is_diffusers
     from vidgen.parallel.mesh import MeshOptions
-    from vidgen.train.trained import load_trained
+    from vidgen.train.restore import load_run
     from vidgen.train.vae_folder import has_vae, load_vae
 
     is_run = (checkpoint / "config.json").exists() and not is_diffusers(checkpoint)
     if has_vae(checkpoint) and not is_run:
         return None, None, load_vae(checkpoint)
-    return load_trained(checkpoint, MeshOptions().build())
+    return load_run(checkpoint, MeshOptions().build())
 
 
 def _alignment(experiment, arguments: argparse.Namespace) -> dict:

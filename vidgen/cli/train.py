@@ -87,7 +87,7 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
     from vidgen.train.experiment import claim_workdir
     from vidgen.train.interrupt import Stopped
     from vidgen.train.loop import fit
-    from vidgen.train.recent import NonFiniteLoss
+    from vidgen.train.metrics_buffer import NonFiniteLoss
     from vidgen.train.text_to_video_task import TextToVideoTask
 
     experiment = claim_workdir(experiment, workdir, write=processes.is_main_process())

@@ -78,7 +78,7 @@ class Loader(Iterator[dict[str, Any]]):
         self.num_replaced = 0
         self._parts = _parts(source, batch_size, seed, process_count, shuffle=shuffle)
         self._num_clips = len(source)
-        self._turns = _Turns(self._parts)
+        self._turns = _BucketSchedule(self._parts)
         self._seed = seed
         self._positions_per_step = max(part.batch_size for part in self._parts)
         self._rows_per_step = self._positions_per_step // process_count
@@ -268,8 +268,8 @@ def _part(
     )
 
 
-class _Turns(grain.MapDataset[tuple[_Part, int]]):
-    """Whose turn it is at each step, and the how manieth of its stage."""
+class _BucketSchedule(grain.MapDataset[tuple[_Part, int]]):
+    """Step -> (bucket that supplies the batch, how many batches that bucket has supplied in the stage)."""
 
     def __init__(self, parts: Sequence[_Part]):
         stages = sorted({part.stage for part in parts})

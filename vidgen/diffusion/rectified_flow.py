@@ -20,15 +20,15 @@ def velocity_loss(
     clean: Latents,
     noise: Latents,
     timestep: Float[Array, "b"],
-    counted: Bool[Array, "b tz hz wz"] | None = None,
+    loss_mask: Bool[Array, "b tz hz wz"] | None = None,
 ) -> Float[Array, "b"]:
     """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips evenly.
 
     Args:
-      counted: which latents the mean of a clip is over, at least one of each; None is all.
+      loss_mask: which latents the mean of a clip is over, at least one of each; None is all.
     """
     predicted = network(interpolate(clean, noise, timestep), timestep).astype(jnp.float32)
-    where = None if counted is None else counted[..., None]
+    where = None if loss_mask is None else loss_mask[..., None]
     return jnp.square(predicted - (noise - clean)).mean((1, 2, 3, 4), where=where)
 
 

@@ -1,4 +1,4 @@
-"""What a video model is told besides noisy latents and timestep."""
+"""Conditions of a video model: text, image features, known latents."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -7,34 +7,35 @@ import jax.numpy as jnp
 
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
 
-__all__ = ["Condition", "PackedCondition", "PromptEncoder", "packed_condition", "with_given"]
+__all__ = ["Condition", "PackedCondition", "PromptEncoder", "packed_condition", "with_known"]
 
 
 class Condition(NamedTuple):
-    """Conditions of a batch of clips; a pytree with the batch first, so that two can be joined by it.
+    """Conditions of a batch of clips: a pytree whose leaves have the batch first.
 
     Attributes:
       text: features of the prompts.
-      mask: which of them are of the prompt; None where all are seen, as by Wan.
+      mask: true for tokens of the prompt; None lets the transformer attend to all, as Wan does.
       image: features of an image encoder, for transformers with `image_dim`.
-      beside: channels that stand beside the noisy latents, for transformers that take more channels than
-        they give (Wan's image to video).
-      given: latents that are known.
-      is_given: where they are; there the transformer sees them, with timestep 0, and not the noisy ones.
+      concat_latents: channels concatenated to the noisy latents, for transformers with more input than output
+        channels (Wan's image to video).
+      known_latents: clean latents that replace the noisy ones under `known_mask`, with timestep 0.
+      known_mask: true where latents are known.
     """
 
     text: Float[Array, "b l e"]
     mask: Bool[Array, "b l"] | None = None
     image: Float[Array, "i m g"] | None = None
-    beside: Float[Array, "b t h w x"] | None = None
-    given: Latents | None = None
-    is_given: Bool[Array, "b t h w"] | None = None
+    concat_latents: Float[Array, "b t h w x"] | None = None
+    known_latents: Latents | None = None
+    known_mask: Bool[Array, "b t h w"] | None = None
 
 
 class PackedCondition(NamedTuple):
-    """The prompts of rows of several clips, one after the other; a pytree with the batch first.
+    """Prompts of packed rows, one clip's after the other's; a pytree whose leaves have the batch first.
 
-    `segment_ids` says which clip of its row, from 1 on, each text token is for.
+    Attributes:
+      segment_ids: the clip of each text token, numbered from 1 in its row.
     """
 
     text: Float[Array, "b r e"]
@@ -43,7 +44,7 @@ class PackedCondition(NamedTuple):
 
 
 def packed_condition(text: Float[Array, "b g l e"], mask: Bool[Array, "b g l"]) -> PackedCondition:
-    """The prompts of up to g clips per row: their features, and which of these may be seen."""
+    """Joins the text features and masks of up to g clips per row."""
     rows, clips, length, width = text.shape
     owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], mask.shape)
     return PackedCondition(
@@ -53,7 +54,7 @@ def packed_condition(text: Float[Array, "b g l e"], mask: Bool[Array, "b g l"]) 
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """Prompts to what a transformer is told of them."""
+    """Prompts -> text condition of the transformer."""
 
     def __call__(self, prompts: Sequence[str], /) -> Condition:
         """Text features of the prompts, and their mask.
@@ -64,8 +65,8 @@ class PromptEncoder(Protocol):
         ...
 
 
-def with_given(latents: Latents, condition: Condition) -> Latents:
-    """`latents` with those that are given in their places."""
-    if condition.given is None or condition.is_given is None:
+def with_known(latents: Latents, condition: Condition) -> Latents:
+    """`latents`, with the known ones in their places."""
+    if condition.known_latents is None or condition.known_mask is None:
         return latents
-    return jnp.where(condition.is_given[..., None], condition.given, latents)
+    return jnp.where(condition.known_mask[..., None], condition.known_latents, latents)

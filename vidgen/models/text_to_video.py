@@ -5,9 +5,9 @@ from flax import nnx
 
 from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents
-from vidgen.models.condition import Condition, PackedCondition, packed_condition, with_given
+from vidgen.models.condition import Condition, PackedCondition, packed_condition, with_known
 from vidgen.models.dit.config import DiTConfig
-from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.dit.experts import NoiseLevelExperts
 from vidgen.models.dit.model import DiT, RunBlocks
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.video_vae.config import VAEConfig
@@ -23,7 +23,7 @@ class TextToVideo(nnx.Module):
       dit: the transformer, or Wan 2.2's two.
     """
 
-    def __init__(self, dit: DiT | TwoExperts, text: ByteEncoder | None = None):
+    def __init__(self, dit: DiT | NoiseLevelExperts, text: ByteEncoder | None = None):
         if text is not None and dit.config.text_dim != text.config.dim:
             raise UserError(
                 f"dit.text_dim={dit.config.text_dim} differs from text.dim={text.config.dim}: "
@@ -49,21 +49,21 @@ class TextToVideo(nnx.Module):
         Args:
           run_blocks: in the place of `DiT.apply_blocks`.
         """
-        inputs, time_ids = with_given(latents, condition), None
-        if condition.is_given is not None:
+        inputs, time_ids = with_known(latents, condition), None
+        if condition.known_mask is not None:
             pt, ph, pw = self.dit.config.patch_size
-            is_given = condition.is_given[:, ::pt, ::ph, ::pw].reshape(len(latents), -1)
+            known_mask = condition.known_mask[:, ::pt, ::ph, ::pw].reshape(len(latents), -1)
             timestep = jnp.stack([timestep, jnp.zeros_like(timestep)], axis=1)
-            time_ids = is_given.astype(jnp.int32)
-        if condition.beside is not None:
-            inputs = jnp.concatenate([inputs, condition.beside], axis=-1)
+            time_ids = known_mask.astype(jnp.int32)
+        if condition.concat_latents is not None:
+            inputs = jnp.concatenate([inputs, condition.concat_latents], axis=-1)
         velocity = self.dit(
             inputs, timestep, condition.text, condition.mask, condition.image, run_blocks, time_ids
         )
-        if condition.is_given is None:
+        if condition.known_mask is None:
             return velocity
         # Training never looks at the output there, so it could be anything.
-        return jnp.where(condition.is_given[..., None], 0.0, velocity)
+        return jnp.where(condition.known_mask[..., None], 0.0, velocity)
 
     def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
         """Encodes the tokenized prompts of up to g clips per row, each by itself."""

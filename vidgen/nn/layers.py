@@ -11,7 +11,7 @@ from vidgen.core.typing import Array, Float
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.convolution import conv3d
 from vidgen.ops.matmul import matmul
-from vidgen.parallel.rules import gathered
+from vidgen.parallel.rules import all_gather_fsdp
 
 Axes = tuple[str | None, ...]
 FeedForwardKind = Literal["gelu", "geglu", "swiglu"]
@@ -48,37 +48,41 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (out_features,), axes[-1:]) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        y = matmul(x, gathered(self.kernel[...].astype(x.dtype), *self.axes))
+        y = matmul(x, all_gather_fsdp(self.kernel[...].astype(x.dtype), *self.axes))
         if (low_rank := getattr(self, "low_rank", None)) is not None:
             y = y + low_rank(x)
         return y if self.bias is None else y + over_last_axis(self.bias[...], y)
 
 
-class History:
-    """What causal layers keep of a group of frames for the next group, in the order in which they ask.
+class CausalCache:
+    """Frames that causal layers carry from one chunk of a video to the next (a "feature cache").
 
-    A network run over a video group by group, each with a `History` of what the one before `keeps`, gives
-    what it gives for the whole video at once.
+    A network that runs chunk by chunk, each with a `CausalCache` of the previous one's `new_frames`, gives
+    the result of the whole video at once. Layers use the cache in the same order in every chunk.
+
+    Attributes:
+      is_first_chunk: whether there is no chunk before.
+      new_frames: what each layer carries to the next chunk, in the order of the layers.
     """
 
-    def __init__(self, kept: Sequence[Array] | None = None):
-        """A history for one group.
+    def __init__(self, frames: Sequence[Array] | None = None):
+        """The cache of one chunk.
 
         Args:
-          kept: the `keeps` of the group before; None for the first group.
+          frames: `new_frames` of the previous chunk; None for the first chunk.
         """
-        self.begins = kept is None
-        self.keeps: list[Array] = []
-        self._kept = iter(kept or ())
+        self.is_first_chunk = frames is None
+        self.new_frames: list[Array] = []
+        self._frames = iter(frames or ())
 
-    def exchange(self, x: Float[Array, "b t h w c"], count: int) -> Float[Array, "b n h w c"] | None:
-        """The `count` frames before `x`, None at the beginning; keeps the last `count` for the next group."""
-        if self.begins:
+    def swap(self, x: Float[Array, "b t h w c"], count: int) -> Float[Array, "b n h w c"] | None:
+        """Returns the `count` frames before `x` (None in the first chunk) and stores the chunk's last."""
+        if self.is_first_chunk:
             before = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
         else:
-            before = next(self._kept)
-        self.keeps.append(jnp.concatenate([before, x], axis=1)[:, x.shape[1] :])
-        return None if self.begins else before
+            before = next(self._frames)
+        self.new_frames.append(jnp.concatenate([before, x], axis=1)[:, x.shape[1] :])
+        return None if self.is_first_chunk else before
 
 
 class CausalConv3d(nnx.Module):
@@ -109,11 +113,11 @@ class CausalConv3d(nnx.Module):
         self.bias = param(rngs, zeros, (out_channels,), ("conv_out",))
 
     def __call__(
-        self, x: Float[Array, "b t h w i"], history: History | None = None
+        self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t h w o"]:
-        """Filters a video, or with `history` the next group of frames of one."""
+        """Filters a video, or with `cache` the next group of frames of one."""
         taps, height, width = self.kernel_size
-        before = history.exchange(x, taps - 1) if history and taps > 1 else None
+        before = cache.swap(x, taps - 1) if cache and taps > 1 else None
         if before is None:
             taps = min(taps, x.shape[1])  # the others meet nothing but the zeros before frame 0
         else:

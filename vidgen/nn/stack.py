@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vidgen.core.typing import Array, PyTree
 from vidgen.ops.attention_blocks import ATTENTION
-from vidgen.parallel.rules import gathers
+from vidgen.parallel.rules import fsdp_is_sharded
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -63,7 +63,7 @@ def apply_stack(
     def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
         return apply(layer, checkpoint_name(x, _INPUT), **extra), None
 
-    if remat != "none" or gathers():
+    if remat != "none" or fsdp_is_sharded():
         body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(body, x, stack)
     return x

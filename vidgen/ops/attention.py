@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops import attention_cpu
 from vidgen.ops.attention_blocks import ATTENTION, Blocks, block_score_bytes
-from vidgen.ops.attention_cpu import Masks, Statistics
+from vidgen.ops.attention_cpu import Masks, SoftmaxStats
 from vidgen.ops.attention_kernels import Kernels, device_kind, kernel_attention, over_mesh
 from vidgen.ops.score_budget import ScoresTooLarge, check_scores, heads_here, refusal, report_fallback
 
@@ -90,7 +90,7 @@ def _score_bytes(implementation: Implementation, query: Array, key: Array) -> in
     (heads, queries), keys = heads_here(query), key.shape[1]
     if implementation == "blocks":
         return heads * block_score_bytes(queries, keys)
-    if implementation != "xla" or (attention_cpu.pays(query, key) and device_kind()[0] == "cpu"):
+    if implementation != "xla" or (attention_cpu.worth_blocking(query, key) and device_kind()[0] == "cpu"):
         return 0
     return 4 * heads * queries * keys
 
@@ -121,7 +121,7 @@ def _attend(
     check_scores(implementation, _score_bytes(implementation, query, key))
     if implementation == "blocks":
         return kernel_attention(query, key, value, masks, scale, Blocks())
-    if bias is None and attention_cpu.pays(query, key):
+    if bias is None and attention_cpu.worth_blocking(query, key):
         return _recomputing(query, key, value, masks, scale)
     return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), ATTENTION)
 
@@ -155,9 +155,9 @@ def _recomputing(query: Array, key: Array, value: Array, masks: Masks, scale: fl
 
 
 def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float) -> tuple[Array, Any]:
-    def plain(query: Array, key: Array, value: Array, masks: Masks) -> tuple[Array, Statistics]:
+    def plain(query: Array, key: Array, value: Array, masks: Masks) -> tuple[Array, SoftmaxStats]:
         zeros = jnp.zeros_like(query[..., 0])  # Only the blocks of CPUs need these.
-        return _reference(query, key, value, _mask(masks), None, scale), Statistics(zeros, zeros)
+        return _reference(query, key, value, _mask(masks), None, scale), SoftmaxStats(zeros, zeros)
 
     inputs = (query, key, value, masks)
     blocked = functools.partial(

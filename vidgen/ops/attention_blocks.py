@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vidgen.core.typing import Array, Float
 from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
 
-__all__ = ["ATTENTION", "Attended", "Blocks", "PartAttention", "block_score_bytes", "merge"]
+__all__ = ["ATTENTION", "AttentionKernel", "Blocks", "PartialAttention", "block_score_bytes", "merge"]
 
 ATTENTION = "attention"
 """The name, for policies of what is saved, of what attention gives and its backward pass takes from it."""
@@ -21,7 +21,7 @@ _LARGEST = 512
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class Attended(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention to some of the keys.
 
     Attributes:
@@ -35,7 +35,7 @@ class Attended(NamedTuple):
 
 
 @runtime_checkable
-class PartAttention(Protocol):
+class AttentionKernel(Protocol):
     """Attention of queries to a part of their keys: `Blocks`, or `vidgen.ops.attention_kernels.Kernels`.
 
     Both passes raise NotImplementedError where they take no such shapes or dtypes.
@@ -44,7 +44,7 @@ class PartAttention(Protocol):
     def forward(
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
-        """As `Attended`, but the mean is `b s n k`, in the dtype of the values or in float32."""
+        """As `PartialAttention`, but the mean is `b s n k`, in the dtype of the values or in float32."""
         ...
 
     def backward(
@@ -68,7 +68,7 @@ class PartAttention(Protocol):
         ...
 
 
-def merge(one: Attended, other: Attended) -> Attended:
+def merge(one: PartialAttention, other: PartialAttention) -> PartialAttention:
     """Attention to the keys of both, in float32."""
     log_sum_exp = jnp.logaddexp(one.log_sum_exp, other.log_sum_exp)
     finite = jnp.maximum(log_sum_exp, jnp.finfo(jnp.float32).min)
@@ -76,13 +76,13 @@ def merge(one: Attended, other: Attended) -> Attended:
     # A product repeats the head's share for each of its channels: it is exact, and in the layout of the mean.
     channels = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), one.mean.shape[-1] // heads, axis=1)
 
-    def weighted(part: Attended) -> Array:
+    def weighted(part: PartialAttention) -> Array:
         shares = jnp.exp(part.log_sum_exp - finite)
         return jnp.einsum("bns,nd->bsd", shares, channels, precision="highest") * part.mean.astype(
             jnp.float32
         )
 
-    return Attended(weighted(one) + weighted(other), log_sum_exp)
+    return PartialAttention(weighted(one) + weighted(other), log_sum_exp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Blocks:
     def forward(
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
-        """As `PartAttention` has it, by an online softmax (arXiv 1805.02867)."""
+        """As `AttentionKernel` has it, by an online softmax (arXiv 1805.02867)."""
         lowest, cut = jnp.finfo(jnp.float32).min, _Cut(key, ranges)
 
         def absorb(carry: tuple[Array, Array, Array], block: tuple):
@@ -130,7 +130,7 @@ class Blocks:
         scale: float,
         ranges: KeyRanges | None,
     ) -> tuple[Array, Array, Array]:
-        """As `PartAttention` has it; weights are computed again from scores (arXiv 2205.14135)."""
+        """As `AttentionKernel` has it; weights are computed again from scores (arXiv 2205.14135)."""
         mean_cotangent, cut = _product("bsnk,bsnk->bns", output, cotangent), _Cut(key, ranges)
 
         def one(sum_query: Array, block: tuple) -> tuple[Array, tuple[Array, Array]]:

@@ -28,14 +28,14 @@ class Masks(NamedTuple):
     key_segments: Int[Array, "b r"] | None = None
 
 
-class Statistics(NamedTuple):
-    """By what the softmax of each query was normalised: the largest score, and the sum of exponentials."""
+class SoftmaxStats(NamedTuple):
+    """Of each query's softmax: the largest score, and the sum of the exponentials less it."""
 
-    largest: Float[Array, "b s n"]
-    total: Float[Array, "b s n"]
+    max: Float[Array, "b s n"]
+    sum: Float[Array, "b s n"]
 
 
-def pays(query: Float[Array, "b s n k"], key: Float[Array, "b r n k"]) -> bool:
+def worth_blocking(query: Float[Array, "b s n k"], key: Float[Array, "b r n k"]) -> bool:
     """Whether blocks are faster than all scores at once, which they are not where scores are few."""
     batch, queries, heads, _ = query.shape
     return query.dtype == jnp.float32 and batch * heads * queries * key.shape[1] >= _BLOCK
@@ -47,7 +47,7 @@ def forward(
     value: Float[Array, "b r n k"],
     masks: Masks,
     scale: float,
-) -> tuple[Float[Array, "b s n k"], Statistics]:
+) -> tuple[Float[Array, "b s n k"], SoftmaxStats]:
     """Attention and what `backward` needs of it, without an array of all scores.
 
     All keys of a block are there at once, so nothing is ever rescaled.
@@ -69,7 +69,7 @@ def forward(
 
     inputs = (cut.queries(scale * query), cut.keys(key), cut.keys(value), cut.masks(masks))
     y, largest, total = map(cut.joined, jax.lax.map(of_heads, inputs))
-    return y, Statistics(largest[..., 0], total[..., 0])
+    return y, SoftmaxStats(largest[..., 0], total[..., 0])
 
 
 def backward(
@@ -79,7 +79,7 @@ def backward(
     masks: Masks,
     scale: float,
     y: Float[Array, "b s n k"],
-    statistics: Statistics,
+    statistics: SoftmaxStats,
     gradient: Float[Array, "b s n k"],
 ) -> tuple[Float[Array, "b s n k"], Float[Array, "b r n k"], Float[Array, "b r n k"]]:
     """Gradients of query, key and value, given that of `y`.
@@ -88,7 +88,7 @@ def backward(
     """
     cut = _Cut(query, key)
     # What divides the weights of a query divides this instead, in which there are fewer numbers.
-    gradient = gradient / statistics.total[..., None]
+    gradient = gradient / statistics.sum[..., None]
     mean = (gradient * y).sum(-1, keepdims=True)
 
     def of_heads(inputs: Any) -> Any:
@@ -109,7 +109,7 @@ def backward(
         sums, d_query = jax.lax.scan(of_block, (zeros, zeros), (*blocks, masks.query_segments))
         return d_query, *(jnp.swapaxes(x, 1, 2) for x in sums)
 
-    blocks = map(cut.queries, (scale * query, gradient, statistics.largest[..., None], mean))
+    blocks = map(cut.queries, (scale * query, gradient, statistics.max[..., None], mean))
     inputs = (*blocks, cut.keys(key), cut.keys(value), cut.masks(masks))
     d_query, d_key, d_value = jax.lax.map(of_heads, inputs)
     back = functools.partial(_heads_last, clips=key.shape[0])

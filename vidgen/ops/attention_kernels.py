@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.typing import Array, Float
-from vidgen.ops.attention_blocks import ATTENTION, PartAttention
+from vidgen.ops.attention_blocks import ATTENTION, AttentionKernel
 from vidgen.ops.attention_cpu import Masks
 from vidgen.pallas_kernels.attention import gpu, tpu
 from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges, segment_ranges
@@ -114,7 +114,7 @@ def kernel_attention(
     value: Float[Array, "b r n k"],
     masks: Masks,
     scale: float,
-    kernels: PartAttention,
+    kernels: AttentionKernel,
 ) -> Float[Array, "b s n k"]:
     """Softmax attention, each device its part; a query that sees no key gives zeros.
 
@@ -125,7 +125,7 @@ def kernel_attention(
 
 
 def _forward(
-    query: Array, key: Array, value: Array, masks: Masks, scale: float, kernels: PartAttention
+    query: Array, key: Array, value: Array, masks: Masks, scale: float, kernels: AttentionKernel
 ) -> tuple[Array, Any]:
     def local(_, query, key, value, masks):
         ranges = key_ranges(masks, query)
@@ -137,7 +137,7 @@ def _forward(
     return results[0], (inputs, results)
 
 
-def _backward(scale: float, kernels: PartAttention, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+def _backward(scale: float, kernels: AttentionKernel, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     inputs, results = residuals
 
     def local(axes, query, key, value, masks, output, log_sum_exp, cotangent):

@@ -1,7 +1,7 @@
 """Products of activations and weights."""
 
 from vidgen.core.typing import Array, Float
-from vidgen.parallel.rules import cuts
+from vidgen.parallel.rules import is_sharded
 
 
 def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
@@ -10,6 +10,6 @@ def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Ar
     With more axes XLA (jax 0.10) on CPUs makes a transposed copy of `x` for the gradient of `kernel`, and
     computes what `x` comes from in that order: the training step of a transformer takes a fifth longer.
     """
-    if x.ndim < 3 or cuts("tokens"):
+    if x.ndim < 3 or is_sharded("tokens"):
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])

@@ -17,9 +17,9 @@ from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.ops.attention import Implementation
 from vidgen.ops.attention_blocks import (
     ATTENTION,
-    Attended,
+    AttentionKernel,
     Blocks,
-    PartAttention,
+    PartialAttention,
     block_score_bytes,
     merge,
 )
@@ -50,11 +50,11 @@ class Ring:
         """Devices of one ring."""
         return self.devices // self.stride
 
-    def place(self) -> Array:
+    def ring_index(self) -> Array:
         """This device's place in its ring."""
         return jax.lax.axis_index(self.axis) // self.stride
 
-    def pass_on(self, x: Array) -> Array:
+    def send_to_next(self, x: Array) -> Array:
         """Sends to the next device of the ring, receives from the one before."""
         to_next = [(i, (i + self.stride) % self.devices) for i in range(self.devices)]
         return jax.lax.ppermute(x, self.axis, to_next)
@@ -80,11 +80,11 @@ def ring_attention(
       NotImplementedError: the implementation that was named takes no such shapes or dtypes.
       ScoresTooLarge: plain JAX would have more than `score_budget.SCORE_BYTES` of scores in memory.
     """
-    turns = _Turns(ring=ring, parts=_parts(implementation), scale=query.shape[-1] ** -0.5)
+    turns = _RingStep(ring=ring, parts=_parts(implementation), scale=query.shape[-1] ** -0.5)
     return _attend(turns, query, key, value, key_mask, segments)
 
 
-def _parts(implementation: Implementation) -> tuple[PartAttention, ...]:
+def _parts(implementation: Implementation) -> tuple[AttentionKernel, ...]:
     """What may compute, the fastest first."""
     if implementation == "pallas_tpu" or implementation == "pallas_gpu":
         return (Kernels.of(implementation),)
@@ -97,7 +97,7 @@ def _parts(implementation: Implementation) -> tuple[PartAttention, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Turns:
+class _RingStep:
     """What devices do in a turn of the ring.
 
     Arrays that travel are `b s (n k)`, as TPU kernels read them: no turn copies them to another layout.
@@ -108,14 +108,14 @@ class _Turns:
     """
 
     ring: Ring
-    parts: tuple[PartAttention, ...]
+    parts: tuple[AttentionKernel, ...]
     scale: float
 
-    def attend(self, query: Array, keys: tuple[Array, ...], ranges: KeyRanges | None) -> Attended:
+    def attend(self, query: Array, keys: tuple[Array, ...], ranges: KeyRanges | None) -> PartialAttention:
         arrays = (query, *(x.reshape(query.shape) for x in keys))
         call = lambda part: part.forward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
         mean, log_sum_exp = _first_possible(call, self.parts, *arrays[:2])
-        return Attended(_flat(mean), log_sum_exp)
+        return PartialAttention(_flat(mean), log_sum_exp)
 
     def gradients(
         self,
@@ -131,9 +131,9 @@ class _Turns:
         of_query, *rest = (_flat(x) for x in _first_possible(call, self.parts, *arrays[:2]))
         return of_query, tuple(rest)
 
-    def meanwhile(self, compute: Callable[[], Any], travelling: Any) -> tuple[Any, Any]:
+    def overlap_with_send(self, compute: Callable[[], Any], in_flight: Any) -> tuple[Any, Any]:
         """The result of `compute`, and what comes in place of the arrays that are sent on during it."""
-        coming = jax.tree.map(self.ring.pass_on, travelling)
+        coming = jax.tree.map(self.ring.send_to_next, in_flight)
         # Nothing that uses the result begins before all has come. The compiler, which does not know how long
         # a kernel takes, then sends before the kernel; else it may send during the little that follows.
         return jax.lax.optimization_barrier((compute(), coming))
@@ -143,7 +143,7 @@ class _Turns:
     ) -> KeyRanges | None:
         """What this device's tokens see of the keys that have come to it after so many steps."""
         length = query.shape[1]
-        here = self.ring.place()
+        here = self.ring.ring_index()
         whose = (here - step) % self.ring.size
 
         def part(x: Array | None, place: Array) -> Array | None:
@@ -158,7 +158,7 @@ def _flat(x: Array) -> Array:
 
 
 def _first_possible(
-    call: Callable[[PartAttention], Any], parts: tuple[PartAttention, ...], query: Array, key: Array
+    call: Callable[[AttentionKernel], Any], parts: tuple[AttentionKernel, ...], query: Array, key: Array
 ) -> Any:
     """What the first part that takes the arrays gives; what refused is logged.
 
@@ -182,24 +182,24 @@ def _first_possible(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    turns: _Turns, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
+    turns: _RingStep, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
 ) -> Array:
     return _forward(turns, query, key, value, key_mask, segments)[0]
 
 
 def _forward(
-    turns: _Turns, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
+    turns: _RingStep, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
 ):
-    def attend(keys: tuple[Array, ...], step: Array | int) -> Attended:
+    def attend(keys: tuple[Array, ...], step: Array | int) -> PartialAttention:
         return turns.attend(query, keys, turns.ranges(query, key_mask, segments, step))
 
     def turn(carry, step: Array):
         attended, keys = carry
-        part, keys = turns.meanwhile(lambda: attend(keys, step), keys)
+        part, keys = turns.overlap_with_send(lambda: attend(keys, step), keys)
         return (merge(attended, part), keys), None
 
     rows = jnp.full_like(query[..., 0].swapaxes(1, 2), -jnp.inf, jnp.float32)
-    nothing = Attended(jnp.zeros_like(_flat(query), jnp.float32), rows)
+    nothing = PartialAttention(jnp.zeros_like(_flat(query), jnp.float32), rows)
     last = turns.ring.size - 1
     (attended, keys), _ = jax.lax.scan(turn, (nothing, (_flat(key), _flat(value))), jnp.arange(last))
     attended = merge(attended, attend(keys, last))
@@ -208,7 +208,7 @@ def _forward(
     return results[0], (query, key, value, key_mask, segments, results)
 
 
-def _backward(turns: _Turns, saved, cotangent: Array):
+def _backward(turns: _RingStep, saved, cotangent: Array):
     """Keys and values travel again; the sums of their gradients follow one turn behind, and end at home."""
     query, key, value, key_mask, segments, results = saved
     keys = (_flat(key), _flat(value))
@@ -219,15 +219,15 @@ def _backward(turns: _Turns, saved, cotangent: Array):
 
     def turn(carry, step: Array):
         sums, keys = carry
-        parts, (of_others, keys) = turns.meanwhile(lambda: gradients(keys, step), (sums[1], keys))
+        parts, (of_others, keys) = turns.overlap_with_send(lambda: gradients(keys, step), (sums[1], keys))
         return (jax.tree.map(jnp.add, (sums[0], of_others), parts), keys), None
 
-    first, keys = turns.meanwhile(lambda: gradients(keys, 0), keys)
+    first, keys = turns.overlap_with_send(lambda: gradients(keys, 0), keys)
     sums = jax.tree.map(lambda x: x.astype(jnp.float32), first)
     (sums, keys), _ = jax.lax.scan(turn, (sums, keys), jnp.arange(1, last))
-    parts, of_others = turns.meanwhile(lambda: gradients(keys, last), sums[1])
+    parts, of_others = turns.overlap_with_send(lambda: gradients(keys, last), sums[1])
     of_query, of_others = jax.tree.map(jnp.add, (sums[0], of_others), parts)
-    grads = (of_query, *map(turns.ring.pass_on, of_others))
+    grads = (of_query, *map(turns.ring.send_to_next, of_others))
     return (*(grad.astype(query.dtype).reshape(query.shape) for grad in grads), None, None)
 
 

@@ -12,12 +12,12 @@ from vidgen.core.typing import Array, PyTree
 
 __all__ = [
     "RULES",
+    "all_gather_fsdp",
     "batch_sharding",
     "constrain",
     "constrain_tree",
-    "cuts",
-    "gathered",
-    "gathers",
+    "fsdp_is_sharded",
+    "is_sharded",
     "partition_spec",
     "shardings",
 ]
@@ -100,7 +100,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """`x`, laid over the mesh in context (`jax.set_mesh`) by its logical axes; or `x` where there is none."""
+    """`x` sharded by its logical axes over the mesh in context (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -108,20 +108,20 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def constrain_tree(tree: PyTree) -> PyTree:
-    """`tree`, laid over the mesh in context by `shardings`: a step's state stays where it was born."""
+    """`tree` sharded by `shardings` over the mesh in context: keeps a state's initial sharding."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
-def gathered(x: Array, *axes: str | None) -> Array:
-    """`x`, a matrix with these logical axes, as it is multiplied by: whole along `fsdp`, which only stores.
+def all_gather_fsdp(x: Array, *axes: str | None) -> Array:
+    """A weight matrix with these logical axes, all-gathered over `fsdp`, which shards storage alone.
 
-    Its gradient goes back the same way, summed and cut. Left to itself, the partitioner (jax 0.10) at times
-    cuts a product by an axis that is free instead, and sums activations over it.
+    Its gradient is reduce-scattered. Without the constraint the partitioner (jax 0.10) sometimes shards the
+    contraction instead, and all-reduces activations.
     """
-    if not gathers():
+    if not fsdp_is_sharded():
         return x
     mesh = jax.sharding.get_abstract_mesh()
     stored = partition_spec(axes, x.shape, mesh)
@@ -134,13 +134,13 @@ def gathered(x: Array, *axes: str | None) -> Array:
     return jax.custom_derivatives.linear_call(to(used), to(stored), (), x)
 
 
-def gathers() -> bool:
-    """Whether `gathered` has something to do on the mesh in context."""
-    return cuts("embed")
+def fsdp_is_sharded() -> bool:
+    """Whether the mesh in context shards weights over `fsdp`, so that `all_gather_fsdp` has an effect."""
+    return is_sharded("embed")
 
 
-def cuts(name: str) -> bool:
-    """Whether the mesh in context cuts dimensions of this logical name, where it divides them."""
+def is_sharded(name: str) -> bool:
+    """Whether the mesh in context shards dimensions of this logical name, where it divides them."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(mesh.shape[axis] > 1 for axis in _rule(name))
 

@@ -18,7 +18,7 @@ from vidgen.core.files import read_json
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.clip import transformers_folder as clip_folder
 from vidgen.models.dit import diffusers_folder as dit_folder
-from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.dit.experts import NoiseLevelExperts
 from vidgen.models.dit.model import DiT
 from vidgen.models.t5.prompts import T5Prompts
 from vidgen.models.text.config import ByteEncoderConfig
@@ -28,7 +28,7 @@ from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.pipeline import Pipeline
 from vidgen.pipeline.sampling_file import read_defaults, read_scheduler
-from vidgen.sampling.conditioning import FramesEnter, how_frames_enter
+from vidgen.sampling.conditioning import ImageConditioning, infer_image_conditioning
 from vidgen.train.text_features import TextFeatures
 
 __all__ = [
@@ -89,7 +89,7 @@ def load_checkpoint(
     model = TextToVideo(load_transformers(folder, mesh, dtype=dtype), text)
     vae = vae_folder.load_diffusers(folder / "vae")
     has_encoder = (index.get("image_encoder") or [None])[0] is not None
-    experts = isinstance(model.dit, TwoExperts)
+    experts = isinstance(model.dit, NoiseLevelExperts)
     defaults = read_defaults(folder, model.dit.config, vae.config, experts=experts)
     return Pipeline(
         model,
@@ -131,7 +131,7 @@ def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
 
 def load_transformers(
     folder: pathlib.Path | str, mesh: Mesh, *, dtype: _DTYPE = "float32"
-) -> DiT | TwoExperts:
+) -> DiT | NoiseLevelExperts:
     """The transformer of a checkpoint, or its two.
 
     Raises:
@@ -145,7 +145,7 @@ def load_transformers(
     boundary = index.get("boundary_ratio")
     if boundary is None:
         raise UserError(f"{folder / INDEX} has transformer_2, but no boundary_ratio between the two")
-    return TwoExperts(load(folder / "transformer"), load(folder / "transformer_2"), float(boundary))
+    return NoiseLevelExperts(load(folder / "transformer"), load(folder / "transformer_2"), float(boundary))
 
 
 def _byte_encoder(folder: pathlib.Path, mesh: Mesh) -> ByteEncoder | None:
@@ -167,7 +167,7 @@ def _prompts(folder: pathlib.Path, mesh: Mesh, dtype: _DTYPE, cache: pathlib.Pat
 
 def _images(
     model: TextToVideo, latent_channels: int, temporal_factor: int, index: Mapping[str, Any]
-) -> FramesEnter | None:
-    enter = how_frames_enter(model.dit.config, latent_channels, temporal_factor)
+) -> ImageConditioning | None:
+    enter = infer_image_conditioning(model.dit.config, latent_channels, temporal_factor)
     # A timestep for each token, with which Wan 2.2's TI2V was trained, the others not.
     return None if enter == "first" and not index.get("expand_timesteps") else enter

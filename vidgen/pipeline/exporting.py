@@ -15,7 +15,7 @@ from vidgen.core.errors import UserError
 from vidgen.core.files import check_target
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.diffusers_folder import save_diffusers
-from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.dit.experts import NoiseLevelExperts
 from vidgen.models.dit.lora_file import Spelling, save_lora
 from vidgen.models.dit.model import DiT
 from vidgen.models.dit.wan_file import save_wan
@@ -30,8 +30,8 @@ from vidgen.pipeline.importing import import_checkpoint, new_folder
 from vidgen.pipeline.parts import copy_part
 from vidgen.pipeline.sampling_file import read_defaults, write_defaults, write_scheduler
 from vidgen.sampling.published import SamplingDefaults
+from vidgen.train.restore import load_run
 from vidgen.train.text_to_video_task import TextToVideoTask
-from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
 
 __all__ = ["Format", "export"]
@@ -96,9 +96,9 @@ def _parts(
     if is_checkpoint(source):
         vae = vae_folder.load_diffusers(pathlib.Path(source) / "vae")
         dit = load_transformers(source, mesh)
-        defaults = read_defaults(source, dit.config, vae.config, experts=isinstance(dit, TwoExperts))
+        defaults = read_defaults(source, dit.config, vae.config, experts=isinstance(dit, NoiseLevelExperts))
         return TextToVideo(dit), vae, None, defaults
-    experiment, _, model = load_trained(source, mesh, step=step)
+    experiment, _, model = load_run(source, mesh, step=step)
     if not isinstance(model, TextToVideo):
         raise UserError(
             f"{source} is a run of kind {experiment.task.kind!r}; only those of 'text_to_video' are exported "

@@ -16,8 +16,8 @@ from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.diffusers_folder import is_checkpoint, load_checkpoint
 from vidgen.pipeline.pipeline import Pipeline
+from vidgen.train.restore import load_run
 from vidgen.train.text_to_video_task import TextToVideoTask
-from vidgen.train.trained import load_trained
 from vidgen.train.vae_folder import load_vae
 
 __all__ = ["load"]
@@ -49,7 +49,7 @@ def load(
     mesh = MeshOptions().build() if mesh is None else mesh
     if is_checkpoint(path):
         return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)
-    experiment, _, model = load_trained(path, mesh, dtype=dtype)
+    experiment, _, model = load_run(path, mesh, dtype=dtype)
     if not isinstance(model, TextToVideo):
         raise UserError(
             f"{path} is a run of kind {experiment.task.kind!r}; "

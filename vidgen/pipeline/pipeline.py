@@ -30,7 +30,7 @@ from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import merge_low_rank
 from vidgen.sampling.caching import TeaCache
-from vidgen.sampling.conditioning import FramesEnter, beside_noise, first_frame
+from vidgen.sampling.conditioning import ImageConditioning, concat_condition, first_frame
 from vidgen.sampling.generate import OnProgress, denoise, seeded_noise
 from vidgen.sampling.guidance import AnyGuidance
 from vidgen.sampling.options import SamplingOptions
@@ -68,7 +68,7 @@ class Pipeline:
         fps: float,
         mesh: Mesh,
         options: SamplingOptions | None = None,
-        images: FramesEnter | None = None,
+        images: ImageConditioning | None = None,
         image_encoder: CLIPVision | None = None,
     ):
         self.model = model
@@ -248,14 +248,14 @@ class Pipeline:
         fitted = [pixels.to_float(jnp.asarray(_fitted(picture, size[1:]))[None, None]) for picture in shown]
         repeated = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
         if self.images == "first":
-            given, is_given = first_frame(self.vae, repeated(fitted[0]), noise)
-            return {"given": given, "is_given": is_given}
+            given, known_mask = first_frame(self.vae, repeated(fitted[0]), noise)
+            return {"known_latents": given, "known_mask": known_mask}
         video = jnp.zeros((1, num_frames, *size[1:], 3)).at[:, :1].set(fitted[0])
         if last_image is not None:
             video = video.at[:, -1:].set(fitted[1])
-        is_given = np.arange(num_frames) == 0
-        is_given[-1] |= last_image is not None
-        parts = {"beside": repeated(beside_noise(self.vae, video, jnp.asarray(is_given)))}
+        known_mask = np.arange(num_frames) == 0
+        known_mask[-1] |= last_image is not None
+        parts = {"concat_latents": repeated(concat_condition(self.vae, video, jnp.asarray(known_mask)))}
         if self.image_encoder is not None:
             side = self.image_encoder.config.image_size
             prepared = np.stack([clip_images.prepare(_fitted(picture), side) for picture in shown])

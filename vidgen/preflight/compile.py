@@ -83,7 +83,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
-    optimizer = partitioned(experiment.optimizer, task.apart, options.num_steps)
+    optimizer = partitioned(experiment.optimizer, task.param_groups, options.num_steps)
     transformation = averaging(optimizer, options.power_law)
     state, graphdef = abstract_state(task, transformation, mesh)
     frozen_graphdef, frozen = _abstract_frozen(task, vae, mesh)

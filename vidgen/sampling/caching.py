@@ -1,4 +1,4 @@
-"""Steps without the transformer's blocks: what they added to the tokens in an earlier step is added again."""
+"""Feature caching: steps that skip the transformer's blocks and add their last residual again."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ from vidgen.models.dit.model import DiT
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.parallel.rules import constrain
 
-__all__ = ["CachePolicy", "CachedPasses", "TeaCache"]
+__all__ = ["CachePolicy", "CachedDenoiser", "TeaCache"]
 
 
 @runtime_checkable
 class CachePolicy(Protocol):
-    """Chooses the steps in which the blocks are computed."""
+    """Chooses the steps that compute the blocks."""
 
     def computed(
         self, dit: DiT, timesteps: Float[Array, "s"], forced: Bool[np.ndarray, "s"]
     ) -> Bool[Array, "s"]:
-        """Which steps are computed, from the timesteps that the model is told; `forced` ones are."""
+        """Whether each step computes the blocks, from the model's timesteps; `forced` steps do."""
         ...
 
 
@@ -71,11 +71,11 @@ class TeaCache:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CachedPasses:
-    """A model's passes (`sampling.network.Passes`) that keep what the blocks added to the tokens.
+class CachedDenoiser:
+    """A denoiser that reuses what the blocks added to the tokens in an earlier step.
 
     Attributes:
-      computed: of each step, whether the blocks are computed; the first one is.
+      computed: whether each step computes the blocks; the first one does.
     """
 
     model: TextToVideo
@@ -92,7 +92,7 @@ class CachedPasses:
         latents: Latents,
         timestep: Float[Array, "b"],
         condition: Condition,
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
     ) -> tuple[Latents, PyTree]:
         left: list[Array] = []
@@ -105,7 +105,7 @@ class CachedPasses:
             def reuse(x: Array, added: Array) -> tuple[Array, Array]:
                 return x + added, added
 
-            x, added = jax.lax.cond(self.computed[step], compute, reuse, x, memory)
+            x, added = jax.lax.cond(self.computed[step], compute, reuse, x, state)
             left.append(added)
             return x
 

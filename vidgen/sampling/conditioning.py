@@ -1,4 +1,4 @@
-"""Given frames as the transformer takes them."""
+"""Image conditions: known frames as concatenated channels or as known latents."""
 
 from typing import Literal
 
@@ -11,14 +11,14 @@ from vidgen.models.dit.config import DiTConfig
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 
-__all__ = ["FramesEnter", "beside_noise", "first_frame", "how_frames_enter"]
+__all__ = ["ImageConditioning", "concat_condition", "first_frame", "infer_image_conditioning"]
 
-FramesEnter = Literal["beside", "first"]
-"""Given frames are in channels beside the noise, or the first one is in its place with timestep 0."""
+ImageConditioning = Literal["beside", "first"]
+"""`beside`: known frames in channels concatenated to the noise. `first`: the first latent frame is known."""
 
 
-def how_frames_enter(dit: DiTConfig, latent_channels: int, temporal_factor: int) -> FramesEnter:
-    """Which of the two a transformer is made for, by its channels.
+def infer_image_conditioning(dit: DiTConfig, latent_channels: int, temporal_factor: int) -> ImageConditioning:
+    """The image condition that a transformer takes, by its channels.
 
     Raises:
       UserError: its channels are neither the latents' nor those of Wan's image to video.
@@ -37,34 +37,36 @@ def how_frames_enter(dit: DiTConfig, latent_channels: int, temporal_factor: int)
 
 
 @jax.jit
-def beside_noise(vae: VideoVAE, video: Video, is_given: Bool[Array, "t"]) -> Float[Array, "b tz hz wz x"]:
-    """Channels beside the noise, as Wan's image to video takes them: a mask, and latents of what is given.
+def concat_condition(
+    vae: VideoVAE, video: Video, known_mask: Bool[Array, "t"]
+) -> Float[Array, "b tz hz wz x"]:
+    """Channels that Wan's image to video concatenates to the noise: a mask, and latents of the known frames.
 
     Args:
-      video: in [-1, 1]; frames that are not given are not looked at.
-      is_given: which frames are.
+      video: in [-1, 1]; frames that are not known count as 0 (grey).
+      known_mask: true for known frames.
 
     Returns:
       `temporal_factor` channels of the mask, one for each frame of a latent frame (the first frame stands for
       all of its own), then the latents, float32.
     """
     factor = vae.config.temporal_factor
-    shown = jnp.where(is_given[None, :, None, None, None], video, 0.0)
+    shown = jnp.where(known_mask[None, :, None, None, None], video, 0.0)
     latents = streaming.encode(vae, shown)
     b, t, h, w, _ = latents.shape
-    mask = jnp.concatenate([jnp.repeat(is_given[:1], factor), is_given[1:]]).reshape(t, factor)
+    mask = jnp.concatenate([jnp.repeat(known_mask[:1], factor), known_mask[1:]]).reshape(t, factor)
     mask = jnp.broadcast_to(mask[None, :, None, None].astype(latents.dtype), (b, t, h, w, factor))
     return jnp.concatenate([mask, latents], axis=-1)
 
 
 @jax.jit
 def first_frame(vae: VideoVAE, image: Video, noise: Latents) -> tuple[Latents, Bool[Array, "b tz hz wz"]]:
-    """Latents whose first frame is `image`, and where they are given; elsewhere they are zero.
+    """Known latents, zero but for the first frame, and their mask.
 
     Args:
       image: in [-1, 1], one frame per clip.
-      noise: of the clips; only its shape is looked at.
+      noise: of the clips; gives the shape.
     """
     latents = vae.encode(image)
-    given = jnp.zeros_like(noise).at[:, :1].set(latents)
-    return given, jnp.zeros(noise.shape[:4], bool).at[:, 0].set(True)
+    known_latents = jnp.zeros_like(noise).at[:, :1].set(latents)
+    return known_latents, jnp.zeros(noise.shape[:4], bool).at[:, 0].set(True)

@@ -16,18 +16,19 @@ from vidgen.core.errors import UserError
 from vidgen.core.limits import SAMPLER_STEPS, SEED
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, UInt8, UInt32
 from vidgen.models.byte_prompts import BytePrompts
-from vidgen.models.condition import Condition, with_given
-from vidgen.models.dit.experts import TwoExperts
+from vidgen.models.condition import Condition, with_known
+from vidgen.models.dit.experts import NoiseLevelExperts
 from vidgen.models.dit.model import DiT
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import constrain
-from vidgen.sampling.caching import CachedPasses, TeaCache
+from vidgen.sampling import sampler
+from vidgen.sampling.caching import CachedDenoiser, TeaCache
 from vidgen.sampling.guidance import AnyGuidance
-from vidgen.sampling.network import Conditional, Direct, Guided, SteppedNetwork
+from vidgen.sampling.network import Conditional, Guided, StatefulNetwork, UncachedDenoiser
 from vidgen.sampling.options import SamplingOptions
-from vidgen.sampling.sampler import SamplerState, Times, advance, begin, initial_noise
+from vidgen.sampling.sampler import SamplerState, Timesteps, initial_noise
 from vidgen.sampling.steppers import AnyStepper
 
 __all__ = ["OnProgress", "Progress", "denoise", "denoise_on_device", "generate", "seeded_noise"]
@@ -122,7 +123,7 @@ def denoise(
     Raises:
       UserError: an option that the model has no use for.
     """
-    told = on_progress or (lambda _: None)
+    report = on_progress or (lambda _: None)
     how, plan = _plan(model, noise, options)
     negative_used = None if how.guided == "never" else negative
     plan = jax.tree.map(lambda x: np.pad(x, (0, _MAX_STEPS + 1 - len(x))), plan)
@@ -130,11 +131,11 @@ def denoise(
     for step in range(count):
         if on_progress is not None:
             jax.block_until_ready(state)
-        told(Progress("step", step, count))
+        report(Progress("step", step, count))
         state = _advance(model, state, positive, negative_used, plan, np.int32(step), how=how)
     if on_progress is not None:
         jax.block_until_ready(state)
-    told(Progress("decoding", count, count))
+    report(Progress("decoding", count, count))
     return np.asarray(_decode(vae, state.latents, positive))
 
 
@@ -152,9 +153,9 @@ def denoise_on_device(
     network = _network(model, positive, None if how.guided == "never" else negative, plan, how)
 
     def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
-        return advance(network, state, step, plan.times, how.stepper), None
+        return sampler.step(network, state, step, plan.timesteps, how.stepper), None
 
-    start = begin(network, noise, how.stepper)
+    start = sampler.init_state(network, noise, how.stepper)
     state, _ = jax.lax.scan(body, start, jnp.arange(options.grid.num_steps))
     return _decode(vae, state.latents, positive)
 
@@ -173,7 +174,7 @@ class _Plan(NamedTuple):
       computed: whether the transformer's blocks are computed; None without a cache.
     """
 
-    times: Times
+    timesteps: Timesteps
     scales: Float[np.ndarray, "s"] | Float[Array, "s"]
     guided: Bool[np.ndarray, "s"] | Bool[Array, "s"]
     computed: Bool[np.ndarray, "s"] | Bool[Array, "s"] | None
@@ -189,18 +190,18 @@ class _How:
 
 
 def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple[_How, _Plan]:
-    experts = isinstance(model.dit, TwoExperts)
+    experts = isinstance(model.dit, NoiseLevelExperts)
     if options.cache is not None and experts:
         raise UserError("cache: a model with two transformers has none; leave it out")
     if options.guidance_scale_2 is not None and not experts:
         raise UserError("guidance_scale_2 is for models with two transformers; leave it out")
     grid = options.grid.for_tokens(math.prod(model.dit.config.token_grid(*noise.shape[1:4])))
-    timesteps, told = grid.timesteps(), grid.told()
+    timesteps, model_timesteps = grid.timesteps(), grid.model_timesteps()
     scale = options.guidance_scale
     second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
     # The first scale; below the boundary of two transformers the second.
-    boundary = np.float32(model.dit.boundary if isinstance(model.dit, TwoExperts) else 0.0)
-    scales = np.where(told[:-1] >= boundary, scale, second).astype(np.float32)
+    boundary = np.float32(model.dit.boundary if isinstance(model.dit, NoiseLevelExperts) else 0.0)
+    scales = np.where(model_timesteps[:-1] >= boundary, scale, second).astype(np.float32)
     low, high = options.guidance_interval
     guided = (low < timesteps[:-1]) & (timesteps[:-1] <= high) & ((scale, second) != (1.0, 1.0))
     how = _How(
@@ -208,41 +209,48 @@ def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple
         options.guidance,
         "always" if guided.all() else "sometimes" if guided.any() else "never",
     )
-    computed = None if options.cache is None else _computed(model, options.cache, told[:-1], guided)
-    return how, _Plan(Times(timesteps, told), scales, guided, computed)
+    computed = (
+        None if options.cache is None else _computed(model, options.cache, model_timesteps[:-1], guided)
+    )
+    return how, _Plan(Timesteps(timesteps, model_timesteps), scales, guided, computed)
 
 
 def _computed(
-    model: TextToVideo, cache: TeaCache, told: Float[np.ndarray, "s"], guided: Bool[np.ndarray, "s"]
+    model: TextToVideo,
+    cache: TeaCache,
+    model_timesteps: Float[np.ndarray, "s"],
+    guided: Bool[np.ndarray, "s"],
 ) -> Bool[np.ndarray, "s"] | Bool[Array, "s"]:
     """The steps in which the blocks are computed."""
     # What the negative prompt's tokens had added is not known where guidance begins.
     forced = guided & ~np.roll(guided, 1)
     forced[[0, -1]] = True
     assert isinstance(model.dit, DiT)
-    computed = jax.jit(lambda dit: constrain(cache.computed(dit, jnp.asarray(told), forced), None))(model.dit)
+    computed = jax.jit(
+        lambda dit: constrain(cache.computed(dit, jnp.asarray(model_timesteps), forced), None)
+    )(model.dit)
     # Within another program it stays on the device.
     return computed if isinstance(computed, Tracer) else np.asarray(computed)
 
 
 def _network(
     model: TextToVideo, positive: Condition, negative: Condition | None, plan: _Plan, how: _How
-) -> SteppedNetwork:
-    passes = (
-        Direct(model.velocity)
+) -> StatefulNetwork:
+    denoiser = (
+        UncachedDenoiser(model.velocity)
         if plan.computed is None
-        else CachedPasses(model=model, computed=jnp.asarray(plan.computed))
+        else CachedDenoiser(model=model, computed=jnp.asarray(plan.computed))
     )
     if how.guided == "never":
-        return Conditional(passes=passes, condition=positive)
+        return Conditional(denoiser=denoiser, condition=positive)
     return Guided(
-        passes=passes,
+        denoiser=denoiser,
         positive=positive,
         negative=negative,
         guidance=how.guidance,
         scale=jnp.asarray(plan.scales),
         steps=None if how.guided == "always" else jnp.asarray(plan.guided),
-        where=None if positive.is_given is None else ~positive.is_given[..., None],
+        where=None if positive.known_mask is None else ~positive.known_mask[..., None],
     )
 
 
@@ -256,7 +264,7 @@ def _begin(
     *,
     how: _How,
 ) -> SamplerState:
-    return _placed(begin(_network(model, positive, negative, plan, how), noise, how.stepper))
+    return _placed(sampler.init_state(_network(model, positive, negative, plan, how), noise, how.stepper))
 
 
 @functools.partial(jax.jit, static_argnames="how", donate_argnames="state")
@@ -271,7 +279,7 @@ def _advance(
     how: _How,
 ) -> SamplerState:
     network = _network(model, positive, negative, plan, how)
-    return _placed(advance(network, state, step, plan.times, how.stepper))
+    return _placed(sampler.step(network, state, step, plan.timesteps, how.stepper))
 
 
 def _placed(state: SamplerState) -> SamplerState:
@@ -287,6 +295,6 @@ def _placed(state: SamplerState) -> SamplerState:
 
 @jax.jit
 def _decode(vae: VideoVAE, latents: Latents, condition: Condition) -> UInt8[Array, "b t h w 3"]:
-    video = streaming.decode(vae, with_given(latents, condition), emit=pixels.to_uint8)
+    video = streaming.decode(vae, with_known(latents, condition), emit=pixels.to_uint8)
     # Whole on every device, so that each process can read it.
     return constrain(video, None, None, None, None, None)

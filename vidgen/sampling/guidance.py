@@ -1,4 +1,4 @@
-"""Guidance: of the velocities under a prompt and under a negative prompt, the one that is followed."""
+"""Guidance: combines the velocities under a prompt and under a negative prompt into one."""
 
 import dataclasses
 from typing import Annotated, Literal, Protocol, TypeAlias, runtime_checkable
@@ -21,10 +21,10 @@ Predicted: TypeAlias = Bool[Array, "b t h w 1"]
 
 @runtime_checkable
 class Guidance(Protocol):
-    """Combines two velocities; `memory` is what it keeps between steps."""
+    """Combines two velocities, with a state that one sampler step passes to the next."""
 
     def init(self, latents: Latents) -> PyTree:
-        """Memory before the first step."""
+        """State before the first step."""
         ...
 
     def combine(
@@ -35,11 +35,11 @@ class Guidance(Protocol):
         latents: Latents,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
-        """The velocity to follow, and the memory for the next step.
+        """The guided velocity, and the state for the next step.
 
         Args:
           positive, negative: velocities at `latents` and `timestep`.
@@ -77,7 +77,7 @@ class ClassifierFree:
         latents: Latents,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
@@ -86,7 +86,7 @@ class ClassifierFree:
             before, after = _std(positive, where), _std(guided, where)
             ratio = jnp.where(after > _TINY, before / jnp.maximum(after, _TINY), 1.0)
             guided = guided * (1.0 + self.rescale * (ratio - 1.0))
-        return _only(guided, where), memory
+        return _only(guided, where), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,13 +114,13 @@ class ZeroStar:
         latents: Latents,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
         fit = _dot(positive, negative, where) / (_dot(negative, negative, where) + 1e-8)
         guided = fit * negative + scale * (positive - fit * negative)
-        return jnp.where(step < self.zero_steps, 0.0, _only(guided, where)), memory
+        return jnp.where(step < self.zero_steps, 0.0, _only(guided, where)), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class AdaptiveProjected:
         latents: Latents,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
     ) -> tuple[Latents, PyTree]:
@@ -165,7 +165,7 @@ class AdaptiveProjected:
         clean = _only(latents - t * positive, where)
         # The change of the clean prediction is -t times that of the velocity. It is computed as the latter,
         # which is finite at t = 0 too (Heun's last call), where the past counts for nothing.
-        past = jnp.where(t > 0.0, self.momentum * memory / jnp.where(t > 0.0, t, 1.0), 0.0)
+        past = jnp.where(t > 0.0, self.momentum * state / jnp.where(t > 0.0, t, 1.0), 0.0)
         change = positive - negative - past
         average = -t * change
         if self.norm_threshold is not None:

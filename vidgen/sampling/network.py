@@ -1,4 +1,4 @@
-"""The network that a sampler integrates: a model under its conditions, with what is kept between steps."""
+"""The velocity field that a sampler integrates: a denoiser under its conditions, with state between steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,35 +12,35 @@ from vidgen.core.protocols import VelocityNetwork
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
 from vidgen.sampling.guidance import Guidance
 
-__all__ = ["Conditional", "Direct", "Guided", "Memoryless", "Passes", "SteppedNetwork"]
+__all__ = ["Conditional", "Denoiser", "Guided", "StatefulNetwork", "StatelessNetwork", "UncachedDenoiser"]
 
 
 @runtime_checkable
-class SteppedNetwork(Protocol):
-    """A velocity network that keeps something from one step of the sampler to the next."""
+class StatefulNetwork(Protocol):
+    """A velocity field with a state that one sampler step passes to the next."""
 
     def init(self, latents: Latents) -> PyTree:
-        """Memory before the first step."""
+        """State before the first step."""
         ...
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        """Velocity, and the memory for the next step.
+        """Velocity, and the state for the next step.
 
         Args:
-          timestep: in [0, 1], what the model is told.
+          timestep: in [0, 1], as the model takes it.
           step: number of the step, from 0.
         """
         ...
 
 
 @runtime_checkable
-class Passes(Protocol):
-    """A model's forward passes; `memory` is of arrays with the batch first."""
+class Denoiser(Protocol):
+    """A model's velocity under a condition; the leaves of its state have the batch first."""
 
     def init(self, latents: Latents) -> PyTree:
-        """Memory before the first step."""
+        """State before the first step."""
         ...
 
     def apply(
@@ -48,16 +48,16 @@ class Passes(Protocol):
         latents: Latents,
         timestep: Float[Array, "b"],
         condition: PyTree,
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
     ) -> tuple[Latents, PyTree]:
-        """Velocity under a condition, and the memory for the next step."""
+        """Velocity under a condition, and the state for the next step."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Memoryless:
-    """A network that keeps nothing."""
+class StatelessNetwork:
+    """A velocity network as a field without state."""
 
     network: VelocityNetwork
 
@@ -65,14 +65,14 @@ class Memoryless:
         return ()
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        return self.network(latents, timestep), memory
+        return self.network(latents, timestep), state
 
 
 @dataclasses.dataclass(frozen=True)
-class Direct:
-    """Passes of a model that is computed in full at each step."""
+class UncachedDenoiser:
+    """A model that computes all its blocks in every step."""
 
     velocity: Callable[[Latents, Float[Array, "b"], PyTree], Latents]
 
@@ -84,42 +84,42 @@ class Direct:
         latents: Latents,
         timestep: Float[Array, "b"],
         condition: PyTree,
-        memory: PyTree,
+        state: PyTree,
         step: Int[Array, ""],
     ) -> tuple[Latents, PyTree]:
-        return self.velocity(latents, timestep, condition), memory
+        return self.velocity(latents, timestep, condition), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditional:
-    """The model under one condition."""
+    """The denoiser under one condition."""
 
-    passes: Passes
+    denoiser: Denoiser
     condition: PyTree
 
     def init(self, latents: Latents) -> PyTree:
-        return self.passes.init(latents)
+        return self.denoiser.init(latents)
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        return self.passes.apply(latents, timestep, self.condition, memory, step)
+        return self.denoiser.apply(latents, timestep, self.condition, state, step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guided:
-    """The model under two conditions, both computed in one pass of twice the batch.
+    """The denoiser under two conditions, evaluated as one batch of twice the size.
 
     Attributes:
       positive, negative: conditions of equal structure, batch first.
-      guidance: makes one velocity of the two.
+      guidance: combines the two velocities.
       scale: of guidance, of each step or of all; 1 is the model under `positive` alone.
-      steps: which of the sampler's steps are guided; in the others the model is not computed under
-        `negative`, at half the cost. None is all.
-      where: latents whose velocity is predicted, for models that are given others; None is all.
+      steps: the sampler's steps with guidance; the others evaluate `positive` alone, at half the cost. None
+        is all.
+      where: true for latents whose velocity the model predicts, false for known ones; None is all.
     """
 
-    passes: Passes
+    denoiser: Denoiser
     positive: PyTree
     negative: PyTree
     guidance: Guidance
@@ -128,49 +128,50 @@ class Guided:
     where: Bool[Array, "b t h w 1"] | None = None
 
     def init(self, latents: Latents) -> PyTree:
-        return self.passes.init(_joined(latents, latents)), self.guidance.init(latents)
+        return self.denoiser.init(_joined(latents, latents)), self.guidance.init(latents)
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
         if self.steps is None or (isinstance(self.steps, np.ndarray) and self.steps.all()):
-            return self._guided(latents, timestep, memory, step)
+            return self._guided(latents, timestep, state, step)
         return jax.lax.cond(
-            jnp.asarray(self.steps)[step], self._guided, self._alone, latents, timestep, memory, step
+            jnp.asarray(self.steps)[step], self._guided, self._alone, latents, timestep, state, step
         )
 
     def _guided(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        kept, own = memory
-        doubled, kept = self.passes.apply(
+        denoiser_state, guidance_state = state
+        doubled, denoiser_state = self.denoiser.apply(
             _joined(latents, latents),
             _joined(timestep, timestep),
             _joined(self.positive, self.negative),
-            kept,
+            denoiser_state,
             step,
         )
         positive, negative = jnp.split(doubled, 2)
-        velocity, own = self.guidance.combine(
+        velocity, guidance_state = self.guidance.combine(
             positive,
             negative,
             latents=latents,
             timestep=timestep,
             scale=self.scale if jnp.ndim(self.scale) == 0 else jnp.asarray(self.scale)[step],
-            memory=own,
+            state=guidance_state,
             step=step,
             where=self.where,
         )
-        return velocity, (kept, own)
+        return velocity, (denoiser_state, guidance_state)
 
     def _alone(
-        self, latents: Latents, timestep: Float[Array, "b"], memory: PyTree, step: Int[Array, ""]
+        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
-        kept, own = memory
+        denoiser_state, guidance_state = state
         count = len(latents)
-        first, second = (jax.tree.map(lambda x, s=s: x[s], kept) for s in (slice(count), slice(count, None)))
-        velocity, first = self.passes.apply(latents, timestep, self.positive, first, step)
-        return velocity, (_joined(first, second), own)
+        halves = slice(count), slice(count, None)
+        first, rest = (jax.tree.map(lambda x, s=s: x[s], denoiser_state) for s in halves)
+        velocity, first = self.denoiser.apply(latents, timestep, self.positive, first, step)
+        return velocity, (_joined(first, rest), guidance_state)
 
 
 def _joined(first: PyTree, second: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Noise to latents: a time grid and a stepper, one step at a time or under one `lax.scan`."""
+"""Sampling as a state machine: `init_state`, `step` for each timestep, and the latents of the last state."""
 
 from typing import NamedTuple
 
@@ -8,72 +8,78 @@ import numpy as np
 
 from vidgen.core.protocols import VelocityNetwork
 from vidgen.core.typing import Array, Float, Int, Latents, PyTree, UInt32
-from vidgen.sampling.network import Memoryless, SteppedNetwork
+from vidgen.sampling.network import StatefulNetwork, StatelessNetwork
 from vidgen.sampling.steppers import Stepper
 from vidgen.sampling.time_grid import TimeGrid
 
-__all__ = ["SamplerState", "Times", "advance", "begin", "initial_noise", "sample"]
+__all__ = ["SamplerState", "Timesteps", "init_state", "initial_noise", "sample", "step"]
 
 
-class Times(NamedTuple):
-    """Timesteps at the boundaries of the steps; may go on beyond the last with any values.
+class Timesteps(NamedTuple):
+    """Timesteps at the boundaries of the steps; entries after the last step are padding.
 
     Attributes:
-      visited: by the stepper, decreasing to 0.
-      told: what the network is told there.
+      solver: integrated by the stepper, decreasing to 0.
+      model: passed to the network; the same but for conventions that round them (`TimeGrid.convention`).
     """
 
-    visited: Float[np.ndarray, "s"] | Float[Array, "s"]
-    told: Float[np.ndarray, "s"] | Float[Array, "s"]
+    solver: Float[np.ndarray, "s"] | Float[Array, "s"]
+    model: Float[np.ndarray, "s"] | Float[Array, "s"]
 
 
 class SamplerState(NamedTuple):
-    """What is carried from step to step."""
+    """What one step passes to the next."""
 
     latents: Latents
     stepper: PyTree
     network: PyTree
 
 
-def begin(network: SteppedNetwork, noise: Latents, stepper: Stepper) -> SamplerState:
+def init_state(network: StatefulNetwork, noise: Latents, stepper: Stepper) -> SamplerState:
     """The state before the first step."""
     return SamplerState(noise, stepper.init(noise), network.init(noise))
 
 
-def advance(
-    network: SteppedNetwork, state: SamplerState, step: Int[Array, ""], times: Times, stepper: Stepper
+def step(
+    network: StatefulNetwork,
+    state: SamplerState,
+    number: Int[Array, ""],
+    timesteps: Timesteps,
+    stepper: Stepper,
 ) -> SamplerState:
-    """The state after step number `step`, from 0.
+    """The state after one step.
 
-    The network's state is read at the start of the step and replaced by what the step's first call leaves,
-    which is the call at the timestep where the step begins. A stepper that calls twice (Heun) therefore
-    integrates one velocity field per step.
+    Network state is read at the start of the step and replaced by the state of the step's first call. A
+    solver with two evaluations (Heun) therefore integrates one velocity field per step.
+
+    Args:
+      number: of the step, from 0.
     """
-    visited, told = jnp.asarray(times.visited), jnp.asarray(times.told)
-    t, t_next = visited[step], visited[step + 1]
-    left: list[PyTree] = []
+    times, model_times = jnp.asarray(timesteps.solver), jnp.asarray(timesteps.model)
+    t, t_next = times[number], times[number + 1]
+    states: list[PyTree] = []
 
-    def telling(latents: Latents, timestep: Array) -> Latents:
-        timestep = jnp.where(timestep == t, told[step], told[step + 1])
-        velocity, new = network.apply(latents, timestep, state.network, step)
-        left.append(new)
+    def velocity(latents: Latents, timestep: Array) -> Latents:
+        timestep = jnp.where(timestep == t, model_times[number], model_times[number + 1])
+        velocity, new = network.apply(latents, timestep, state.network, number)
+        states.append(new)
         return velocity
 
-    latents, memory = stepper.step(telling, state.latents, state.stepper, t, t_next)
-    return SamplerState(latents, memory, left[0])
+    latents, stepper_state = stepper.step(velocity, state.latents, state.stepper, t, t_next)
+    return SamplerState(latents, stepper_state, states[0])
 
 
 def sample(
-    network: VelocityNetwork | SteppedNetwork, noise: Latents, *, grid: TimeGrid, stepper: Stepper
+    network: VelocityNetwork | StatefulNetwork, noise: Latents, *, grid: TimeGrid, stepper: Stepper
 ) -> Latents:
-    """Integrates from noise at t = 1 to clean latents at t = 0: all steps as one program."""
-    stepped = network if isinstance(network, SteppedNetwork) else Memoryless(network)
-    times = Times(grid.timesteps(), grid.told())
+    """Integrates from noise at t = 1 to clean latents at t = 0: a scan over all steps, in one program."""
+    stateful = network if isinstance(network, StatefulNetwork) else StatelessNetwork(network)
+    timesteps = Timesteps(grid.timesteps(), grid.model_timesteps())
 
-    def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
-        return advance(stepped, state, step, times, stepper), None
+    def body(state: SamplerState, number: Array) -> tuple[SamplerState, None]:
+        return step(stateful, state, number, timesteps, stepper), None
 
-    state, _ = jax.lax.scan(body, begin(stepped, noise, stepper), jnp.arange(grid.num_steps))
+    state, _ = jax.lax.scan(body, init_state(stateful, noise, stepper), jnp.arange(grid.num_steps))
     return state.latents
 
 

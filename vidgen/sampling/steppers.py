@@ -13,16 +13,16 @@ Time = Float[Array, ""]
 
 @runtime_checkable
 class Stepper(Protocol):
-    """One step of an integrator; `memory` is what it keeps between steps."""
+    """One step of an integrator, with a state that it passes to the next."""
 
     def init(self, latents: Latents) -> PyTree:
-        """Memory before the first step."""
+        """State before the first step."""
         ...
 
     def step(
-        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
-        """Latents at `t_next` < `t`, and the memory for the next step."""
+        """Latents at `t_next` < `t`, and the state for the next step."""
         ...
 
 
@@ -40,9 +40,9 @@ class Euler:
         return ()
 
     def step(
-        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
-        return latents + (t_next - t) * _velocity(network, latents, t), memory
+        return latents + (t_next - t) * _velocity(network, latents, t), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class Heun:
         return ()
 
     def step(
-        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
         first = _velocity(network, latents, t)
         second = _velocity(network, latents + (t_next - t) * first, t_next)
-        return latents + 0.5 * (t_next - t) * (first + second), memory
+        return latents + 0.5 * (t_next - t) * (first + second), state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,14 @@ class DPMSolver:
         }
 
     def step(
-        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
         clean = latents - t * _velocity(network, latents, t)
         # Half the ratio of this step in lambda to the last one: 0 after the first step, which starts at -inf.
-        h, h_last = _log_snr(t_next) - _log_snr(t), _log_snr(t) - _log_snr(memory["t"])
-        multistep = ~memory["first"] & (memory["t"] < 1.0) & (t_next > 0.0)
+        h, h_last = _log_snr(t_next) - _log_snr(t), _log_snr(t) - _log_snr(state["t"])
+        multistep = ~state["first"] & (state["t"] < 1.0) & (t_next > 0.0)
         half_ratio = jnp.where(multistep, 0.5 * h / jnp.where(multistep, h_last, 1.0), 0.0)
-        direction = clean + half_ratio * (clean - memory["clean"])
+        direction = clean + half_ratio * (clean - state["clean"])
         # First order is Euler's step with `clean` held: x_next = (t_next / t) x + (1 - t_next / t) clean.
         latents = (t_next / t) * latents + (1.0 - t_next / t) * direction
         return latents, {"clean": clean, "t": t, "first": jnp.asarray(False)}
@@ -115,11 +115,11 @@ class UniPC:
         }
 
     def step(
-        self, network: VelocityNetwork, latents: Latents, memory: PyTree, t: Time, t_next: Time
+        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
-        (last, _), (t_last, _), count = memory["clean"], memory["t"], memory["count"]
+        (last, _), (t_last, _), count = state["clean"], state["t"], state["count"]
         clean = latents - t * _velocity(network, latents, t)
-        corrected = self._corrected(memory, clean, t)
+        corrected = self._corrected(state, clean, t)
         latents = jnp.where(count > 0, corrected, latents)
 
         h = _log_snr(t_next) - _log_snr(t)
@@ -133,21 +133,21 @@ class UniPC:
             "count": count + 1,
         }
 
-    def _corrected(self, memory: PyTree, clean: Latents, t: Time) -> Latents:
+    def _corrected(self, state: PyTree, clean: Latents, t: Time) -> Latents:
         """The latents at `t` once more, now that the clean prediction there is known."""
-        (last, before), (t_last, t_before) = memory["clean"], memory["t"]
+        (last, before), (t_last, t_before) = state["clean"], state["t"]
         h = _log_snr(t) - _log_snr(t_last)
         phi_1 = jnp.expm1(-h)
         phi_2 = phi_1 / -h - 1.0
         phi_3 = phi_2 / -h - 0.5
         first, second = phi_2 / phi_1, 2.0 * phi_3 / phi_1
         # The step to correct was of second order from the second step on.
-        is_second = memory["count"] > 1
+        is_second = state["count"] > 1
         ratio = jnp.where(is_second, (_log_snr(t_before) - _log_snr(t_last)) / h, -1.0)
         of_before = jnp.where(is_second, (second - first) / (ratio - 1.0), 0.0)
         of_here = jnp.where(is_second, first - of_before, 0.5)
         slope = of_before * (before - last) / ratio + of_here * (clean - last)
-        return _exponential(memory["latents"], last, slope, t_last, t)
+        return _exponential(state["latents"], last, slope, t_last, t)
 
 
 def _exponential(latents: Latents, clean: Latents, slope: Latents, t: Time, t_next: Time) -> Latents:

@@ -1,4 +1,4 @@
-"""The timesteps that a sampler visits."""
+"""The timesteps of a sampler."""
 
 import dataclasses
 from typing import Annotated, Literal, TypeAlias
@@ -33,8 +33,8 @@ class TimeGrid:
         `wan` is `FlowUniPCMultistepScheduler`, of Wan's own program: evenly spaced from 999 / 1000 to 0.
         `flow_match_euler` is diffusers' `FlowMatchEulerDiscreteScheduler`: it shifts the last timestep before
         0 twice.
-        With `unipc` and `wan` the network is told thousandths, rounded down. At 50 steps and a shift of 5,
-        27 of their 50 thousandths differ, by up to 4.
+        `unipc` and `wan` round the network's timesteps down to 1/1000. At 50 steps and a shift of 5, 27 of
+        their 50 thousandths differ, by up to 4.
     """
 
     num_steps: Annotated[int, SAMPLER_STEPS] = 30
@@ -53,8 +53,8 @@ class TimeGrid:
         """The `num_steps` + 1 boundaries, decreasing from 1 (or a little less) to 0, float32."""
         return self._boundaries().astype(np.float32)
 
-    def told(self) -> Float[np.ndarray, "s"]:
-        """What the network is told at each of the boundaries, float32."""
+    def model_timesteps(self) -> Float[np.ndarray, "s"]:
+        """Timesteps passed to the network: `timesteps()`, or these rounded down to 1/1000 (`unipc`, `wan`)."""
         if self.convention in ("unipc", "wan"):
             return (np.floor(_TRAINED * self._boundaries()) / _TRAINED).astype(np.float32)
         return self.timesteps()

@@ -13,10 +13,10 @@ from vidgen.core.typing import Metrics
 from vidgen.parallel import processes
 from vidgen.train.evaluator import Evaluator
 from vidgen.train.interrupt import Stopped, StopSignal
+from vidgen.train.metrics_buffer import MetricsBuffer
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
 from vidgen.train.progress import Progress
-from vidgen.train.recent import RecentSteps
 from vidgen.train.report import Report
 from vidgen.train.state import TrainState
 from vidgen.train.task import Task
@@ -78,7 +78,7 @@ def fit(
         if stop.requested():
             raise Stopped(stop.message)
         step = start = trainer.start
-        recent = RecentSteps(workdir, options.stop_after_nonfinite, start, trainer.saved.get("recent"))
+        recent = MetricsBuffer(workdir, options.stop_after_nonfinite, start, trainer.saved.get("recent"))
         report = Report(workdir, evaluators, trainer.models, start=start, num_steps=num_steps, stop=stop)
         with report, Progress(start=start, total=num_steps, enabled=processes.is_main_process()) as progress:
             stopped = not report.make_up(trainer.saved.get("line", {}))

@@ -11,7 +11,7 @@ from flax import nnx
 
 from vidgen.core.typing import PyTree
 
-__all__ = ["AdamW", "Muon", "Optimizer", "cosine_schedule", "part_names", "partitioned"]
+__all__ = ["AdamW", "Muon", "Optimizer", "cosine_schedule", "param_labels", "partitioned"]
 
 
 @runtime_checkable
@@ -31,14 +31,14 @@ def partitioned(
     if not apart:
         return rule
     rules = {name: part.transformation(num_steps) for name, part in apart.items()}
-    return optax.partition({_REST: rule, **rules}, lambda params: part_names(params, apart))
+    return optax.partition({_DEFAULT: rule, **rules}, lambda params: param_labels(params, apart))
 
 
-def part_names(params: PyTree, apart: Mapping[str, Any]) -> PyTree:
+def param_labels(params: PyTree, apart: Mapping[str, Any]) -> PyTree:
     """A tree like `params` of the name in `apart` that each array belongs to, "" for the others."""
 
     def name(path: tuple[Any, ...], _: Any) -> str:
-        return path[0].key if path[0].key in apart else _REST
+        return path[0].key if path[0].key in apart else _DEFAULT
 
     return jax.tree_util.tree_map_with_path(name, params)
 
@@ -144,7 +144,7 @@ class Muon:
         return optax.chain(directions, decay, optax.scale_by_schedule(shape))
 
 
-_REST = ""
+_DEFAULT = ""
 
 _NO_MATRIX = frozenset({"vocab", "patch"})
 """Parameters with one of these axes are tables, or the first or last projection."""

@@ -16,7 +16,7 @@ import optax
 from vidgen.core.errors import UserError
 from vidgen.core.typing import Float, PyTree
 
-__all__ = ["Averaged", "PowerLaw", "averaging", "combination", "exponent"]
+__all__ = ["Averaged", "PowerLaw", "averaging", "exponent", "solve_weights"]
 
 _WIDEST = 12.0**-0.5
 """Of the even average, whose exponent is 0."""
@@ -98,12 +98,12 @@ def exponent(sigma_rel: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
-def combination(profiles: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> Float[np.ndarray, "i"]:
-    """How much of each average makes the best approximation of another: least squares between profiles.
+def solve_weights(profiles: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> Float[np.ndarray, "i"]:
+    """Weights of stored averages whose sum approximates a target average: least squares between profiles.
 
     Args:
-      profiles: time, in updates, and exponent of each average that there is.
-      wanted: those of the other, whose time is none of the future.
+      profiles: (updates, exponent) of each stored average.
+      wanted: (updates, exponent) of the target, not later than the newest stored average.
     """
     times, powers = np.asarray(profiles, np.float64).T
     time, power = (np.asarray([x], np.float64) for x in wanted)

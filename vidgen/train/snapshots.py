@@ -17,7 +17,7 @@ from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.core.typing import PyTree
 from vidgen.parallel import processes
-from vidgen.train.power_law import Averaged, PowerLaw, combination, exponent
+from vidgen.train.power_law import Averaged, PowerLaw, exponent, solve_weights
 
 __all__ = ["SnapshotError", "averaged_weights", "save_snapshots"]
 
@@ -49,7 +49,7 @@ def averaged_weights(
 ) -> tuple[int, PyTree]:
     """The weights of a run averaged with another width, at the step of one of its snapshots.
 
-    It is the combination of all averages up to that step whose profile is nearest in least squares.
+    It is the weighted sum of all averages up to that step whose profile is nearest in least squares.
 
     Args:
       abstract_params: of the run's model, with the shardings that the arrays shall have.
@@ -79,7 +79,7 @@ def averaged_weights(
             profiles.append((about.updates, exponent(average.sigma_rel)))
     if not files:
         raise SnapshotError(f"{folder}: the snapshots up to step {end} list no averages")
-    shares = combination(profiles, (snapshots[end].updates, power))
+    shares = solve_weights(profiles, (snapshots[end].updates, power))
     total = None
     for file, share in zip(files, shares, strict=True):
         average = load_weights(file, abstract_params)

@@ -14,7 +14,7 @@ from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Float, Key, Metrics, PyTree
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.rules import constrain_tree
-from vidgen.train.optimizer import part_names
+from vidgen.train.optimizer import param_labels
 from vidgen.train.state import TrainState
 from vidgen.train.task import Task, Total
 
@@ -79,7 +79,7 @@ def make_train_step(
         )
         grads = constrain_tree(grads)
         grad_norm = optax.tree.norm(grads)
-        grads, norms = clipped(grads, options.grad_clip, task.apart)
+        grads, norms = clipped(grads, options.grad_clip, task.param_groups)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, _decay(state.step, options.ema_decay))
@@ -103,7 +103,7 @@ def clipped(
     grads: PyTree, largest: float | None, apart: Mapping[str, Any]
 ) -> tuple[PyTree, dict[str, Array]]:
     """Gradients of which no part is longer than `largest`, and the lengths that the named parts had."""
-    names = part_names(grads, apart)
+    names = param_labels(grads, apart)
     of_part = zip(jax.tree.leaves(names), jax.tree.leaves(grads), strict=True)
     by_name = itertools.groupby(sorted(of_part, key=lambda pair: pair[0]), key=lambda pair: pair[0])
     norms = {name: optax.tree.norm([leaf for _, leaf in pairs]) for name, pairs in by_name}

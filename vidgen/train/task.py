@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     @property
-    def apart(self) -> Mapping[str, Optimizer]:
+    def param_groups(self) -> Mapping[str, Optimizer]:
         """Submodules, by the names of their attributes, that learn apart from the rest of the module.
 
         Each has its own rule, in place of the run's optimizer, and its gradient is clipped by its own norm. A
@@ -48,7 +48,7 @@ class Task(Protocol):
         """
         ...
 
-    def product(self, model: nnx.Module) -> nnx.Module:
+    def inference_model(self, model: nnx.Module) -> nnx.Module:
         """What is evaluated, kept and sampled from: the module without what only training needs."""
         ...
 

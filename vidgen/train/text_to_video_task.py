@@ -30,7 +30,7 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
 from vidgen.parallel import processes
-from vidgen.sampling.conditioning import FramesEnter, beside_noise, how_frames_enter
+from vidgen.sampling.conditioning import ImageConditioning, concat_condition, infer_image_conditioning
 from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.long_captions import LongCaptions
@@ -73,7 +73,7 @@ class TextToVideoTask:
     weighting: AnyWeighting | None = None
     text_encoder: TextFeatures | None = None
     lora: LoRAOptions | None = None
-    images: FramesEnter | None = None
+    images: ImageConditioning | None = None
     image_share: float = 1.0
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
@@ -101,10 +101,10 @@ class TextToVideoTask:
         return model
 
     @property
-    def apart(self) -> dict[str, Optimizer]:
+    def param_groups(self) -> dict[str, Optimizer]:
         return {}
 
-    def product(self, model: nnx.Module) -> nnx.Module:
+    def inference_model(self, model: nnx.Module) -> nnx.Module:
         return model
 
     def frozen(self) -> VideoVAE:
@@ -114,7 +114,7 @@ class TextToVideoTask:
         """Raises UserError for clips of a size that the VAE or the transformer does not take."""
         vae = vae_config(self.vae)
         latent_shape(vae, self.dit, (num_frames, height, width))
-        enter = how_frames_enter(self.dit, vae.latent_channels, vae.temporal_factor)
+        enter = infer_image_conditioning(self.dit, vae.latent_channels, vae.temporal_factor)
         if (enter == "beside") != (self.images == "beside"):
             raise UserError(
                 f"dit.in_channels={self.dit.in_channels} is for images={enter!r}, found {self.images!r}"
@@ -220,9 +220,9 @@ class TextToVideoTask:
         noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
         num_tokens = math.prod(self.dit.token_grid(*clean.shape[1:4]))
         timestep, weight = self._timesteps(key, len(clean), num_tokens)
-        counted = None if condition.is_given is None else ~condition.is_given
+        loss_mask = None if condition.known_mask is None else ~condition.known_mask
         network = lambda x, t: model.velocity(x, t, condition)  # noqa: E731
-        losses = velocity_loss(network, clean, noise, timestep, counted)
+        losses = velocity_loss(network, clean, noise, timestep, loss_mask)
         return (losses * weight).mean(), {"latent_std": clean.std()}
 
     def finish(
@@ -266,12 +266,12 @@ class TextToVideoTask:
         if self.images is None or (clean.shape[1] == 1 and self.images == "first"):
             return condition
         if self.images == "beside":
-            beside = beside_noise(vae, video, jnp.arange(video.shape[1]) == 0)
-            return condition._replace(beside=jax.lax.stop_gradient(beside))
+            beside = concat_condition(vae, video, jnp.arange(video.shape[1]) == 0)
+            return condition._replace(concat_latents=jax.lax.stop_gradient(beside))
         chosen = jax.random.bernoulli(key, self.image_share, (len(clean), 1, 1, 1))
         first = (jnp.arange(clean.shape[1]) == 0)[None, :, None, None]
-        is_given = jnp.broadcast_to(chosen & first, clean.shape[:4])
-        return condition._replace(given=clean, is_given=is_given)
+        known_mask = jnp.broadcast_to(chosen & first, clean.shape[:4])
+        return condition._replace(known_latents=clean, known_mask=known_mask)
 
     def _timesteps(
         self, key: Array, count: int, num_tokens: int | Int[Array, "b"], places: int = 1

@@ -15,11 +15,11 @@ from vidgen.core.logging import get_logger
 from vidgen.core.tree import count
 from vidgen.core.typing import Metrics
 from vidgen.parallel import processes
+from vidgen.train.init_from import init_from_run
 from vidgen.train.optimizer import AdamW, Muon, partitioned
 from vidgen.train.options import RunOptions
 from vidgen.train.power_law import averaging
 from vidgen.train.snapshots import save_snapshots
-from vidgen.train.start import start_from
 from vidgen.train.state import TrainState, abstract_state, ema_model, init_state, place_frozen
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.task import Task
@@ -53,7 +53,7 @@ class Trainer:
           CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
         """
         length = options.schedule_length
-        tx = averaging(partitioned(optimizer, task.apart, length), options.power_law)
+        tx = averaging(partitioned(optimizer, task.param_groups, length), options.power_law)
         self._task, self._options, self._mesh, self._checkpoints = task, options, mesh, checkpoints
         self.state: TrainState
         self.start = 0
@@ -90,7 +90,7 @@ class Trainer:
     def models(self) -> tuple[nnx.Module, nnx.Module | None]:
         """What is evaluated and exported, with averaged weights; and the task's frozen module."""
         frozen = None if self._frozen_graphdef is None else nnx.merge(self._frozen_graphdef, self._frozen)
-        return self._task.product(ema_model(self.state, self._graphdef)), frozen
+        return self._task.inference_model(ema_model(self.state, self._graphdef)), frozen
 
     def save(self, step: int, beside: Mapping[str, Any]) -> None:
         """Starts to save a checkpoint, with JSON values beside the state."""
@@ -117,5 +117,5 @@ def _new_state(
     state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
     _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
     if options.init_from is not None:
-        state = start_from(options.init_from, state, task.apart)
+        state = init_from_run(options.init_from, state, task.param_groups)
     return state, graphdef

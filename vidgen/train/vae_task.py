@@ -76,7 +76,7 @@ class VAETask:
             )
 
     @property
-    def apart(self) -> dict[str, Adversary]:
+    def param_groups(self) -> dict[str, Adversary]:
         return {"discriminator": self.adversary} if self.adversary else {}
 
     def build(self, rngs: nnx.Rngs) -> VideoVAE | AdversarialVAE:
@@ -85,11 +85,11 @@ class VAETask:
         else:
             module = AdversarialVAE(self.model, self.adversary.discriminator, rngs=rngs)
         if self.train == "decoder":
-            vae = self.product(module)
+            vae = self.inference_model(module)
             vae.encoder, vae.quant_conv = freeze(vae.encoder), freeze(vae.quant_conv)
         return module
 
-    def product(self, model: nnx.Module) -> VideoVAE:
+    def inference_model(self, model: nnx.Module) -> VideoVAE:
         vae = model.vae if isinstance(model, AdversarialVAE) else model
         assert isinstance(vae, VideoVAE)
         return vae
@@ -118,7 +118,7 @@ class VAETask:
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
         assert isinstance(frozen, LPIPS) == bool(self.perceptual_weight)
-        vae, video = self.product(model), pixels.to_float(batch["video"])
+        vae, video = self.inference_model(model), pixels.to_float(batch["video"])
         posterior = vae.posterior(video)
         made = vae.decode_raw(posterior.sample(key))
         loss, metrics, gradient = with_gradient(lambda made: self._reconstruction(made, video, frozen), made)

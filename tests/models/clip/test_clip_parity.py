@@ -99,8 +99,8 @@ def test_names_of_vit_h_14():
     encoder = nnx.eval_shape(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
     leaves = named_leaves(nnx.state(encoder, graph=False))
     shapes = {}
-    for name, foreign in transformers_names(config, leaves).items():
-        shapes |= foreign.shapes(tuple(leaves[name].shape))
+    for name, mapping in transformers_names(config, leaves).items():
+        shapes |= mapping.external_shapes(tuple(leaves[name].shape))
     with torch.device("meta"):
         reference = transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(

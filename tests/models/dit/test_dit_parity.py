@@ -113,12 +113,12 @@ def test_velocity_and_the_gradients_of_each_block(pair):
     names = diffusers_names(dit.config, named_leaves(gradients))
     errors, norms = collections.Counter(), collections.Counter()
     for ours, gradient in named_leaves(gradients).items():
-        foreign, gradient = names[ours], np.asarray(gradient)
-        layers = list(gradient) if foreign.stacked else [gradient]
-        for name, layer in zip(foreign.shapes(gradient.shape), layers, strict=True):
+        mapping, gradient = names[ours], np.asarray(gradient)
+        layers = list(gradient) if mapping.stacked else [gradient]
+        for name, layer in zip(mapping.external_shapes(gradient.shape), layers, strict=True):
             part = ".".join(name.split(".")[:2])  # A block, or a layer outside of them.
             for place in (part, "whole"):
-                errors[place] += np.square(foreign.to_theirs(layer) - theirs[name]).sum(dtype=np.float64)
+                errors[place] += np.square(mapping.to_external(layer) - theirs[name]).sum(dtype=np.float64)
                 norms[place] += np.square(theirs[name]).sum(dtype=np.float64)
     assert {place: error for place, error in errors.items() if error > 1e-10 * norms[place]} == {}
 
@@ -182,7 +182,7 @@ def test_original_names_are_what_diffusers_converts(pair):
     reference, dit, _, _ = pair
     leaves = named_leaves(nnx.state(dit, graph=False))
     expand = lambda names: [  # noqa: E731
-        theirs for name, foreign in names.items() for theirs in foreign.shapes(leaves[name].shape)
+        theirs for name, mapping in names.items() for theirs in mapping.external_shapes(leaves[name].shape)
     ]
     ours, original = expand(diffusers_names(dit.config, leaves)), expand(wan_names(dit.config, leaves))
     assert set(ours) == reference.state_dict().keys()

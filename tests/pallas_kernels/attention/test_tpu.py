@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.pallas_kernels.attention.cases import AttentionCases, close_log_sum_exp, error, exact
-from vidgen.pallas_kernels.attention import reference, specs, tpu, visits
+from vidgen.pallas_kernels.attention import block_schedule, reference, specs, tpu
 from vidgen.pallas_kernels.attention.masks import BlockMask, causal_ranges, segment_ranges
 from vidgen.pallas_kernels.attention.specs import GENERATIONS, BlockSizes
 from vidgen.pallas_kernels.attention.tpu_layout import Heads
@@ -176,7 +176,7 @@ def test_queries_of_which_the_gradients_do_not_fit_at_once(monkeypatch, kind):
 @pytest.mark.parametrize("kind", [slow("all"), slow("segments"), "frames", "blocks"])
 def test_more_blocks_than_can_be_listed(monkeypatch, kind):
     """Both passes take the queries in parts, of which the last is not full."""
-    monkeypatch.setattr(visits, "_MOST", 14)
+    monkeypatch.setattr(block_schedule, "_MOST", 14)
     query, key, value, cotangent = inputs(800, 500, batch=2)
     # The sum of one row overflows, and the exact kernel computes it anew.
     query = query.at[..., 0].set(0.0).at[1, 700, 0, 0].set(10.0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.models.clip.config import CLIPVisionConfig
 
 __all__ = ["transformers_names"]
@@ -28,26 +28,26 @@ _OUTSIDE = {
 
 def transformers_names(
     config: CLIPVisionConfig, names: Iterable[str], *, prefix: str = ""
-) -> dict[str, Foreign]:
+) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in transformers' `CLIPVisionModel`.
 
     Args:
       names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
       prefix: of all names there: `vision_model.` as versions before 5 write them.
     """
-    return {name: _foreign(config, name, prefix) for name in names}
+    return {name: _mapping(config, name, prefix) for name in names}
 
 
-def _foreign(config: CLIPVisionConfig, name: str, prefix: str) -> Foreign:
+def _mapping(config: CLIPVisionConfig, name: str, prefix: str) -> TensorMapping:
     if name == "patch_embedding.kernel":
-        view = (config.patch_size, config.patch_size, 3, config.dim)
-        return Foreign(prefix + "embeddings.patch_embedding.weight", (3, 2, 0, 1), view=view)
+        reshape = (config.patch_size, config.patch_size, 3, config.dim)
+        return TensorMapping(prefix + "embeddings.patch_embedding.weight", (3, 2, 0, 1), reshape=reshape)
     if name in _OUTSIDE:
-        return Foreign(prefix + _OUTSIDE[name], (0,) if name == "whole" else (0, 1))
+        return TensorMapping(prefix + _OUTSIDE[name], (0,) if name == "whole" else (0, 1))
     path, _, kind = name.rpartition(".")
     axes = (1, 0) if kind == "kernel" else (0,)
     suffix = ".bias" if kind == "bias" else ".weight"
     if path in _OUTSIDE:
-        return Foreign(prefix + _OUTSIDE[path] + suffix, axes)
+        return TensorMapping(prefix + _OUTSIDE[path] + suffix, axes)
     layer = _LAYER[path.removeprefix("layers.")]
-    return Foreign(f"{prefix}encoder.layers.{{}}.{layer}{suffix}", axes, stacked=True)
+    return TensorMapping(f"{prefix}encoder.layers.{{}}.{layer}{suffix}", axes, stacked=True)

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.ckpt.config_values import ConfigValues, check_size
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.pretrained import check_module, load_module
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.ckpt.weights import tensor_shapes
 from vidgen.core import limits
 from vidgen.core.errors import UserError
@@ -61,7 +61,7 @@ def load_transformers(
         lambda: CLIPVision(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=_names(config, pathlib.Path(folder)),
-        halved=None if dtype == "float32" else r".*\.kernel",
+        bf16_pattern=None if dtype == "float32" else r".*\.kernel",
         ignore=_IGNORED,
     )
 
@@ -80,7 +80,7 @@ def check_folder(folder: pathlib.Path | str) -> None:
 
 def _names(
     config: CLIPVisionConfig, folder: pathlib.Path
-) -> Callable[[Iterable[str]], Mapping[str, Foreign]]:
+) -> Callable[[Iterable[str]], Mapping[str, TensorMapping]]:
     """The table of the version that wrote the weights, which are large enough for the config."""
     shapes = tensor_shapes(folder / _WEIGHTS)
     _check_size(config, folder, shapes)

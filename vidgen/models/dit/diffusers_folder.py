@@ -74,7 +74,7 @@ def load_diffusers(
         lambda: DiT(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=functools.partial(diffusers_names, config),
-        halved=None if dtype == "float32" else _MATRICES,
+        bf16_pattern=None if dtype == "float32" else _MATRICES,
         keep_dtypes=keep_dtypes,
         ignore=_IGNORED,
     )

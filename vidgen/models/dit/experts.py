@@ -10,10 +10,10 @@ from vidgen.core.typing import Array, Float, Latents
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 
-__all__ = ["TwoExperts"]
+__all__ = ["NoiseLevelExperts"]
 
 
-class TwoExperts(nnx.Module):
+class NoiseLevelExperts(nnx.Module):
     """The expert for much noise at timesteps from `boundary` on, the other one below; only one of them runs.
 
     All clips of a batch must be at the same timestep, as they are in sampling.

@@ -90,11 +90,11 @@ def _kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
 def _bases(dit: DiT, name: str, spelling: Spelling) -> list[str]:
     """What a map, or that of each layer, is called."""
     table = diffusers_names if spelling == "peft" else wan_names
-    foreign = table(dit.config, [f"{name}.kernel"])[f"{name}.kernel"]
-    if foreign.view is not None:
+    mapping = table(dit.config, [f"{name}.kernel"])[f"{name}.kernel"]
+    if mapping.reshape is not None:
         raise UserError(f"{name} is a convolution elsewhere, which LoRA files do not hold: leave it out")
-    count = dit.config.num_layers if foreign.stacked else 1
-    return [foreign.name.format(layer).removesuffix(".weight") for layer in range(count)]
+    count = dit.config.num_layers if mapping.stacked else 1
+    return [mapping.external_name.format(layer).removesuffix(".weight") for layer in range(count)]
 
 
 def load_lora(dit: DiT, path: pathlib.Path | str, *, scale: float = 1.0) -> None:

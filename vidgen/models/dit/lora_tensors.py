@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.core import limits
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.lora_scale import ScaleOf
@@ -85,12 +85,12 @@ class _Target:
     """An array that files may change, of one layer: where it is, and its shape here and elsewhere."""
 
     place: Place
-    foreign: Foreign
+    mapping: TensorMapping
     shape: tuple[int, ...]
 
     @property
     def theirs(self) -> tuple[int, ...]:
-        return self.foreign.shape(self.shape)
+        return self.mapping.external_shape(self.shape)
 
 
 def read_tensors(files: TensorFiles, dit: DiT, path: pathlib.Path) -> LoRATensors:
@@ -204,14 +204,14 @@ class _Reader:
             self.problems.append(f"{base}: {down} and {up} do not fit a map of {kernel.shape}")
             return None, 1.0
         factor = self._factor(base, sides.get("alpha"), rank)
-        foreign = kernel.foreign
-        if foreign.view is not None:
-            foreign = dataclasses.replace(foreign, view=(*foreign.view[:-1], rank))
+        mapping = kernel.mapping
+        if mapping.reshape is not None:
+            mapping = dataclasses.replace(mapping, reshape=(*mapping.reshape[:-1], rank))
 
         def read() -> tuple[np.ndarray, np.ndarray]:
             first = self._files.read(sides["down"]).astype(np.float32).reshape(rank, *inputs)
             second = self._files.read(sides["up"]).astype(np.float32).reshape(out, rank)
-            return foreign.to_ours(first, (kernel.shape[0], rank)), second.T * np.float32(factor)
+            return mapping.to_native(first, (kernel.shape[0], rank)), second.T * np.float32(factor)
 
         return Pair(rank=rank, read=read), factor
 
@@ -234,7 +234,7 @@ def _holder(place: Place) -> Place:
 def _change(files: TensorFiles, name: str, target: _Target, times: float) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         tensor = files.read(name).astype(np.float32) * np.float32(times)
-        return target.foreign.to_ours(tensor, target.shape)
+        return target.mapping.to_native(tensor, target.shape)
 
     return read
 
@@ -248,16 +248,16 @@ def _targets(dit: DiT) -> dict[tuple[str, str], _Target]:
     leaves = {name: leaf for name, leaf in named_leaves(dit).items() if ".low_rank." not in name}
     targets: dict[tuple[str, str], _Target] = {}
     for table in (diffusers_names, wan_names):
-        for name, foreign in table(dit.config, leaves).items():
+        for name, mapping in table(dit.config, leaves).items():
             shape = tuple(leaves[name].shape)
-            for layer in range(shape[0]) if foreign.stacked else (None,):
-                theirs = foreign.name.format(layer)
+            for layer in range(shape[0]) if mapping.stacked else (None,):
+                theirs = mapping.external_name.format(layer)
                 base, _, kind = theirs.rpartition(".")
                 if kind not in ("weight", "bias"):
                     base, kind = theirs, "weight"
                 target = _Target(
                     place=Place(name, layer),
-                    foreign=foreign,
+                    mapping=mapping,
                     shape=shape if layer is None else shape[1:],
                 )
                 targets[base, kind] = targets[base.replace(".", "_"), kind] = target

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.models.dit.config import DiTConfig
 
 __all__ = ["diffusers_names", "wan_names"]
@@ -70,28 +70,28 @@ _WAN = {
 _NAME = re.compile(r"(?:blocks\.)?(.*?)(?:\.(kernel|scale|bias))?")
 
 
-def diffusers_names(config: DiTConfig, names: Iterable[str]) -> dict[str, Foreign]:
+def diffusers_names(config: DiTConfig, names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in diffusers.
 
     Args:
       names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
     """
-    return {name: _foreign(name, _DIFFUSERS, config) for name in names}
+    return {name: _mapping(name, _DIFFUSERS, config) for name in names}
 
 
-def wan_names(config: DiTConfig, names: Iterable[str]) -> dict[str, Foreign]:
+def wan_names(config: DiTConfig, names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in the checkpoints that Wan's authors published.
 
     Args:
       names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
     """
-    return {name: _foreign(name, _WAN, config) for name in names}
+    return {name: _mapping(name, _WAN, config) for name in names}
 
 
-def _foreign(name: str, table: Mapping[str, str], config: DiTConfig) -> Foreign:
+def _mapping(name: str, table: Mapping[str, str], config: DiTConfig) -> TensorMapping:
     if name == "patch_embedding.kernel":
-        view = (*config.patch_size, config.in_channels, config.model_dim)
-        return Foreign("patch_embedding.weight", (4, 3, 0, 1, 2), view=view)
+        reshape = (*config.patch_size, config.in_channels, config.model_dim)
+        return TensorMapping("patch_embedding.weight", (4, 3, 0, 1, 2), reshape=reshape)
     stacked = name.startswith("blocks.")
     found = _NAME.fullmatch(name)
     assert found is not None
@@ -102,4 +102,4 @@ def _foreign(name: str, table: Mapping[str, str], config: DiTConfig) -> Foreign:
         theirs += ".bias" if kind == "bias" else ".weight"
     # Tables have an axis for the batch there.
     axes = {"kernel": (1, 0), None: (None, 0, 1)}.get(kind, (0,))
-    return Foreign(theirs, axes, stacked=stacked)
+    return TensorMapping(theirs, axes, stacked=stacked)

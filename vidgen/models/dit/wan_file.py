@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from flax import nnx
 from jax.sharding import Mesh
 
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.pretrained import load_module
 from vidgen.ckpt.tensor_files import WeightsError
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.ckpt.weights import save_weights, tensor_shapes
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
@@ -21,7 +21,7 @@ from vidgen.models.dit.params import diffusers_names, wan_names
 
 __all__ = ["load_wan", "read_shape", "save_wan"]
 
-_Table = Callable[[DiTConfig, Iterable[str]], dict[str, Foreign]]
+_Table = Callable[[DiTConfig, Iterable[str]], dict[str, TensorMapping]]
 
 _HEAD_DIM = 128
 """Of all transformers that Wan's authors published."""
@@ -42,9 +42,11 @@ def load_wan(path: pathlib.Path | str, mesh: Mesh | None = None, *, num_heads: i
     """
     config, table, prefix = read_shape(path, num_heads=num_heads)
 
-    def names(ours: Iterable[str]) -> dict[str, Foreign]:
+    def names(ours: Iterable[str]) -> dict[str, TensorMapping]:
         found = table(config, ours)
-        return {name: dataclasses.replace(f, name=prefix + f.name) for name, f in found.items()}
+        return {
+            name: dataclasses.replace(f, external_name=prefix + f.external_name) for name, f in found.items()
+        }
 
     return load_module(
         path,
@@ -116,7 +118,7 @@ def _shape_of(
     required: bool = True,
 ) -> tuple[int, ...]:
     """The shape there of the tensor of ours with that name, of the first layer."""
-    name = table(DiTConfig(), [ours])[ours].name.format(0)
+    name = table(DiTConfig(), [ours])[ours].external_name.format(0)
     if name not in shapes and required:
         raise WeightsError(f"{path} lacks {name}: it is no whole transformer of Wan")
     return shapes.get(name, ())

@@ -5,23 +5,23 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.models.i3d.model import I3D
 
 __all__ = ["i3d_names", "load_i3d"]
 
 _MODULES = {"conv_1a": "Conv3d_1a_7x7", "conv_2b": "Conv3d_2b_1x1", "conv_2c": "Conv3d_2c_3x3"}
 _TENSORS = {
-    "kernel": Foreign("conv3d.weight", (4, 3, 0, 1, 2)),
-    "scale": Foreign("bn.weight", (0,)),
-    "bias": Foreign("bn.bias", (0,)),
-    "mean": Foreign("bn.running_mean", (0,)),
-    "variance": Foreign("bn.running_var", (0,)),
+    "kernel": TensorMapping("conv3d.weight", (4, 3, 0, 1, 2)),
+    "scale": TensorMapping("bn.weight", (0,)),
+    "bias": TensorMapping("bn.bias", (0,)),
+    "mean": TensorMapping("bn.running_mean", (0,)),
+    "variance": TensorMapping("bn.running_var", (0,)),
 }
 _LOGITS = {
-    "logits_kernel": Foreign("logits.conv3d.weight", (1, 0, None, None, None)),
-    "logits_bias": Foreign("logits.conv3d.bias", (0,)),
+    "logits_kernel": TensorMapping("logits.conv3d.weight", (1, 0, None, None, None)),
+    "logits_bias": TensorMapping("logits.conv3d.bias", (0,)),
 }
 _IGNORE = r".*\.num_batches_tracked"
 _REMEDY = (
@@ -40,7 +40,7 @@ def load_i3d(path: pathlib.Path | str) -> I3D:
     return load_module(path, lambda: I3D(rngs=nnx.Rngs(0)), names=i3d_names, ignore=_IGNORE, remedy=_REMEDY)
 
 
-def i3d_names(names: Iterable[str]) -> dict[str, Foreign]:
+def i3d_names(names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter and statistic in a file.
 
     Args:
@@ -53,5 +53,5 @@ def i3d_names(names: Iterable[str]) -> dict[str, Foreign]:
             continue
         module, *branch, kind = name.split(".")
         theirs, tensor = _MODULES.get(module, module.capitalize()), _TENSORS[kind]
-        table[name] = Foreign(".".join([theirs, *branch, tensor.name]), tensor.axes)
+        table[name] = TensorMapping(".".join([theirs, *branch, tensor.external_name]), tensor.permutation)
     return table

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from flax import nnx
 
-from vidgen.ckpt.foreign import Foreign
 from vidgen.ckpt.pretrained import load_module
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.ckpt.weights import tensor_shapes
 from vidgen.models.lpips.model import LPIPS
 
@@ -47,7 +47,7 @@ def load_lpips(path: pathlib.Path | str) -> LPIPS:
     )
 
 
-def lpips_names(names: Iterable[str], *, whole: bool) -> dict[str, Foreign]:
+def lpips_names(names: Iterable[str], *, whole: bool) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in a file.
 
     Args:
@@ -57,11 +57,11 @@ def lpips_names(names: Iterable[str], *, whole: bool) -> dict[str, Foreign]:
     table = {}
     for name in names:
         if head := re.fullmatch(r"heads\.(\d)", name):
-            table[name] = Foreign(f"lin{head[1]}.model.1.weight", (None, 0, None, None))
+            table[name] = TensorMapping(f"lin{head[1]}.model.1.weight", (None, 0, None, None))
             continue
         _, stage, index, kind = name.split(".")
         layer = _FEATURES[int(stage)][int(index)]
         module = f"net.slice{int(stage) + 1}.{layer}" if whole else f"features.{layer}"
-        weight = Foreign(f"{module}.weight", (4, 3, 1, 2))
-        table[name] = weight if kind == "kernel" else Foreign(f"{module}.bias", (0,))
+        weight = TensorMapping(f"{module}.weight", (4, 3, 1, 2))
+        table[name] = weight if kind == "kernel" else TensorMapping(f"{module}.bias", (0,))
     return table

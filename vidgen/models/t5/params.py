@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 
 __all__ = ["transformers_names", "wan_names"]
 
@@ -39,24 +39,24 @@ _WAN = {
 }
 
 
-def transformers_names(names: Iterable[str]) -> dict[str, Foreign]:
+def transformers_names(names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 
     Args:
       names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
     """
-    return {name: _foreign(name, _TRANSFORMERS) for name in names}
+    return {name: _mapping(name, _TRANSFORMERS) for name in names}
 
 
-def wan_names(names: Iterable[str]) -> dict[str, Foreign]:
+def wan_names(names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in the checkpoint that Wan's authors published, of UMT5.
 
     Args:
       names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
     """
-    return {name: _foreign(name, _WAN) for name in names}
+    return {name: _mapping(name, _WAN) for name in names}
 
 
-def _foreign(name: str, table: Mapping[str, str]) -> Foreign:
+def _mapping(name: str, table: Mapping[str, str]) -> TensorMapping:
     axes = (0,) if name.endswith(".scale") else (1, 0) if name.endswith(".kernel") else (0, 1)
-    return Foreign(table[name], axes, stacked=name.startswith("layers."))
+    return TensorMapping(table[name], axes, stacked=name.startswith("layers."))

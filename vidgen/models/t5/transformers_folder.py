@@ -63,7 +63,7 @@ def load_transformers(
         lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=transformers_names,
-        halved=None if dtype == "float32" else HALVED,
+        bf16_pattern=None if dtype == "float32" else HALVED,
         ignore=_IGNORED,
     )
 

@@ -9,7 +9,7 @@ from flax import nnx
 from vidgen.core.typing import Array, Float, Latents, Video
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.modules import DownBlock, MidBlock, Step, UpBlock
-from vidgen.nn.layers import CausalConv3d, History, pixel_shuffle, pixel_unshuffle
+from vidgen.nn.layers import CausalCache, CausalConv3d, pixel_shuffle, pixel_unshuffle
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import Buffer
 
@@ -55,11 +55,11 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv3d(dims[-1], 2 * config.latent_channels, (3, 3, 3), rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t h w i"], history: History | None = None
+        self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 o"]:
-        x = self.conv_in(x, history)
-        x = _run([*self.down_blocks, self.mid_block], x, history, remat=self.remat == "full")
-        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
+        x = self.conv_in(x, cache)
+        x = _run([*self.down_blocks, self.mid_block], x, cache, remat=self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), cache)
 
 
 class Decoder(nnx.Module):
@@ -73,7 +73,7 @@ class Decoder(nnx.Module):
         self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
         self.mid_block = MidBlock(dims[0], rngs=rngs)
         # Without shortcuts each step up halves the channels that the next level takes.
-        halved = [dims[0], *(dim if config.level_shortcuts else dim // 2 for dim in dims[1:])]
+        bf16_pattern = [dims[0], *(dim if config.level_shortcuts else dim // 2 for dim in dims[1:])]
         self.up_blocks = nnx.List(
             UpBlock(
                 dim_in,
@@ -84,18 +84,18 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )
             for dim_in, dim_out, step in zip(
-                halved, dims[1:], _steps(config.temporal_downsample[::-1]), strict=False
+                bf16_pattern, dims[1:], _steps(config.temporal_downsample[::-1]), strict=False
             )
         )
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
         self.conv_out = CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3), rngs=rngs)
 
     def __call__(
-        self, z: Float[Array, "b t h w c"], history: History | None = None
+        self, z: Float[Array, "b t h w c"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 o"]:
-        x = self.conv_in(z, history)
-        x = _run([self.mid_block, *self.up_blocks], x, history, remat=self.remat == "full")
-        return self.conv_out(jax.nn.silu(self.norm_out(x)), history)
+        x = self.conv_in(z, cache)
+        x = _run([self.mid_block, *self.up_blocks], x, cache, remat=self.remat == "full")
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), cache)
 
 
 def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
@@ -103,13 +103,13 @@ def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
     return [*(Step(flag) for flag in temporal), None]
 
 
-def _run(blocks: list, x: Array, history: History | None, *, remat: bool) -> Array:
+def _run(blocks: list, x: Array, cache: CausalCache | None, *, remat: bool) -> Array:
     for block in blocks:
-        # A history is written to, which a recomputed function must not do; nothing is trained with one.
-        if remat and history is None:
+        # A cache is written to, which a recomputed function must not do; nothing is trained with one.
+        if remat and cache is None:
             x = jax.checkpoint(lambda block, x: block(x))(block, x)
         else:
-            x = block(x, history)
+            x = block(x, cache)
     return x
 
 
@@ -137,35 +137,37 @@ class VideoVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         self.latents_mean, self.latents_variance, self.latents_count = map(Buffer, first_statistics(config))
 
-    def posterior(self, video: Video, history: History | None = None) -> Posterior:
+    def posterior(self, video: Video, cache: CausalCache | None = None) -> Posterior:
         """Distribution over raw latents, in float32.
 
         Args:
           video: pixels in [-1, 1], `b t h w 3`; t is 1 + n * temporal_factor, h and w multiples of
             spatial_factor.
-          history: `video` is a group of frames of a longer one: frame 0 alone, then n * temporal_factor each.
+          cache: `video` is a group of frames of a longer one: frame 0 alone, then n * temporal_factor each.
 
         Raises:
           UserError: the size is not one that the VAE takes.
         """
         frames, height, width = video.shape[1:4]
-        self.config.latent_shape(frames if history is None or history.begins else frames + 1, height, width)
+        self.config.latent_shape(
+            frames if cache is None or cache.is_first_chunk else frames + 1, height, width
+        )
         x = pixel_unshuffle(video.astype(self.config.dtype), self.config.patch_size)
-        moments = self.quant_conv(self.encoder(x, history)).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(x, cache)).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
-    def encode(self, video: Video, history: History | None = None) -> Latents:
+    def encode(self, video: Video, cache: CausalCache | None = None) -> Latents:
         """Normalised mean latents of a video in [-1, 1]; float32."""
-        return self.normalise(self.posterior(video, history).mean)
+        return self.normalise(self.posterior(video, cache).mean)
 
-    def decode(self, latents: Latents, history: History | None = None) -> Video:
+    def decode(self, latents: Latents, cache: CausalCache | None = None) -> Video:
         """Video in [-1, 1] (float32, not clipped) of normalised latents."""
-        return self.decode_raw(self.denormalise(latents), history)
+        return self.decode_raw(self.denormalise(latents), cache)
 
-    def decode_raw(self, latents: Latents, history: History | None = None) -> Video:
+    def decode_raw(self, latents: Latents, cache: CausalCache | None = None) -> Video:
         """Video of raw latents, as sampled from a `Posterior`."""
-        x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)), history)
+        x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)), cache)
         return pixel_shuffle(x, self.config.patch_size).astype(jnp.float32)
 
     def normalise(self, raw: Latents) -> Latents:

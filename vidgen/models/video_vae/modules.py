@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidgen.core.typing import Array, Float
-from vidgen.nn.layers import CausalConv3d, History, Linear
+from vidgen.nn.layers import CausalCache, CausalConv3d, Linear
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.attention import attention
@@ -42,10 +42,10 @@ class ResidualBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b t h w i"], history: History | None = None
+        self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t h w o"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)), history)
-        y = self.conv2(jax.nn.silu(self.norm2(y)), history)
+        y = self.conv1(jax.nn.silu(self.norm1(x)), cache)
+        y = self.conv2(jax.nn.silu(self.norm2(y)), cache)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -101,12 +101,12 @@ class Downsample(nnx.Module):
         self.time = _time_conv(channels, channels, rngs) if temporal else None
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], history: History | None = None
+        self, x: Float[Array, "b t h w c"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 c"]:
         x = self.space(x)
         if self.time is None:
             return x
-        before = history.exchange(x, 1) if history else None
+        before = cache.swap(x, 1) if cache else None
         if before is None and x.shape[1] == 1:
             return x
         frames = x if before is None else jnp.concatenate([before, x], axis=1)
@@ -123,22 +123,22 @@ class Upsample(nnx.Module):
         self.time = _time_conv(channels, 2 * channels, rngs) if temporal else None
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], history: History | None = None
+        self, x: Float[Array, "b t h w c"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 o"]:
         if self.time is not None:
-            single = 1 if history is None or history.begins else 0
-            x = jnp.concatenate([x[:, :single], self._double(x[:, single:], history)], axis=1)
+            single = 1 if cache is None or cache.is_first_chunk else 0
+            x = jnp.concatenate([x[:, :single], self._double(x[:, single:], cache)], axis=1)
         return self.space(x)
 
-    def _double(self, x: Array, history: History | None) -> Array:
+    def _double(self, x: Array, cache: CausalCache | None) -> Array:
         """Two frames for each; the convolution over time never sees frame 0."""
         assert self.time is not None
         if x.shape[1] == 0:
-            if history:
-                history.exchange(x, self.time.kernel_size[0] - 1)
+            if cache:
+                cache.swap(x, self.time.kernel_size[0] - 1)
             return x
         b, t, h, w, c = x.shape
-        pairs = self.time(x, history).reshape(b, t, h, w, 2, c)
+        pairs = self.time(x, cache).reshape(b, t, h, w, 2, c)
         return jnp.transpose(pairs, (0, 1, 4, 2, 3, 5)).reshape(b, 2 * t, h, w, c)
 
 
@@ -151,9 +151,9 @@ class MidBlock(nnx.Module):
         self.second = ResidualBlock(channels, channels, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t h w c"], history: History | None = None
+        self, x: Float[Array, "b t h w c"], cache: CausalCache | None = None
     ) -> Float[Array, "b t h w c"]:
-        return self.second(self.attention(self.first(x, history)), history)
+        return self.second(self.attention(self.first(x, cache)), cache)
 
 
 class DownBlock(nnx.Module):
@@ -183,13 +183,13 @@ class DownBlock(nnx.Module):
         self.downsample = Downsample(out_channels, temporal=step.temporal, rngs=rngs) if step else None
 
     def __call__(
-        self, x: Float[Array, "b t h w i"], history: History | None = None
+        self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 o"]:
         y = x
         for block in self.blocks:
-            y = block(y, history)
+            y = block(y, cache)
         if self.downsample is not None:
-            y = self.downsample(y, history)
+            y = self.downsample(y, cache)
         return y + average_down(x, self.out_channels, self.factors) if self.shortcut else y
 
 
@@ -220,16 +220,16 @@ class UpBlock(nnx.Module):
         self.upsample = Upsample(out_channels, upsampled, temporal=step.temporal, rngs=rngs) if step else None
 
     def __call__(
-        self, x: Float[Array, "b t h w i"], history: History | None = None
+        self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t2 h2 w2 o"]:
         y = x
         for block in self.blocks:
-            y = block(y, history)
+            y = block(y, cache)
         if self.upsample is not None:
-            y = self.upsample(y, history)
+            y = self.upsample(y, cache)
         if not self.shortcut:
             return y
-        begins = history is None or history.begins
+        begins = cache is None or cache.is_first_chunk
         return y + repeat_up(x, self.out_channels, self.factors, begins=begins)
 
 

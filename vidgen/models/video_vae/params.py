@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from vidgen.ckpt.foreign import Foreign
+from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.models.video_vae.config import VAEConfig
 
 __all__ = ["diffusers_names", "wan_names"]
@@ -11,7 +11,7 @@ __all__ = ["diffusers_names", "wan_names"]
 _BLOCK = re.compile(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(?:blocks\.(\d+)|(?:down|up)sample)\.(.+)")
 
 
-def diffusers_names(config: VAEConfig, names: Iterable[str]) -> dict[str, Foreign]:
+def diffusers_names(config: VAEConfig, names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in diffusers.
 
     Args:
@@ -41,7 +41,7 @@ def diffusers_names(config: VAEConfig, names: Iterable[str]) -> dict[str, Foreig
     return _table(names, plain, block)
 
 
-def wan_names(config: VAEConfig, names: Iterable[str]) -> dict[str, Foreign]:
+def wan_names(config: VAEConfig, names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in the checkpoints that Wan's authors published.
 
     Args:
@@ -79,7 +79,7 @@ def wan_names(config: VAEConfig, names: Iterable[str]) -> dict[str, Foreign]:
 
 def _table(
     names: Iterable[str], plain: dict[str, str], block: Callable[[str, int, int | None, str], str]
-) -> dict[str, Foreign]:
+) -> dict[str, TensorMapping]:
     table = {}
     for name in names:
         theirs = name
@@ -89,7 +89,7 @@ def _table(
         for ours, other in plain.items():
             theirs = theirs.replace(ours, other)
         theirs = re.sub(r"\.kernel$", ".weight", re.sub(r"\.scale$", ".gamma", theirs))
-        table[name] = Foreign(theirs, _axes(name))
+        table[name] = TensorMapping(theirs, _axes(name))
     return table
 
 

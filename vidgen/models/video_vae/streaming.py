@@ -20,7 +20,7 @@ from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Latents, UInt8, Video
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.tiling import Tiles
-from vidgen.nn.layers import History
+from vidgen.nn.layers import CausalCache
 
 __all__ = ["decode", "decode_stream", "encode", "encode_stream", "fill_sides", "padded_frames"]
 
@@ -136,15 +136,15 @@ def fill_sides(frame: UInt8[np.ndarray, "h w 3"], spatial_factor: int) -> UInt8[
 
 
 def _encode_group(vae: VideoVAE, video: Video, kept: Kept | None) -> tuple[Latents, Kept]:
-    history = History(kept)
-    latents = vae.encode(video, history)
-    return latents, tuple(history.keeps)
+    cache = CausalCache(kept)
+    latents = vae.encode(video, cache)
+    return latents, tuple(cache.new_frames)
 
 
 def _decode_group(vae: VideoVAE, latents: Latents, kept: Kept | None) -> tuple[Video, Kept]:
-    history = History(kept)
-    video = vae.decode(latents, history)
-    return video, tuple(history.keeps)
+    cache = CausalCache(kept)
+    video = vae.decode(latents, cache)
+    return video, tuple(cache.new_frames)
 
 
 _jit_encode_group = jax.jit(_encode_group, donate_argnames="kept")

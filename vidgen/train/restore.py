@@ -41,4 +41,4 @@ def load_trained(
     # What the optimizer keeps is not read.
     abstract, graphdef = abstract_state(experiment.task, optax.identity(), mesh)
     step, *state = restore_averaged(workdir, abstract, step)
-    return experiment, step, experiment.task.product(nnx.merge(graphdef, *state))
+    return experiment, step, experiment.task.inference_model(nnx.merge(graphdef, *state))

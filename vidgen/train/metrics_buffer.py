@@ -12,7 +12,7 @@ from vidgen.core.logging import get_logger
 from vidgen.core.typing import Metrics
 from vidgen.train.metrics import drop_after
 
-__all__ = ["NonFiniteLoss", "RecentSteps"]
+__all__ = ["MetricsBuffer", "NonFiniteLoss"]
 
 _log = get_logger(__name__)
 
@@ -24,7 +24,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient stays not finite; the message says since when, and where the clips are."""
 
 
-class RecentSteps:
+class MetricsBuffer:
     """Gathers metrics without waiting for them; they are fetched when a line or a checkpoint needs them.
 
     A step whose loss or gradient is not finite has changed nothing (`make_train_step`): it counts as

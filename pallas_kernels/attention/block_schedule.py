@@ -1,9 +1,8 @@
-"""The order in which a kernel meets blocks of queries and keys, and which of them it need not meet.
+"""The grid steps of a kernel: which pairs of blocks of queries and keys it computes, and in which order.
 
-A kernel goes through an outer sequence of blocks (queries in the forward pass, keys in the backward pass)
-and, for each, through inner ones. `Dense` is all of them, known when the program is compiled. `Sparse` is a
-list computed on the device from what the masks leave: its length is the grid's, so that empty blocks cost
-nothing.
+A kernel loops over outer blocks (queries in the forward pass, keys in the backward pass) and, for each,
+over inner blocks. `Dense` schedules all pairs, at compile time. `Sparse` computes a list of pairs on the
+device from the masks; the grid is as long as the list, so that empty pairs cost nothing.
 """
 
 import dataclasses
@@ -17,26 +16,26 @@ from jax.experimental import pallas as pl
 
 from .masks import BlockMask, KeyRanges
 
-__all__ = ["Dense", "Seen", "Sparse", "Visit", "most_listed", "seen_blocks"]
+__all__ = ["BlockOccupancy", "Dense", "GridStep", "Sparse", "most_listed", "seen_blocks"]
 
 _FIRST, _LAST, _ACTIVE, _FULL, _FIRST_INNER, _LAST_INNER = (1 << bit for bit in range(6))
 _FLAG_BITS = 6
 _MOST = 1 << 17
-"""Visits of all rows together; their two words each lie in scalar memory."""
+"""Grid steps of all rows together; each takes two words of scalar memory."""
 _INNER_BITS = 13
 _MOST_INNER = 1 << _INNER_BITS
 _MOST_OUTER = 1 << 15
 
 
-class Visit(NamedTuple):
-    """Where a kernel is.
+class GridStep(NamedTuple):
+    """One step of a kernel's grid.
 
     Attributes:
-      outer, inner: numbers of the blocks.
-      first, last: of this outer block.
-      first_inner, last_inner: of this inner block.
-      active: there is something to compute.
-      full: every query sees every key.
+      outer, inner: indices of the blocks.
+      first, last: whether it is the first or last step of its outer block.
+      first_inner, last_inner: whether it is the first or last step of its inner block.
+      active: whether any query of the pair sees any key.
+      full: whether every query sees every key, so that no mask is applied.
     """
 
     outer: Any
@@ -49,11 +48,16 @@ class Visit(NamedTuple):
     full: Any
 
 
-class Seen(NamedTuple):
-    """What the masks leave of each block of queries (rows) and keys (columns), bool, `b q k` (or `1 q k`)."""
+class BlockOccupancy(NamedTuple):
+    """Which pairs of blocks of queries and keys are visible, bool, `b q k` (or `1 q k`).
 
-    some: Array
-    whole: Array
+    Attributes:
+      any_visible: some query sees some key.
+      all_visible: every query sees every key.
+    """
+
+    any_visible: Array
+    all_visible: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,19 +73,19 @@ class Dense:
         return batch, groups, self.outer, self.inner
 
     def map(self, index: Callable[..., tuple]) -> Callable[..., tuple]:
-        """An index map of a block, given `index(batch, group, outer, inner, flushed)`."""
+        """An index map of a block, given `index(batch, group, outer, inner, output_block)`."""
 
         def mapped(batch, group, outer, inner):
-            flushed = jnp.where(outer == self.outer - 1, inner, 0)
-            return index(batch, group, outer, inner, flushed)
+            output_block = jnp.where(outer == self.outer - 1, inner, 0)
+            return index(batch, group, outer, inner, output_block)
 
         return mapped
 
-    def visit(self, batch_axis: int, words: tuple[Any, ...]) -> Visit:
+    def current_step(self, batch_axis: int, words: tuple[Any, ...]) -> GridStep:
         """Within the kernel."""
         del words
         outer, inner = pl.program_id(batch_axis + 2), pl.program_id(batch_axis + 3)
-        return Visit(
+        return GridStep(
             outer,
             inner,
             first=inner == 0,
@@ -96,47 +100,49 @@ class Dense:
 class Sparse:
     """A list of pairs of blocks, per row of the batch."""
 
-    def __init__(self, some: Array, whole: Array, *, inner_once: bool, listed: Array | None = None):
-        """Plans the visits.
+    def __init__(
+        self, any_visible: Array, all_visible: Array, *, inner_once: bool, required: Array | None = None
+    ):
+        """Computes the schedule.
 
         Args:
-          some, whole: bool, `b outer inner`: which pairs are met, and which of them are full.
-          inner_once: each inner block is met, too, if only to write zeros.
-          listed: bool, `b outer`: of the outer blocks, those that are met even then; all by default.
+          any_visible, all_visible: bool, `b outer inner`, as of `BlockOccupancy`.
+          inner_once: each inner block is scheduled, too, if only to write zeros.
+          required: bool, `b outer`: outer blocks that are scheduled even where they see nothing; None is all.
 
         Raises:
           NotImplementedError: there are more blocks than the list can hold.
         """
-        rows, outer, inner = some.shape
+        rows, outer, inner = any_visible.shape
         if inner > _MOST_INNER or outer > most_listed(rows, inner):
             raise NotImplementedError(
                 f"attention: {rows} x {outer} x {inner} blocks under a mask; at most {_MOST} can be listed, "
                 f"{_MOST_INNER} of them in a row"
             )
         # Few operations, of whole tables: each costs a TPU about a microsecond, however small.
-        number, of_outer = _numbers(some.shape, 2), _numbers(some.shape, 1)
-        # Blocks that see nothing are met once all the same.
-        idle = ~some.any(2, keepdims=True)
-        if listed is not None:
-            idle &= listed[:, :, None]
-        met = some | ((number == 0) & idle)
-        flags = _ACTIVE * some + _FULL * (some & whole)
+        number, of_outer = _numbers(any_visible.shape, 2), _numbers(any_visible.shape, 1)
+        # An outer block that sees nothing has one step all the same.
+        idle = ~any_visible.any(2, keepdims=True)
+        if required is not None:
+            idle &= required[:, :, None]
+        scheduled = any_visible | ((number == 0) & idle)
+        flags = _ACTIVE * any_visible + _FULL * (any_visible & all_visible)
         if inner_once:
-            met |= (of_outer == 0) & ~met.any(1, keepdims=True)
-            first = jnp.where(met, of_outer, outer).min(1, keepdims=True)
-            last = jnp.where(met, of_outer, -1).max(1, keepdims=True)
+            scheduled |= (of_outer == 0) & ~scheduled.any(1, keepdims=True)
+            first = jnp.where(scheduled, of_outer, outer).min(1, keepdims=True)
+            last = jnp.where(scheduled, of_outer, -1).max(1, keepdims=True)
             flags += _FIRST_INNER * (of_outer == first) + _LAST_INNER * (of_outer == last)
-        # What is met comes first, in order.
+        # Scheduled pairs come first, in order.
         shift = max(1, (inner - 1).bit_length())
         place = (of_outer << shift) + number
-        words = jnp.where(met, (place << _FLAG_BITS) + flags, jnp.iinfo(jnp.int32).max)
+        words = jnp.where(scheduled, (place << _FLAG_BITS) + flags, jnp.iinfo(jnp.int32).max)
         # Else XLA flattens all that the table is computed from, one by one.
         words = jax.lax.optimization_barrier(words)
         words = jax.lax.sort(words.reshape(rows, -1), dimension=1)
-        count = met.sum((1, 2))
+        count = scheduled.sum((1, 2))
         there = _numbers(words.shape, 1) < count[:, None]
-        # Rows with fewer visits stay at their last, doing nothing.
-        stay = jnp.where(met, place, 0).max((1, 2))
+        # Rows with fewer steps repeat their last one without computing.
+        stay = jnp.where(scheduled, place, 0).max((1, 2))
         place = jnp.where(there, words >> _FLAG_BITS, stay[:, None])
         flags = jnp.where(there, words & ((1 << _FLAG_BITS) - 1), 0)
         outer_block, inner_block = place >> shift, place & ((1 << shift) - 1)
@@ -147,7 +153,7 @@ class Sparse:
         flags += _LAST * (final | (there & jnp.pad(change, ((0, 0), (0, 1)))))
         self._length = count.max().astype(jnp.int32)
         if inner_once:
-            flags += _flushed(flags, inner_block) << _FLAG_BITS
+            flags += _output_blocks(flags, inner_block) << _FLAG_BITS
         self.prefetch = ((outer_block << 16) + inner_block, flags)
 
     def grid(self, batch: int, groups: int) -> tuple[Any, ...]:
@@ -163,14 +169,14 @@ class Sparse:
 
         return mapped
 
-    def visit(self, batch_axis: int, words: tuple[Any, ...]) -> Visit:
+    def current_step(self, batch_axis: int, words: tuple[Any, ...]) -> GridStep:
         """Within the kernel."""
         blocks, flags = words
         row = pl.program_id(batch_axis) if blocks.shape[0] > 1 else 0
         position = pl.program_id(batch_axis + 2)
         pair, bits = blocks[row, position], flags[row, position]
         has = lambda flag: (bits & flag) != 0  # noqa: E731
-        return Visit(
+        return GridStep(
             pair >> 16,
             pair & 0xFFFF,
             first=has(_FIRST),
@@ -199,16 +205,16 @@ def seen_blocks(
     keys: int,
     query_block: int,
     key_block: int,
-) -> Seen:
-    """What masks leave of blocks of queries and keys.
+) -> BlockOccupancy:
+    """Occupancy of the pairs of blocks under the masks.
 
     A block is left out where no code of its keys can be in a range of its queries, judged by the least and
     largest of both: tight where codes do not decrease along the sequence, as in packed rows and over frames.
     """
     shape = (-(-queries // query_block), -(-keys // key_block))
-    some, whole = jnp.ones((1, *shape), bool), jnp.ones((1, *shape), bool)
+    any_visible, all_visible = jnp.ones((1, *shape), bool), jnp.ones((1, *shape), bool)
     if keys % key_block:
-        whole &= _numbers(whole.shape, 2) < shape[1] - 1
+        all_visible &= _numbers(all_visible.shape, 2) < shape[1] - 1
     if ranges is not None:
         largest = jnp.iinfo(jnp.int32).max
         codes, low, high = ranges
@@ -227,14 +233,14 @@ def seen_blocks(
             (jnp.minimum, high),
         )
         of_keys, of_queries = (lambda x: x[:, None, :]), (lambda x: x[:, :, None])
-        some &= of_queries(least_low) <= of_keys(high_code)
-        some &= of_keys(low_code) <= of_queries(most_high)
-        whole &= of_queries(most_low) <= of_keys(jnp.where(least_code < 0, -1, low_code))
-        whole &= of_keys(high_code) <= of_queries(least_high)
+        any_visible &= of_queries(least_low) <= of_keys(high_code)
+        any_visible &= of_keys(low_code) <= of_queries(most_high)
+        all_visible &= of_queries(most_low) <= of_keys(jnp.where(least_code < 0, -1, low_code))
+        all_visible &= of_keys(high_code) <= of_queries(least_high)
     if block_mask is not None:
         rows = jnp.repeat(block_mask.blocks, block_mask.query_size // query_block, axis=0)[: shape[0]]
-        some &= jnp.repeat(rows, block_mask.key_size // key_block, axis=1)[None, :, : shape[1]]
-    return Seen(*jnp.broadcast_arrays(some, whole))
+        any_visible &= jnp.repeat(rows, block_mask.key_size // key_block, axis=1)[None, :, : shape[1]]
+    return BlockOccupancy(*jnp.broadcast_arrays(any_visible, all_visible))
 
 
 def _extremes(size: int, *of_arrays: tuple[Callable[..., Array], Array]) -> tuple[Array, ...]:
@@ -254,8 +260,8 @@ def _numbers(shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def _flushed(flags: Array, inner: Array) -> Array:
-    """The inner block whose last visit is the next, or was the last: its output leaves then."""
+def _output_blocks(flags: Array, inner: Array) -> Array:
+    """The inner block whose output is written at each step: the next to end, else the last that ended."""
     last = (flags & _LAST_INNER) != 0
     numbered = (_numbers(flags.shape, 1) << _INNER_BITS) + inner
     following = jax.lax.cummin(jnp.where(last, numbered, jnp.iinfo(jnp.int32).max), axis=1, reverse=True)
