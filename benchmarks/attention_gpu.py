@@ -1,17 +1,16 @@
-"""Attention on a GPU: the Pallas kernel, cuDNN through JAX, and PyTorch's, as fractions of a matrix product.
+"""Attention on a GPU: the Pallas kernel, cuDNN through JAX, and PyTorch, relative to a matrix product.
 
     python benchmarks/attention_gpu.py [--rounds 5] [--shapes 1,32760,12,128 1,75600,40,128]
     python benchmarks/attention_gpu.py --preset tiny
 
-Forward, and forward and backward, in bfloat16 at the sizes of Wan 2.1's models at 480p and 720p (batch,
-tokens, heads, head dimension), of one video and of a row into which 8 are packed. The Pallas kernel finds
-the packed ones by their segment ids; the others are given them as a batch, which is the best that they can
-be given and what videos of different lengths would not allow. PyTorch's figure is that of the fastest of
-its backends. TFLOP/s count the scores that are seen: 4 operations forward and 10 backward for each channel;
-the ceiling is a large product in bfloat16 on the same device. Contenders take turns; figures are medians.
-Before that the kernel is compared with plain products and a softmax in float32. `--preset tiny` shows on a
-CPU that everything runs. The last line is one JSON object. Needs the `cuda` extra, and PyTorch with CUDA
-where that is to be compared.
+Times forward, and forward plus backward, in bfloat16 at the sizes of Wan 2.1's models at 480p and 720p
+(batch, tokens, heads, head dimension), for one video and for a packed row of 8. The Pallas kernel separates
+packed videos by segment ids. The others get them as a batch, their best case, which videos of different
+lengths would not allow. PyTorch's figure is that of its fastest backend. TFLOP/s count visible scores: 4
+operations forward and 10 backward per channel; the ceiling is a large bfloat16 product on the same device.
+Contenders take turns; figures are medians. First the kernel is compared with plain products and a softmax in
+float32. `--preset tiny` is a smoke test on a CPU. The last line is one JSON object. Needs the `cuda` extra,
+and PyTorch with CUDA for the comparison with it.
 """
 
 import argparse
@@ -38,13 +37,13 @@ PRESETS = {
 }
 SEGMENTS = {"wan": (1, 8), "tiny": (1, 2)}
 PRODUCT = {"wan": 8192, "tiny": 256}
-"""Rows and columns of the matrices whose product is the ceiling."""
+"""Rows and columns of the square matrices in the ceiling's product."""
 FORWARD, BACKWARD = 4, 10
-"""Operations for each score that is seen and each channel: 2 products, and 5."""
+"""Operations per visible score and channel: 2 matrix products forward, 5 backward."""
 
 
 class Case(NamedTuple):
-    """Tokens of `segments` equal videos in each of `b` rows."""
+    """Shape `b s n k` of queries, keys and values, with `segments` equal videos in each packed row."""
 
     b: int
     s: int
@@ -53,16 +52,16 @@ class Case(NamedTuple):
     segments: int = 1
 
     def operations(self, each: int) -> int:
-        """Of all scores that are seen."""
+        """Operations over all visible scores, with `each` per score and channel."""
         return each * self.b * self.n * self.s * (self.s // self.segments) * self.k
 
     def as_batch(self) -> tuple[int, int, int, int]:
-        """Shape of the same tokens, a video in each row."""
+        """Shape of the same tokens with one video per example."""
         return self.b * self.segments, self.s // self.segments, self.n, self.k
 
 
 class Calls(NamedTuple):
-    """What is timed: each starts the work and returns what `wait` takes."""
+    """Functions to time: `forward` and `both` start the work and return the argument of `wait`."""
 
     forward: Callable[[], Any]
     both: Callable[[], Any]
@@ -70,7 +69,7 @@ class Calls(NamedTuple):
 
 
 def pallas(case: Case, interpret: bool) -> Calls:
-    """The kernel, with segment ids where there are several."""
+    """The Pallas kernel, with segment ids if a row holds several videos."""
     query, key, value, cotangent = _arrays(case, (case.b, case.s, case.n, case.k))
     ids = jnp.broadcast_to(jnp.arange(case.s)[None] // (case.s // case.segments), (case.b, case.s))
     ranges = segment_ranges(ids, ids) if case.segments > 1 else None
@@ -119,7 +118,7 @@ def pytorch(case: Case, interpret: bool, backend: str) -> Calls:
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
     }
-    # Tokens before heads in memory, as everywhere here.
+    # Tokens before heads in memory, as for the other contenders.
     arrays = [torch.randn(case.as_batch(), dtype=torch.bfloat16, device="cuda") for _ in range(4)]
     query, key, value, cotangent = (x.transpose(1, 2) for x in arrays)
     query, key, value = (x.requires_grad_() for x in (query, key, value))
@@ -149,7 +148,7 @@ CONTENDERS: dict[str, Callable[[Case, bool], Calls]] = {
 
 
 def seconds(runs: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]], rounds: int) -> dict[str, float]:
-    """Of each run the median; they take turns, and a turn is about half a second."""
+    """Median seconds per call of each run; runs take turns of about half a second."""
     counts, found = {}, {name: [] for name in runs}
     for name, (start, wait) in runs.items():
         wait(start())
@@ -168,14 +167,14 @@ def seconds(runs: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]], rou
 
 
 def measure(case: Case, interpret: bool, rounds: int) -> dict[str, dict[str, float]]:
-    """TFLOP/s by contender, forward and both; those that cannot run say why."""
+    """TFLOP/s by contender and pass; prints why a contender cannot run."""
     calls = {}
     for name, make in CONTENDERS.items():
         try:
             made = make(case, interpret)
             made.wait(made.both())
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            print(f"  {name} is left out: {str(error).splitlines()[0][:200]}", flush=True)
+            print(f"  {name} is skipped: {str(error).splitlines()[0][:200]}", flush=True)
         else:
             calls[name] = made
     forward = seconds({name: (x.forward, x.wait) for name, x in calls.items()}, rounds)
@@ -187,14 +186,14 @@ def measure(case: Case, interpret: bool, rounds: int) -> dict[str, dict[str, flo
         }
         for name in calls
     }
-    theirs = [found.pop(name) for name in list(found) if name.startswith("pytorch_")]
-    if theirs:
-        found["pytorch"] = {kind: max(x[kind] for x in theirs) for kind in theirs[0]}
+    backends = [found.pop(name) for name in list(found) if name.startswith("pytorch_")]
+    if backends:
+        found["pytorch"] = {kind: max(x[kind] for x in backends) for kind in backends[0]}
     return found
 
 
 def ceiling(size: int, rounds: int) -> float:
-    """TFLOP/s of a product of square matrices in bfloat16."""
+    """TFLOP/s of a product of two square bfloat16 matrices with `size` rows."""
     left, right = (_random((size, size), seed) for seed in range(2))
     product = jax.jit(lambda x, y: x @ y)
     taken = seconds({"product": (lambda: product(left, right), jax.block_until_ready)}, rounds)
@@ -202,7 +201,7 @@ def ceiling(size: int, rounds: int) -> float:
 
 
 def errors(interpret: bool, tokens: int) -> dict[str, float]:
-    """Of the kernel, relative to the root of the mean square, on two segments and a tail."""
+    """Relative errors (L2) of the kernel's output and gradients, on two segments and a remainder."""
     case = Case(1, tokens, 2, 128, 2)
     query, key, value, cotangent = _arrays(case, (1, tokens, 2, 128))
     ids = jnp.arange(tokens)[None] // (tokens // 2)
@@ -229,12 +228,12 @@ def _random(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def _arrays(case: Case, shape: tuple[int, ...]) -> list[jax.Array]:
-    """Query, key, value and cotangent: the same numbers whatever the shape."""
+    """Query, key, value and cotangent; the numbers do not depend on `shape`."""
     return [_random((case.b, case.s, case.n, case.k), seed).reshape(shape) for seed in range(4)]
 
 
 def main() -> None:
-    """Prints a row per shape and number of segments, and the JSON line."""
+    """Prints figures per shape and number of segments, and the JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -244,7 +243,7 @@ def main() -> None:
     arguments = parser.parse_args()
     interpret = jax.default_backend() not in ("gpu", "cuda")
     if interpret and arguments.preset != "tiny":
-        parser.error(f"there is no GPU ({jax.default_backend()}); --preset tiny runs without one")
+        parser.error(f"no GPU found (backend {jax.default_backend()}); use --preset tiny to run without one")
     shapes = PRESETS[arguments.preset]
     if arguments.shapes:
         shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shapes]
@@ -252,7 +251,7 @@ def main() -> None:
     result["errors"] = errors(interpret, 300 if interpret else 3000)
     print("errors: " + ", ".join(f"{name} {x:.1e}" for name, x in result["errors"].items()), flush=True)
     result["ceiling_tflops"] = top = ceiling(PRODUCT[arguments.preset], arguments.rounds)
-    print(f"{result['device']}: a product in bfloat16 takes {top:.4g} TFLOP/s", flush=True)
+    print(f"{result['device']}: a bfloat16 product reaches {top:.4g} TFLOP/s", flush=True)
     result["tflops"] = {}
     for shape in shapes:
         for segments in SEGMENTS[arguments.preset]:

@@ -1,23 +1,23 @@
-"""Attention on TPUs: our kernels, jax's splash attention and tokamax's, in cycles; no TPU is needed.
+"""Attention on TPUs in static cycles: vidgen's kernels, jax's and tokamax's splash attention, without a TPU.
 
     python benchmarks/attention_tpu.py [--generations v5e v5p v6e tpu7x] [--sequences 8192 32768]
         [--head-dims 128 64] [--passes forward backward] [--evaluated 8192]
 
-Cycles are of one core per tile of 1024 queries by 1024 keys, of full attention in bfloat16 with a batch of
+Cycles are for one core per tile of 1024 queries by 1024 keys, of full attention in bfloat16 with a batch of
 one and as many heads as fill 128 lanes, by `pallas_kernels/tpu_static`: libtpu's evaluator, and a stall model
-of the kernels' bundles. They are a schedule, not a measured time; differences under 3 to 5 % mean nothing.
+of the kernels' bundles. They are schedules, not measured times; differences under 3 to 5 % mean nothing.
 
 - `kernel`: the Pallas kernels alone.
-- `call`: the whole jitted call from `b s n k` to `b s n k`, with what XLA adds: transpositions and scaling of
-  queries for the others, the product of output and gradient, sums of partial gradients.
+- `call`: the whole jitted call from `b s n k` to `b s n k`, with the operations that XLA adds: for the others
+  transposes and the scaling of queries, the product of output and gradient, sums of partial gradients.
 
-The others take the best of a handful of block sizes by the stall model (`SWEEPS`). Their backward pass is the
-gradient without the kernel of the forward pass. Where the evaluator does not run, or skips a kernel's body as
-it does jax's (its mask reads as zero), its column is empty. `ratio` divides our cycles of the call by those
-of the better of the others, by the evaluator if all have it, else by the stall model. The evaluator's time
-grows with the square of the sequence: beyond `--evaluated` tokens it does not run, and what XLA adds counts
-as the transfer of its bytes. The last line is one JSON object. Needs the `tpu` extra (libtpu), and tokamax
-(`pip install tokamax`) for its rows.
+The others use the best of a few block sizes by the stall model (`SWEEPS`). Their backward pass is the
+gradient without the kernel of the forward pass. If the evaluator does not run, or skips a kernel's body as
+with jax's (its mask reads as zero), its column is empty. `ratio` is vidgen's cycles of the call over those of
+the better of the others, by the evaluator if all have it, else by the stall model. The evaluator's time grows
+with the square of the sequence: beyond `--evaluated` tokens it does not run, and an operation that XLA adds
+counts as the transfer of its bytes. The last line is one JSON object. Needs the `tpu` extra (libtpu), and
+tokamax (`pip install tokamax`) for its rows.
 """
 
 import argparse
@@ -54,11 +54,11 @@ SWEEPS: dict[tuple[str, str], list[list[int]]] = {
     (JAX, "backward"): [[1024, 2048, 512], [2048, 1024, 512], [2048, 2048, 512]],
     (TOKAMAX, "backward"): [[1024, 2048, 512, 0], [2048, 1024, 512, 0], [2048, 2048, 512, 0]],
 }
-"""Blocks of queries, of keys, and of keys at a time; for tokamax, whether its own scheduler is asked for."""
+"""Queries and keys per block, and keys per inner step; for tokamax also `use_experimental_scheduler`."""
 
 
 def splash(direction: str, blocks: Sequence[int], heads: int, sequence: int) -> Callable[..., Any]:
-    """The kernel of jax, `n s k` to `n s k`."""
+    """Splash attention kernel of jax, `n s k` to `n s k`."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -80,7 +80,7 @@ def splash(direction: str, blocks: Sequence[int], heads: int, sequence: int) -> 
 
 
 def tokamax_splash(direction: str, blocks: Sequence[int], heads: int, sequence: int) -> Callable[..., Any]:
-    """The kernel of tokamax, `n s k` to `n s k`."""
+    """Splash attention kernel of tokamax, `n s k` to `n s k`."""
     from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
         splash_attention_kernel as kernels,
     )
@@ -88,7 +88,7 @@ def tokamax_splash(direction: str, blocks: Sequence[int], heads: int, sequence: 
         splash_attention_mask as masks,
     )
 
-    del heads  # One mask for all.
+    del heads  # All heads share one mask.
     queries, keys, at_a_time, scheduler = blocks
     if direction == "forward":
         config = kernels.SplashConfig(
@@ -115,7 +115,7 @@ def tokamax_splash(direction: str, blocks: Sequence[int], heads: int, sequence: 
 def other(
     *, name: str, direction: str, blocks: Sequence[int], sequence: int, head_dim: int, heads: int
 ) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
-    """A call of another implementation from `b s n k` to `b s n k`, and its arguments."""
+    """A pass of another implementation from `b s n k` to `b s n k`, and its abstract arguments."""
     make = {JAX: splash, TOKAMAX: tokamax_splash}[name]
     kernel = make(direction, blocks, heads, sequence)
 
@@ -131,26 +131,26 @@ def other(
 
 
 def job_of_other(name: str, direction: str, blocks: Sequence[int], shape: Shape) -> Job:
-    """For `measure`."""
+    """The `Job` of another implementation's pass."""
     keywords = {"name": name, "direction": direction, "blocks": list(blocks)}
     sizes = {"sequence": shape.sequence, "head_dim": shape.head_dim, "heads": shape.heads}
     return Job(build=f"{pathlib.Path(__file__).resolve()}:other", keywords=keywords | sizes)
 
 
 def job_of_ours(direction: str, shape: Shape, generation: str) -> Job:
-    """For `measure`; what is computed again, exactly, is what almost no input needs."""
+    """The `Job` of vidgen's pass, without the exact recomputation, which almost no input needs."""
     sizes = {"sequence": shape.sequence, "head_dim": shape.head_dim, "heads": shape.heads}
     build = f"vidgen.pallas_kernels.tpu_static.attention:{direction}"
     return Job(build=build, keywords=sizes | {"generation": generation}, branch="least")
 
 
 def of_pass(report: Report, direction: str) -> Report:
-    """Without the forward pass that a gradient runs first."""
+    """The report of one pass: a backward pass without the forward kernel that the gradient runs first."""
     return report if direction == "forward" else report.without(r"splash_mha_fwd.*")
 
 
 def best_blocks(names: Iterable[str], direction: str, shape: Shape, generation: str) -> dict[str, list[int]]:
-    """Of the other implementations, by the stall model of their kernels; those that compile at all."""
+    """Best blocks of the other implementations by the stall model; those that do not compile are left out."""
     tried = [(name, blocks) for name in names for blocks in SWEEPS[name, direction]]
     jobs = [job_of_other(name, direction, blocks, shape) for name, blocks in tried]
     best: dict[str, tuple[int, list[int]]] = {}
@@ -166,7 +166,7 @@ def best_blocks(names: Iterable[str], direction: str, shape: Shape, generation: 
 
 
 def figures(report: Report, shape: Shape) -> dict[str, float | None]:
-    """Cycles per tile of the kernels and of the call, by both methods."""
+    """Cycles per tile of the kernels and of the call, by evaluator and stall model."""
     per_tile = lambda cycles: None if cycles is None else round(cycles / shape.tiles, 1)  # noqa: E731
     result = {}
     for method in ("evaluator", "stall model"):
@@ -178,7 +178,7 @@ def figures(report: Report, shape: Shape) -> dict[str, float | None]:
 def compare(
     blocks: dict[str, list[int]], direction: str, shape: Shape, generation: str, evaluate: bool
 ) -> dict[str, Any]:
-    """Rows of all implementations for one shape, and the ratio."""
+    """Figures of all implementations for one shape, and the ratio."""
     jobs = [job_of_ours(direction, shape, generation)]
     jobs += [job_of_other(name, direction, sizes, shape) for name, sizes in blocks.items()]
     rows: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def compare(
 
 
 def print_rows(label: str, found: dict[str, Any]) -> None:
-    """One line for each implementation."""
+    """Prints one line per implementation."""
     show = lambda cycles: f"{'-' if cycles is None else f'{cycles:,.0f}':>9}"  # noqa: E731
     print(f"\n{label}: {'kernel':>28}{'call':>19}")
     print(f"{'':16}{'evaluator':>12}{'stalls':>9}{'evaluator':>12}{'stalls':>9}  blocks")
@@ -205,7 +205,7 @@ def print_rows(label: str, found: dict[str, Any]) -> None:
             f"   {show(cycles[f'{part}, evaluator'])}{show(cycles[f'{part}, stall model'])}"
             for part in ("kernel", "call")
         )
-        print(f"  {name:14}{kernel}{call}  {cycles['blocks'] or 'of its table'}")
+        print(f"  {name:14}{kernel}{call}  {cycles['blocks'] or 'from its table'}")
     if found["ratio"] is not None:
         print(f"  ratio {found['ratio']:.3f} ({found['method']})", flush=True)
 
@@ -223,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     others = [JAX, TOKAMAX]
     if importlib.util.find_spec("tokamax") is None:
-        print("tokamax is not installed (pip install tokamax): its rows are left out")
+        print("tokamax is not installed: its rows are skipped (pip install tokamax)")
         others.remove(TOKAMAX)
     result: dict[str, Any] = {}
     for generation in options.generations:

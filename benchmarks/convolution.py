@@ -1,9 +1,9 @@
-"""Formulations of the causal 3D convolution on this device, forward and forward + backward, alternately.
+"""GFLOP/s of formulations of the causal 3D convolution on this device, forward and forward + backward.
 
     python benchmarks/convolution.py
 
-The last line is one JSON object: GFLOP/s by shape and formulation, medians, and the ratio of the formulation
-in vidgen/ops/convolution.py to XLA's native one.
+Formulations take turns. The last line is one JSON object: median GFLOP/s by shape and formulation, and the
+ratio of the formulation in vidgen/ops/convolution.py to XLA's native one.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def native(x: Array, kernel: Array) -> Array:
 
 
 def shifted(x: Array, kernel: Array) -> Array:
-    """A sum of 27 matrix products of shifted inputs."""
+    """Sum of 27 matrix products of shifted inputs."""
     _, t, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), *PADDING, (0, 0)))
     products = (x[:, i : i + t, j : j + h, k : k + w] @ kernel[i, j, k] for i, j, k in TAPS)
@@ -40,7 +40,7 @@ def shifted(x: Array, kernel: Array) -> Array:
 
 
 def im2col(x: Array, kernel: Array) -> Array:
-    """One matrix product with all 27 neighbours side by side."""
+    """One matrix product with all 27 neighbours stacked as channels."""
     _, t, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), *PADDING, (0, 0)))
     columns = jnp.concatenate([x[:, i : i + t, j : j + h, k : k + w] for i, j, k in TAPS], axis=-1)
@@ -56,7 +56,7 @@ FORMULATIONS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def measure(channels: int, side: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """GFLOP/s (forward, forward + backward) of each formulation, measured in turns."""
+    """GFLOP/s (forward, forward + backward) of each formulation; formulations take turns."""
     x = jnp.ones((8, 5, side, side, channels))
     kernel = jnp.full((3, 3, 3, channels, channels), 0.01)
     operations = 2 * 27 * channels**2 * 8 * 5 * side**2
@@ -94,7 +94,8 @@ def main() -> None:
             print(
                 f"{channels:3d} channels, {side:2d} x {side:2d}  {name:8s} {forward:6.1f} {both:6.1f} GFLOP/s"
             )
-        ratios = [ours / theirs for ours, theirs in zip(found["vidgen"], found["native"], strict=True)]
+        pairs = zip(found["vidgen"], found["native"], strict=True)
+        ratios = [vidgen_rate / native_rate for vidgen_rate, native_rate in pairs]
         result[f"{channels}x{side}"] = {"gflops": found, "ratio_to_native": ratios}
     print(json.dumps(result))
 

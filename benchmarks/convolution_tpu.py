@@ -1,13 +1,13 @@
-"""Formulations of the causal 3D convolution on TPUs, in cycles that the compiler estimates; no TPU is needed.
+"""Formulations of the causal 3D convolution on TPUs in cycles estimated by the compiler; no TPU is needed.
 
     python benchmarks/convolution_tpu.py [--topologies v5e:2x2 v5p:2x2x1 v6e:2x2]
 
 Each program is two 3x3x3 convolutions in bfloat16 with the VAE's norm and SiLU before each, as in a residual
-block, for one device; shapes are those of decoding 4 frames of 1080p on 8 chips with Wan 2.1's VAE. Its
-figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of its
-own schedule, not a measured time. `ideal` is the multiply-adds over those that the matrix units do per cycle.
-The step up, a 3x3 convolution of pixels repeated 2 x 2, follows: `repeated` as written, `dilated` is vidgen.
-The last line is one JSON object. Needs the `tpu` extra (libtpu).
+block, for one device; shapes are those of decoding 4 frames of 1080p on 8 chips with Wan 2.1's VAE. The
+figure is the sum of `estimated_cycles` over the compiled program's instructions: the compiler's model of the
+schedule, not a measured time. `ideal` is the number of multiply-adds over the matrix units' multiply-adds per
+cycle. Then follows upsampling, a 3x3 convolution of pixels repeated 2 x 2: `repeated` in that form, `dilated`
+as vidgen computes it. The last line is one JSON object. Needs the `tpu` extra (libtpu).
 """
 
 import argparse
@@ -31,10 +31,10 @@ from vidgen.ops.convolution_cpu import convolve_upsampled  # noqa: E402
 
 PADDING = ((2, 0), (1, 1), (1, 1))
 SHAPES = ((1, 135, 30, 384), (4, 540, 120, 192), (4, 1080, 240, 96))
-"""Frames, height, width, channels of one device's part."""
+"""Frames, height, width, channels of one device's shard."""
 TAPS = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
 MACS_PER_CYCLE = {"v5e": 65_536, "v5p": 131_072, "v6e": 262_144}
-"""bfloat16 multiply-adds of one device: both cores of a v5p, which run one program together."""
+"""bfloat16 multiply-adds per cycle of one device; on a v5p that is two cores, which run one program."""
 
 
 def native(x: Array, kernel: Array) -> Array:
@@ -51,7 +51,7 @@ def _in_2d(frames: Array, kernel: Array) -> Array:
 
 
 def taps_as_channels(x: Array, kernel: Array) -> Array:
-    """A 2D convolution of three frames side by side in channels."""
+    """A 2D convolution of three frames stacked as channels."""
     _, t, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), PADDING[0], (0, 0), (0, 0), (0, 0)))
     stacked = jnp.concatenate([x[:, i : i + t] for i in range(3)], axis=-1)
@@ -60,7 +60,7 @@ def taps_as_channels(x: Array, kernel: Array) -> Array:
 
 
 def sum_over_time(x: Array, kernel: Array) -> Array:
-    """Three 2D convolutions, one for each tap over time, added."""
+    """Sum of three 2D convolutions, one per tap over time."""
     b, t, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), PADDING[0], (0, 0), (0, 0), (0, 0)))
     parts = [_in_2d(x[:, i : i + t].reshape(-1, h, w, c), kernel[i]) for i in range(3)]
@@ -68,7 +68,7 @@ def sum_over_time(x: Array, kernel: Array) -> Array:
 
 
 def shifted(x: Array, kernel: Array) -> Array:
-    """A sum of 27 matrix products of shifted inputs."""
+    """Sum of 27 matrix products of shifted inputs."""
     _, t, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), *PADDING, (0, 0)))
     products = (x[:, i : i + t, j : j + h, k : k + w] @ kernel[i, j, k] for i, j, k in TAPS)
@@ -84,19 +84,19 @@ FORMULATIONS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def repeated(x: Array, kernel: Array) -> Array:
-    """Of pixels that are repeated first."""
+    """Repeats the pixels 2 x 2, then convolves."""
     b, t, h, w, c = x.shape
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3).reshape(b * t, 2 * h, 2 * w, c)
     return _in_2d(x, kernel[0]).reshape(b, t, 2 * h, 2 * w, -1)
 
 
 def added(x: Array, kernel: Array) -> Array:
-    """As on CPU: the four copies of each pixel as channels, weights that fall on copies added."""
+    """The CPU formulation: four outputs per pixel as channels, weights on copies of a pixel summed."""
     return convolve_upsampled(x, kernel, ((0, 0), (1, 1), (1, 1)))
 
 
 STEPS_UP = ((2, 270, 60, 384), (4, 540, 120, 192))
-"""Frames, height, width, channels of one device's part; half as many channels come out."""
+"""Frames, height, width, input channels of one device's shard; there are half as many output channels."""
 UPSAMPLED: dict[str, Callable[[Array, Array], Array]] = {
     "repeated": repeated,
     "added": added,
@@ -105,15 +105,15 @@ UPSAMPLED: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def cycles(device: Any, program: Callable[..., Array], *shapes: tuple[int, ...]) -> int:
-    """Of a program with bfloat16 arguments of the given shapes."""
-    place = SingleDeviceSharding(device)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+    """Estimated cycles of a program with bfloat16 arguments of the given shapes."""
+    sharding = SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
     text = jax.jit(program).lower(*arguments).compile().as_text() or ""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
 
 
 def block(convolve: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """Two convolutions with what lies between them."""
+    """Two convolutions, each after the VAE's norm and SiLU."""
 
     def run(x: Array, kernels: Array) -> Array:
         for index in range(2):

@@ -1,11 +1,11 @@
-"""Clips decoded per second and core: the reader here (PyAV), opencv and imageio-ffmpeg on the same files.
+"""Clips decoded per second and core: vidgen's reader (PyAV), opencv and imageio-ffmpeg on the same files.
 
   python benchmarks/data_throughput.py [FOLDER] [--num-frames 17 --fps 8 --height 64 --width 64] [--rounds 5]
 
-Each reader gives the same clips: seek, take the nearest frames at `fps`, resize, crop, RGB. The readers take
-turns within each round; the figure of each is the median over rounds of clips per second of processor time,
-children included, so that it is per core and does not suffer from what else the machine does. Decoders run
-with one thread. Needs the `bench` extra. The last line is one JSON object.
+Each reader returns the same clips: seek, take the nearest frames at `fps`, resize, crop, RGB. The readers
+take turns within each round. A reader's figure is the median over rounds of clips per second of CPU time,
+child processes included, which makes it a figure per core and independent of other load. Decoders run with
+one thread. Needs the `bench` extra. The last line is one JSON object.
 """
 
 import argparse
@@ -32,14 +32,14 @@ Reader = Callable[[UsedFile, float, FolderData], np.ndarray]
 
 
 def read_with_pyav(file: UsedFile, start: float, data: FolderData) -> np.ndarray:
-    """The reader that training uses."""
+    """Reads a clip with vidgen's reader, which training uses."""
     return read_clip(
         file.path, start=start, num_frames=data.num_frames, fps=data.fps, height=data.height, width=data.width
     )
 
 
 def read_with_opencv(file: UsedFile, start: float, data: FolderData) -> np.ndarray:
-    """Seek by frame number, skip with `grab`, convert only what is kept."""
+    """Seeks by frame number, skips frames with `grab`, and converts only the frames of the clip."""
     capture = cv2.VideoCapture(str(file.path), cv2.CAP_FFMPEG)
     crop = _crop(file, data)
     times = start + np.arange(data.num_frames) / data.fps
@@ -62,11 +62,11 @@ def read_with_opencv(file: UsedFile, start: float, data: FolderData) -> np.ndarr
 
 
 def read_with_imageio_ffmpeg(file: UsedFile, start: float, data: FolderData) -> np.ndarray:
-    """An ffmpeg process for each clip, which resamples, resizes and crops itself."""
+    """Runs one ffmpeg process per clip, which resamples, resizes and crops."""
     crop = _crop(file, data)
     height, width = crop.resized
     filters = (
-        # Half a frame earlier, then the last at or before each time: the nearest.
+        # Nearest frame: shift half a frame earlier, then take the last frame at or before each time.
         f"setpts=PTS-{0.5 / file.info.fps:.6f}/TB,fps={data.fps}:start_time=0:round=up,"
         f"scale={width}:{height}:flags=bicubic,crop={data.width}:{data.height}:{crop.left}:{crop.top}"
     )
@@ -75,13 +75,13 @@ def read_with_imageio_ffmpeg(file: UsedFile, start: float, data: FolderData) -> 
         input_params=["-threads", "1", "-ss", f"{start:.6f}"],
         output_params=["-threads", "1", "-vf", filters, "-frames:v", str(data.num_frames)],
     )
-    next(frames)  # what the file holds
+    next(frames)  # Metadata of the file.
     clip = [np.frombuffer(frame, np.uint8).reshape(data.height, data.width, 3) for frame in frames]
     return np.stack(clip)
 
 
 def measure(data: FolderData, rounds: int) -> dict[str, object]:
-    """Every clip of the folder with every reader, `rounds` times; clips per second of processor time."""
+    """Reads every clip of the folder with every reader, `rounds` times; returns the figures for JSON."""
     clips = [(file, start) for file in data.scan().used for start in file.starts]
     if not clips:
         raise ValueError(
@@ -95,15 +95,15 @@ def measure(data: FolderData, rounds: int) -> dict[str, object]:
     rates: dict[str, list[float]] = {name: [] for name in readers}
     difference = dict.fromkeys(readers, 0.0)
     cv2.setNumThreads(1)
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every file that is resized
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # It warns about every resized file.
     for index in range(rounds + 1):
         for name, reader in readers.items():
             before = _processor_seconds()
-            given = [reader(file, start, data) for file, start in clips]
+            videos = [reader(file, start, data) for file, start in clips]
             rate = len(clips) / (_processor_seconds() - before)
-            if index == 0:  # not timed: warm caches; and see that the readers agree
-                reference = given if name == "pyav" else reference
-                pairs = zip(given, reference, strict=True)
+            if index == 0:  # Untimed round: warms caches and compares the readers.
+                reference = videos if name == "pyav" else reference
+                pairs = zip(videos, reference, strict=True)
                 difference[name] = statistics.mean(
                     float(np.abs(a[: len(b)].astype(int) - b[: len(a)]).mean()) for a, b in pairs
                 )
@@ -124,7 +124,7 @@ def measure(data: FolderData, rounds: int) -> dict[str, object]:
 
 
 def make_files(folder: pathlib.Path) -> None:
-    """Three files of four seconds: drifting shades with some grain, 25 fps."""
+    """Writes three videos of four seconds at 25 fps: moving colour waves with some noise."""
     rng = np.random.default_rng(0)
     for height, width in ((144, 256), (360, 640), (720, 1280)):
         y, x = np.mgrid[:height, :width] / height
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", help="of videos; made on the spot where not given")
+    parser.add_argument("folder", nargs="?", help="folder of videos; default: synthetic ones")
     parser.add_argument("--num-frames", type=int, default=17)
     parser.add_argument("--fps", type=float, default=8.0)
     parser.add_argument("--height", type=int, default=64)

@@ -1,10 +1,10 @@
-"""Where the time of a training step of `dit_vs_diffusers.py` goes on a CPU, by kind of operation.
+"""CPU seconds of a training step of `dit_vs_diffusers.py` by kind of operation.
 
     python benchmarks/dit_profile.py [--preset small] [--remat dots]
 
-One core for all, so that operations do not overlap: XLA's trace, whose names the compiled program explains.
-diffusers' whole step, on one core too, is there to compare. Needs the `parity` extra. The last line is one
-JSON object: seconds by kind and altogether.
+Runs on one core, so that operations do not overlap, and reads XLA's trace, whose operation names are looked
+up in the compiled program. For comparison, prints the total of diffusers' step on one core. Needs the
+`parity` extra. The last line is one JSON object: seconds by kind and in total.
 """
 
 import argparse
@@ -41,12 +41,12 @@ _MOVES = {
     ),
     *("dynamic-slice", "dynamic-update-slice", "pad"),
 }
-"""Of operations that compute nothing of the data."""
+"""Opcodes that move data without computing."""
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 
 
 def kinds(hlo: str) -> dict[str, str]:
-    """Of each operation of a compiled program by name: what it is, by what it is fused from."""
+    """Kind of each operation of a compiled program, by name; a fusion's kind follows from its parts."""
     opcodes = collections.defaultdict(set)
     operations: dict[str, tuple[str, str]] = {}
     computation = ""
@@ -70,13 +70,13 @@ def kinds(hlo: str) -> dict[str, str]:
     return {name: kind(*operation) for name, operation in operations.items()}
 
 
-def profile(ours: Vidgen) -> dict[str, float]:
-    """Seconds by kind: of each operation what no operation within it accounts for."""
+def profile(vidgen: Vidgen) -> dict[str, float]:
+    """Seconds by kind: the time of each operation without operations nested in it."""
     import jax
 
-    run = ours.calls()["train_step"]
-    state = ours.optimizer.init(ours.params)
-    known = kinds(ours.train_step.lower(ours.params, state, ours.inputs).compile().as_text() or "")
+    run = vidgen.calls()["train_step"]
+    state = vidgen.optimizer.init(vidgen.params)
+    known = kinds(vidgen.train_step.lower(vidgen.params, state, vidgen.inputs).compile().as_text() or "")
     run()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -112,13 +112,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write(folder, size)
-        theirs = Diffusers(folder, inputs, "cpu", threads=1)
-        ours = Vidgen(folder, inputs, "cpu", arguments.remat)
+        diffusers = Diffusers(folder, inputs, "cpu", threads=1)
+        vidgen = Vidgen(folder, inputs, "cpu", arguments.remat)
     result = {
         "preset": arguments.preset,
         "remat": arguments.remat,
-        "vidgen": profile(ours),
-        "diffusers_total": _seconds(theirs.calls(compiled=False)["train_step"]),
+        "vidgen": profile(vidgen),
+        "diffusers_total": _seconds(diffusers.calls(compiled=False)["train_step"]),
     }
     print(json.dumps(result))
 

@@ -1,17 +1,17 @@
-"""The patch transformer here and in diffusers: the same random weights and inputs, in turns.
+"""Speed of the DiT in vidgen and in diffusers, with the same random weights and inputs.
 
     python benchmarks/dit_vs_diffusers.py [--preset small] [--layers 8] [--rounds 5]
     python benchmarks/dit_vs_diffusers.py --preset wan-1.3b --device gpu --peak-tflops 989
 
-A forward pass, and a training step: forward, backward and AdamW's update. On CPUs in float32, with as many
-threads for each; on a GPU the products in bfloat16 with float32 weights, attention by cuDNN here and by
-PyTorch's fused kernel there, and each block computed again in the backward pass. `--remat` is what ours keeps
-for it. diffusers' model runs as it is and by `torch.compile`; AdamW is PyTorch's fused one. Outputs and
-gradients are compared first. Each turn is a call that is not timed and one that is, as one training step
-follows another: what ran in between may have taken the memory that the first one touches. Needs the `parity`
-extra. The last line is one JSON object; ratios are the better of diffusers' medians over ours, so that above
-1 is better here. `--preset tiny` is for a look at whether everything runs; `dit_profile.py` says where the
-time goes.
+Times a forward pass, and a training step: forward, backward and AdamW update. On CPUs in float32, with the
+same number of threads for both; on a GPU with bfloat16 products and float32 weights, attention by cuDNN in
+vidgen and by PyTorch's fused kernel in diffusers, and each block recomputed in the backward pass. `--remat`
+is vidgen's remat policy. diffusers' model runs eagerly and with `torch.compile`; its AdamW is PyTorch's fused
+one. First compares outputs and gradients. Contenders take turns. Each turn is one untimed and one timed call,
+like consecutive training steps, because contenders in between may have taken the memory that the first call
+uses. Needs the `parity` extra. The last line is one JSON object; ratios are the better of diffusers' medians
+over vidgen's: above 1, vidgen is faster. `--preset tiny` is a smoke test; `dit_profile.py` gives the time by
+kind of operation.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the model, and of its inputs: latent frames, rows and columns, and text tokens."""
+    """Sizes of the model and of its inputs; `latents` is (frames, height, width)."""
 
     num_heads: int
     head_dim: int
@@ -65,11 +65,11 @@ CHANNELS = 16
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.01
 
 Calls = dict[str, Callable[[], Any]]
-"""`forward` and `train_step`, each over when it returns."""
+"""`forward` and `train_step`; both return when the work is done."""
 
 
 def write(folder: pathlib.Path, size: Size) -> None:
-    """Random weights, in diffusers' layout."""
+    """Writes random weights as a diffusers folder."""
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
@@ -87,7 +87,7 @@ def write(folder: pathlib.Path, size: Size) -> None:
 
 
 def make_inputs(size: Size) -> dict[str, np.ndarray]:
-    """In our layout, with the velocity that training is to give."""
+    """Random inputs in vidgen's layout (`b t h w c`), and the target velocity."""
     rng = np.random.default_rng(0)
     inputs = {
         "latents": rng.normal(size=(1, *size.latents, CHANNELS)),
@@ -99,7 +99,7 @@ def make_inputs(size: Size) -> dict[str, np.ndarray]:
 
 
 class Diffusers:
-    """The model of diffusers with its optimizer."""
+    """Diffusers' model with its optimizer."""
 
     def __init__(self, folder: pathlib.Path, inputs: dict[str, np.ndarray], device: str, threads: int):
         import torch
@@ -131,7 +131,7 @@ class Diffusers:
         return self.torch.nn.functional.mse_loss(self.velocity(model).float(), self.target)
 
     def outputs(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Velocity in our layout, and gradients of the loss by name."""
+        """Velocity in vidgen's layout, and gradients of the loss by name."""
         with self.torch.no_grad():
             velocity = self.velocity(self.model).float().cpu().numpy().transpose(0, 2, 3, 4, 1)
         self.loss(self.model).backward()
@@ -161,7 +161,7 @@ class Diffusers:
 
 
 class Vidgen:
-    """The same weights here."""
+    """Vidgen's model with the same weights."""
 
     def __init__(self, folder: pathlib.Path, inputs: dict[str, np.ndarray], device: str, remat: str):
         import jax
@@ -194,13 +194,13 @@ class Vidgen:
         self.loss = functools.partial(loss, self.config)
         self.forward = jax.jit(lambda params, inputs: self.loss(params, inputs)[1])
         self.train_step = jax.jit(train_step, donate_argnums=(0, 1))
-        # Counted where attention is written out and nothing is computed twice.
+        # For counting operations: plain attention, and no recomputation.
         self.plain_loss = functools.partial(
             loss, dataclasses.replace(self.config, attention="xla", remat="none")
         )
 
     def outputs(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Velocity, and gradients of the loss under diffusers' names and in its layout."""
+        """Velocity, and gradients of the loss with diffusers' names and layout."""
         import jax
 
         from vidgen.core.tree import named_leaves
@@ -208,13 +208,13 @@ class Vidgen:
 
         gradients, velocity = jax.jit(jax.grad(self.loss, has_aux=True))(self.params, self.inputs)
         leaves = named_leaves(gradients)
-        names, theirs = diffusers_names(self.config, leaves), {}
-        for ours, leaf in leaves.items():
-            mapping, array = names[ours], np.asarray(leaf)
+        mappings, external = diffusers_names(self.config, leaves), {}
+        for path, leaf in leaves.items():
+            mapping, array = mappings[path], np.asarray(leaf)
             layers = list(array) if mapping.stacked else [array]
             for name, layer in zip(mapping.external_shapes(array.shape), layers, strict=True):
-                theirs[name] = mapping.to_external(layer)
-        return np.asarray(velocity), theirs
+                external[name] = mapping.to_external(layer)
+        return np.asarray(velocity), external
 
     def calls(self) -> Calls:
         import jax
@@ -230,7 +230,7 @@ class Vidgen:
         }
 
     def flops(self) -> dict[str, float]:
-        """Operations of the matrix products that each call takes."""
+        """FLOPs of the matrix products in each call."""
         import jax
 
         from vidgen.preflight.flops import matmul_flops
@@ -241,12 +241,12 @@ class Vidgen:
 
 
 def errors(found: tuple[np.ndarray, dict], expected: tuple[np.ndarray, dict]) -> dict[str, float]:
-    """Largest difference of the velocity, and of the gradients of a block in units of their length."""
+    """Largest difference of the velocity, and largest relative error (L2) of a block's gradients."""
     error, norm = collections.Counter(), collections.Counter()
-    for name, theirs in expected[1].items():
+    for name, gradient in expected[1].items():
         block = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "others"
-        error[block] += np.square(found[1][name] - theirs).sum(dtype=np.float64)
-        norm[block] += np.square(theirs).sum(dtype=np.float64)
+        error[block] += np.square(found[1][name] - gradient).sum(dtype=np.float64)
+        norm[block] += np.square(gradient).sum(dtype=np.float64)
     return {
         "forward_max_abs": float(np.abs(found[0] - expected[0]).max()),
         "worst_block_gradient": max(float((error[block] / norm[block]) ** 0.5) for block in norm),
@@ -254,7 +254,7 @@ def errors(found: tuple[np.ndarray, dict], expected: tuple[np.ndarray, dict]) ->
 
 
 def measure(contenders: dict[str, Calls], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds by contender and call, all of them in turns."""
+    """Median seconds by contender and call; contenders take turns."""
     seconds: dict[str, dict[str, list[float]]] = {
         name: {call: [] for call in calls} for name, calls in contenders.items()
     }
@@ -277,36 +277,36 @@ def measure(contenders: dict[str, Calls], rounds: int) -> dict[str, dict[str, fl
 
 
 def main() -> None:
-    """Prints what was compared, a row per round, and the JSON line."""
+    """Prints the differences, a row per round, and the JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--layers", type=int, help="other than the preset's")
+    parser.add_argument("--layers", type=int, help="number of layers; default: the preset's")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--remat", choices=("none", "dots", "full"), help="default: dots, on a GPU full")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, to print the share that is used")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), help="default: dots; full on GPUs")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--peak-tflops", type=float, help="device peak, to report model FLOPs utilisation")
     arguments = parser.parse_args()
     if arguments.device == "gpu":
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some too.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     size = PRESETS[arguments.preset]
     size = dataclasses.replace(size, layers=arguments.layers or size.layers)
     inputs = make_inputs(size)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write(folder, size)
-        theirs = Diffusers(folder, inputs, arguments.device, arguments.threads)
+        diffusers = Diffusers(folder, inputs, arguments.device, arguments.threads)
         remat = arguments.remat or {"cpu": "dots", "gpu": "full"}[arguments.device]
-        ours = Vidgen(folder, inputs, arguments.device, remat)
-    parity = errors(ours.outputs(), theirs.outputs())
+        vidgen = Vidgen(folder, inputs, arguments.device, remat)
+    parity = errors(vidgen.outputs(), diffusers.outputs())
     print("differences: " + json.dumps(parity), flush=True)
-    flops = ours.flops()
-    contenders = {"vidgen": ours.calls(), "diffusers": theirs.calls(compiled=False)}
+    flops = vidgen.flops()
+    contenders = {"vidgen": vidgen.calls(), "diffusers": diffusers.calls(compiled=False)}
     if not arguments.no_compile:
-        contenders["diffusers_compiled"] = theirs.calls(compiled=True)
+        contenders["diffusers_compiled"] = diffusers.calls(compiled=True)
     for name, calls in list(contenders.items()):
         start = time.perf_counter()
         try:
@@ -315,7 +315,7 @@ def main() -> None:
         except Exception as error:
             if name != "diffusers_compiled":
                 raise
-            print(f"torch.compile fails and is left out: {error}"[:2000], flush=True)
+            print(f"torch.compile fails and is skipped: {error}"[:2000], flush=True)
             del contenders[name]
         print(f"{name}: first calls {time.perf_counter() - start:.1f} s", flush=True)
     median = measure(contenders, arguments.rounds)

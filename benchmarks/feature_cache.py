@@ -1,12 +1,12 @@
-"""What TeaCache saves and what it costs: time, and difference from the full run, by threshold.
+"""Speedup and quality loss of TeaCache by threshold, relative to sampling without a cache (the full run).
 
     python benchmarks/feature_cache.py --checkpoint runs/dit
 
-Without a checkpoint a small model of the sprite world is trained first (experiments/dit/sprites.py:demo, 300
-steps; minutes on two CPU cores). All runs have the same prompts and seeds. `computed` is in how many steps
-the transformer's blocks are computed; `psnr` compares the 8-bit videos with those of the full run;
-`psnr_fewer` is that of as many steps as were computed, without a cache: what a cache has to beat;
-`speedup` is the time of the full run, decoding included, over that with the cache, each the best of
+Without a checkpoint, first trains a small model on the sprite world (experiments/dit/sprites.py:demo, 300
+steps; minutes on two CPU cores). All runs use the same prompts and seeds. `computed` is the number of steps
+that compute the transformer's blocks; `psnr` compares the 8-bit videos with those of the full run;
+`psnr_fewer` is the PSNR of a run with only `computed` steps and no cache, which a cache has to beat;
+`speedup` is the time of the full run, decoding included, over the time with the cache, each the best of
 `--repeats`. The last line is one JSON object.
 """
 
@@ -46,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="workdir of a run; none trains a small model")
+    parser.add_argument(
+        "--checkpoint", type=pathlib.Path, help="workdir of a run; default: train a small model"
+    )
     parser.add_argument("--vae", type=pathlib.Path, default=ROOT / "experiments" / "weights" / "sprites_vae")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
@@ -89,7 +91,7 @@ def _train(workdir: pathlib.Path, vae: pathlib.Path) -> pathlib.Path:
 
 
 def _timed(pipeline: Pipeline, options: SamplingOptions, repeats: int) -> tuple[np.ndarray, float]:
-    """The videos, and the seconds that the fastest of the runs after the first, which compiles, took."""
+    """The videos, and the seconds of the fastest run; excludes the first run, which compiles."""
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()

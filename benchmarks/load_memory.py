@@ -1,12 +1,12 @@
-"""Host memory that loading and writing a transformer takes beside the arrays themselves.
+"""Peak host memory of loading and saving a transformer, in excess of its arrays.
 
     python benchmarks/load_memory.py [--dim 1024] [--layers 16]
 
-Writes a random checkpoint in bfloat16, then, in a process with 8 CPU devices, loads it cut over `fsdp` and
-writes it again. On CPUs the devices' memory is the host's, so the bytes of the loaded arrays are taken off
-the peak; pages of the mapped file, which the system takes back when it needs them, are not counted. The last
-line is one JSON object: MiB beside the arrays, of the largest tensor, and of one device's part of an array;
-`within` says whether loading stayed within the sum of these two.
+Writes a random checkpoint in bfloat16. Then a process with 8 CPU devices loads it sharded over `fsdp` and
+saves it again. On CPUs device memory is host memory, so the bytes of the loaded arrays are subtracted from
+the peak; pages of memory-mapped files, which the system can reclaim, are not counted. The last line is one
+JSON object: MiB in excess of the arrays, of the largest tensor, and of the largest shard of an array;
+`within` says whether the excess of loading is at most the sum of the latter two.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _MIB = 2**20
 
 
 def main() -> None:
-    """Makes the checkpoint and measures in processes of their own."""
+    """Makes the checkpoint and measures, each in a separate process."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def make(folder: pathlib.Path, dim: int, layers: int) -> None:
-    """Writes a transformer of random numbers, in bfloat16."""
+    """Writes a transformer with random bfloat16 weights."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -57,12 +57,12 @@ def make(folder: pathlib.Path, dim: int, layers: int) -> None:
         model_dim=dim, num_heads=dim // 64, num_layers=layers, ffn_dim=4 * dim, text_dim=512, freq_dim=256
     )
     dit = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
-    made = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, jnp.bfloat16), dit)
-    save_diffusers(made, folder)
+    dit = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, jnp.bfloat16), dit)
+    save_diffusers(dit, folder)
 
 
 def load(folder: pathlib.Path) -> dict[str, float | bool]:
-    """Loads over 8 devices, writes again, and says how much memory each took beside the arrays."""
+    """Loads over 8 devices and saves again; returns the memory of each in excess of the arrays, in MiB."""
     import jax
     from flax import nnx
 
@@ -96,7 +96,7 @@ def load(folder: pathlib.Path) -> dict[str, float | bool]:
 
 
 class _Peak:
-    """The most anonymous memory of this process while the block runs, over what it was before."""
+    """Context manager: peak anonymous memory of this process during the block, minus that at its start."""
 
     def __enter__(self) -> "_Peak":
         self._before = self._most = _anonymous()

@@ -1,10 +1,10 @@
-"""Saves many tiny checkpoints, and tells whether descriptors, threads and memory stay bounded.
+"""Saves many tiny checkpoints and checks that descriptors, threads and memory stay bounded.
 
     python benchmarks/many_saves.py --saves 3000
 
-Linux only: it counts by /proc. The last line is one JSON object: `descriptors`, `threads` and `resident_mib`
-after the first tenth of the saves, in the middle and at the end, and `bounded`: none of them grew in the
-second half (memory by at most 5 %).
+Linux only: reads /proc. The last line is one JSON object: `descriptors`, `threads` and `resident_mib` after a
+tenth of the saves, after half of them and at the end, and `bounded`, true if none of them grew in the second
+half (memory: by at most 5 %).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from vidgen.ckpt.manager import CheckpointManager
 
 
 def main() -> None:
-    """Prints the figures."""
+    """Prints the figures and the JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,19 +1,21 @@
-"""The fused norm and rotation of queries or keys on TPUs, against XLA's own fusions; no TPU is needed.
+"""The fused RMS norm and RoPE kernel on TPUs against XLA's fusions, in static cycles; no TPU is needed.
 
     python benchmarks/qk_norm_rope_tpu.py [--generations v5e v5p v6e tpu7x] [--formulations kernel permuted]
 
-Compiles bfloat16 programs for one device. Prints of each the cycles of its schedule, its operations, what
-they read and write in HBM, and the least that they could, with the cycles that HBM takes for it. Shapes are
-those of Wan 2.1's transformers: of 1.3B with a clip of 81 frames of 480 x 832, of 14B with fewer tokens.
+Compiles bfloat16 programs for one device. Prints for each program the cycles of its schedule, its number of
+operations, their HBM traffic, the least possible traffic, and the cycles that HBM takes for the latter.
+Shapes are those of Wan 2.1's transformers: 1.3B with a clip of 81 frames of 480 x 832, and 14B with fewer
+tokens.
 
-- `written`: RMSNorm and apply_rope as vidgen has them.
-- `permuted`: the partner of each number in its pair by a product with a permutation matrix, cosines and sines
-  given for all channels of a head: the best that was found in plain jax.
-- `kernel`: pallas_kernels/qk_norm_rope, its table given.
+- `written`: vidgen's RMSNorm and apply_rope.
+- `permuted`: the partner of each number in its pair comes from a product with a permutation matrix; cosines
+  and sines for all channels of a head are arguments. The fastest version found in plain jax.
+- `kernel`: pallas_kernels/qk_norm_rope; its table is an argument.
 
 Cycles are those of `pallas_kernels/tpu_static`: libtpu's evaluator, or where it does not run (tpu7x), a
-kernel's bundles, and of other operations the time that their bytes take; what the SparseCores of tpu7x move
-is left out. It is a schedule, not a measured time. The last line is one JSON object. Needs the `tpu` extra.
+kernel's bundles and, for other operations, the time of transferring their bytes; transfers by tpu7x's
+SparseCores are left out. These are schedules, not measured times. The last line is one JSON object. Needs the
+`tpu` extra.
 """
 
 import argparse
@@ -39,18 +41,18 @@ SHAPES = ((32760, 12, 128), (8192, 40, 128))
 """Tokens, heads, channels of a head."""
 DIRECTIONS = ("forward", "backward")
 SHARED_BY = {"v5p": 2}
-"""Cores of a jax device that divide a kernel's grid among them, where it is not one."""
+"""Cores of a jax device that share a kernel's grid, by generation; 1 if absent."""
 
 
 def written(x: Array, weight: Array, angles: Array, *, heads: int) -> Array:
-    """As vidgen has it."""
+    """Vidgen's RMSNorm and apply_rope."""
     graph, state = nnx.split(nnx.eval_shape(lambda: RMSNorm(x.shape[-1], rngs=nnx.Rngs(0))))
     y = nnx.merge(graph, jax.tree.map(lambda _: weight, state))(x)
     return apply_rope(y.reshape(*x.shape[:2], heads, -1), angles).reshape(x.shape)
 
 
 def permuted(x: Array, weight: Array, cos: Array, sin: Array, *, heads: int) -> Array:
-    """Partners by a matrix product, exact in bfloat16; `sin` is negative in the first of a pair."""
+    """Takes partners by a matrix product, exact in bfloat16; `sin` is negative at the first of a pair."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * weight[None, None]
     y = y.astype(x.dtype).reshape(*x.shape[:2], heads, -1)
@@ -61,7 +63,7 @@ def permuted(x: Array, weight: Array, cos: Array, sin: Array, *, heads: int) -> 
 
 
 def fused(x: Array, weight: Array, table: Array, *, heads: int) -> Array:
-    """The kernel."""
+    """The Pallas kernel."""
     return norm_rope(x, weight, Rotation(table=table, head_dim=x.shape[-1] // heads))
 
 
@@ -69,7 +71,7 @@ FUNCTIONS: dict[str, Callable[..., Array]] = {"written": written, "permuted": pe
 
 
 def build(formulation: str, direction: str, tokens: int, heads: int, head_dim: int) -> Any:
-    """A function and its arguments, for `measure`."""
+    """A function and its abstract arguments: the `build` of a `Job`."""
     of = jax.ShapeDtypeStruct
     x, weight = of((1, tokens, heads * head_dim), jnp.bfloat16), of((heads * head_dim,), jnp.float32)
     widths = {
@@ -107,7 +109,7 @@ def job(generation: str, shape: tuple[int, int, int], direction: str, formulatio
 
 
 def figures(report: Report) -> dict[str, Any]:
-    """Of one program."""
+    """Figures of one program: cycles, operations, HBM traffic and the method."""
     parts = [part.instruction for part in (*report.kernels, *report.operations)]
     if report.failure or not parts:
         return {"failure": report.failure or "no operation could be read"}
@@ -132,7 +134,7 @@ def main() -> None:
     for generation in options.generations:
         reports = measure([job(generation, *case) for case in cases], generation=generation)
         for ((s, n, k), direction, formulation), report in zip(cases, reports, strict=True):
-            arrays = 2 if direction == "forward" else 3  # x, the result's gradient, and what is written.
+            arrays = 2 if direction == "forward" else 3  # x, the result's cotangent, and the output.
             least = s * (arrays * 2 * n * k + 4 * k)
             row = figures(report)
             row["least_cycles"] = round(least / GENERATIONS[generation].hbm_bytes)

@@ -1,15 +1,15 @@
-"""What a training step of the transformer takes of a TPU's memory, by what the backward pass finds saved.
+"""TPU memory of a training step of the DiT, by remat policy.
 
     pip install -e ".[tpu]"
     python benchmarks/remat_memory.py [--topology v5e:4x4] [--variant wan2.1-t2v-1.3b] [--video 49x256x448]
         [--batch 16] [--context 1] [--tensor 1] [--sequence auto]
         [--policies none dots attention full offload]
 
-The real step (loss, gradients, AdamW, averages) on latents and text features, in bfloat16, is compiled by
-libtpu for chips that need not be there; what is not `context` or `tensor` is `fsdp`. Of one chip: `saved` is
-what a step needs beside its arguments, `peak` all of it, `host` what lies in the host's memory. `work` is the
-matrix products of a step relative to the first policy in the table. A program that is too large is refused:
-`peak` is then what the compiler says it needs. The last line is one JSON object.
+libtpu compiles the real step (loss, gradients, AdamW, EMA) on latents and text features, in bfloat16; no TPU
+is needed. Devices beyond `context` and `tensor` go to `fsdp`. Per chip: `saved` is the memory of a step in
+excess of its arguments, `peak` all memory, `host` the part in host memory. `work` is the FLOPs of the step's
+matrix products relative to the first policy in the table. The compiler refuses a program that is too large:
+`peak` is then the size in its message. The last line is one JSON object.
 """
 
 import argparse
@@ -47,10 +47,10 @@ TEXT = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Velocity:
-    """The task of the transformer alone: latents and features of text are what a batch holds."""
+    """Training task of the transformer alone; a batch holds latents and text features."""
 
     dit: DiTConfig
-    apart: ClassVar = {}
+    param_groups: ClassVar = {}
 
     def build(self, rngs):
         return DiT(self.dit, rngs=rngs)
@@ -63,7 +63,7 @@ class Velocity:
 
 
 def measure(dit: DiTConfig, mesh, latents: tuple[int, ...]) -> tuple[Memory, int | None, float, float]:
-    """Memory of a chip and of its host, matrix products of a step, seconds to compile."""
+    """Memory of a chip, bytes on its host (None if refused), FLOPs of a step, and seconds to compile."""
     start = time.monotonic()
     task: Any = Velocity(dit=dit)
     transformation = partitioned(AdamW(), task.param_groups, 1000)

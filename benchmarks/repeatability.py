@@ -1,13 +1,13 @@
-"""Whether compiled programs that are kept compute what freshly compiled ones do, to the last bit.
+"""Checks that programs from the compilation cache give the same bits as freshly compiled ones.
 
     python benchmarks/repeatability.py [--processes 3] [--samples 5] [--load 6] [--preset tiny]
 
-Trains the transformer on the sprite world for a few steps and samples from it, many times, each in a process
-of its own: without a cache of compiled programs; with one that keeps all programs; with one that keeps those
-that took over a second to compile (JAX's default); on all cores and on one; alone and beside `--load` busy
-processes, which also compile under load what others then read. Within a process the same prompts are sampled
-`--samples` times. Compared are digests of every pixel, and of every parameter after training. The last line
-is one JSON object: how many trainings and samples there were, and how many different results; 1 is right.
+Trains the transformer on the sprite world for a few steps and samples from it, many times, each in a separate
+process: without a compilation cache; with one that stores all programs; with one that stores programs that
+took over a second to compile (JAX's default); on all cores and on one; idle and beside `--load` busy
+processes, also with programs that were cached under load. Each process samples the same prompts `--samples`
+times. Compares digests of all pixels, and of all parameters after training. The last line is one JSON object:
+the numbers of trainings and samples, and of different results, which should be 1.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from collections.abc import Iterator, Mapping
 ROOT = pathlib.Path(__file__).parents[1]
 VAE = ROOT / "experiments" / "weights" / "sprites_vae"
 PRESETS = {"full": "", "tiny": "demo"}
-"""Arguments of experiments/dit/sprites.py."""
+"""Arguments of experiments/dit/sprites.py, by preset."""
 BUSY = "import numpy as np; a = np.random.rand(800, 800)\nwhile True: a @ a"
 
 
 def work(workdir: pathlib.Path, preset: str, samples: int) -> None:
-    """In a process of its own: trains unless the run is there, samples, prints the digests."""
+    """In a separate process: trains unless `workdir` exists, samples, and prints the digests as JSON."""
     import numpy as np
 
     from vidgen.cli.main import main as vidgen
@@ -57,7 +57,7 @@ def work(workdir: pathlib.Path, preset: str, samples: int) -> None:
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes that multiply matrices meanwhile."""
+    """Context manager: runs `processes` processes that multiply matrices during the block."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
     try:
         yield
@@ -68,7 +68,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def caches(folder: pathlib.Path) -> Mapping[str, Mapping[str, str]]:
-    """The environment of each way of keeping programs."""
+    """Environment variables of each cache configuration."""
     name, least = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
     return {
         "none": {},
@@ -83,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=3, help="of each kind")
-    parser.add_argument("--samples", type=int, default=5, help="in each process")
-    parser.add_argument("--load", type=int, default=6, help="busy processes")
+    parser.add_argument("--processes", type=int, default=3, help="processes per configuration")
+    parser.add_argument("--samples", type=int, default=5, help="samples per process")
+    parser.add_argument("--load", type=int, default=6, help="number of busy processes")
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--work", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -96,11 +96,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ways = caches(pathlib.Path(folder))
         plans = [(cache, load, cores) for cache in ways for load in (0, 1) for cores in ("all", "one")]
-        # What is kept in `loaded` is compiled under load; in the others it is compiled alone.
+        # Programs in the cache `loaded` are compiled under load, those in the other caches without load.
         plans.sort(key=lambda plan: (plan[0] == "loaded") * -plan[1])
         for number, (cache, load, cores) in enumerate(plans):
             for process in range(arguments.processes):
-                # Each kind trains once; its other processes sample from the first run of all.
+                # Each configuration trains once; its other processes sample from the very first run.
                 workdir = pathlib.Path(folder) / ("run0" if process else f"run{number}")
                 command = [sys.executable, __file__, f"--work={workdir}"]
                 command += [f"--preset={arguments.preset}", f"--samples={arguments.samples}"]

@@ -1,10 +1,10 @@
-"""From the start of a process to its first finished training step, without and with compiled programs kept.
+"""Seconds from process start to the end of the first training step, with an empty and a filled compile cache.
 
     python benchmarks/startup.py [--config experiments/dit/sprites.py:demo] [--rounds 1]
 
-The patch transformer on the sprite world with the VAE of this repository, each time in a process of its own:
-cold, its cache of compiled programs (JAX_COMPILATION_CACHE_DIR) is empty, warm, it is what the process before
-left. The last line is one JSON object: medians of the seconds of each part, and `ratio` of warm to cold.
+Trains the DiT on the sprite world with this repository's VAE, in a separate process each time: `cold` starts
+with an empty compilation cache (JAX_COMPILATION_CACHE_DIR), `warm` with the cache of the process before. The
+last line is one JSON object: median seconds of each part, and `ratio` of warm to cold.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PARTS = ("import", "init", "trace", "compile", "step")
 
 
 def start(path: str, started: float) -> None:
-    """In a process of its own: prints the seconds that each part took."""
+    """In a separate process: prints the seconds of each part as JSON."""
     seconds, last = {}, started
 
     def done(part: str) -> None:
@@ -70,7 +70,7 @@ def start(path: str, started: float) -> None:
 
 
 def measure(path: str, cache: pathlib.Path) -> dict[str, float]:
-    """Seconds by part, and of all."""
+    """Seconds by part and in total, from a new process with this compilation cache."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

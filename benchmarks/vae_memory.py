@@ -1,10 +1,10 @@
-"""Peak memory of decoding videos of 5, 15 and 60 seconds: it does not grow with the duration.
+"""Peak memory of decoding videos of 5, 15 and 60 seconds, which should not grow with the duration.
 
     python benchmarks/vae_memory.py [--height 128 --width 128] [--seconds 5 15 60]
 
-Each duration in a process of its own: random latents through `decode_stream`, every frame turned to bytes and
-let go, as a writer of files does. `peak` is the largest resident set, `beside` what decoding adds to that of
-the process with the weights loaded. The last line is one JSON object.
+Each duration runs in a separate process: random latents through `decode_stream`, with every frame converted
+to bytes and discarded, as a file writer does. `peak` is the largest resident set, `beside` its increase over
+the resident set with the weights loaded. The last line is one JSON object.
 """
 
 import argparse
@@ -20,7 +20,7 @@ FPS = 24
 
 
 def decode(seconds: int, height: int, width: int, variant: str) -> None:
-    """In a process of its own: prints resident MiB before decoding and at most, and the number of frames."""
+    """In a separate process: prints resident MiB before decoding, peak MiB, and the number of frames."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -74,10 +74,10 @@ def main() -> None:
         before, peak, frames = json.loads(result.stdout.splitlines()[-1])
         assert frames == seconds * FPS
         peaks[seconds], beside[seconds] = peak, peak - before
-        whole = frames * arguments.height * arguments.width * 3 * 4 / 2**20
+        video_mib = frames * arguments.height * arguments.width * 3 * 4 / 2**20
         print(
-            f"{seconds:3d} s, {frames} frames ({whole:.0f} MiB in float32): peak {peak:.0f} MiB, "
-            f"of which decoding {beside[seconds]:.0f} MiB",
+            f"{seconds:3d} s, {frames} frames ({video_mib:.0f} MiB in float32): peak {peak:.0f} MiB, "
+            f"decoding adds {beside[seconds]:.0f} MiB",
             flush=True,
         )
     first, last = min(peaks), max(peaks)

@@ -1,9 +1,9 @@
-"""What tiles cost in quality: a decoded video against the same one decoded tile by tile, by overlap.
+"""Quality loss of tiled decoding by overlap: a video decoded in tiles against the same video without tiles.
 
     python benchmarks/vae_tiles.py
 
-With the trained VAE in experiments/weights, on sprites with textured backgrounds. `seam` is the mean
-absolute difference in 8-bit levels within 4 pixels of a tile's edge, `elsewhere` that of the rest. The last
+Uses the trained VAE in experiments/weights, on sprites with textured backgrounds. `seam` is the mean absolute
+difference in 8-bit levels within 4 pixels of a tile's edge, `elsewhere` that of all other pixels. The last
 line is one JSON object.
 """
 
@@ -23,7 +23,7 @@ from vidgen.train.vae_folder import load_vae
 
 ROOT = pathlib.Path(__file__).parents[1]
 NEAR = 4
-"""Pixels from a seam that count as near it."""
+"""Largest distance in pixels from a seam that counts as near it."""
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vae", type=pathlib.Path, default=ROOT / "experiments" / "weights" / "sprites_vae")
-    parser.add_argument("--side", type=int, default=256, help="pixels of a frame's sides")
-    parser.add_argument("--tile", type=int, default=16, help="latent pixels of a tile's sides")
+    parser.add_argument("--side", type=int, default=256, help="height and width of a frame in pixels")
+    parser.add_argument("--tile", type=int, default=16, help="height and width of a tile in latent pixels")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 2, 4, 8])
     arguments = parser.parse_args()
     vae = load_vae(arguments.vae)
@@ -42,12 +42,12 @@ def main() -> None:
     ).source()
     video = pixels.to_float(jnp.stack([source[index]["video"] for index in range(4)]))
     latents = jax.jit(streaming.encode)(vae, video)
-    whole = np.asarray(jax.jit(streaming.decode)(vae, latents))
+    untiled = np.asarray(jax.jit(streaming.decode)(vae, latents))
     result = {}
     for overlap in arguments.overlaps:
         tiles = Tiles(height=arguments.tile, width=arguments.tile, overlap=overlap)
         decoded = jax.jit(lambda vae, z, tiles=tiles: streaming.decode(vae, z, tiles=tiles))(vae, latents)
-        error = np.abs(np.asarray(decoded) - whole)
+        error = np.abs(np.asarray(decoded) - untiled)
         near = _near_seams(tiles, latents.shape[2:4], vae.config.spatial_factor)
         result[overlap] = {
             "tiles": len(tiles.split(latents)),
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _near_seams(tiles: Tiles, size: tuple[int, ...], factor: int) -> np.ndarray:
-    """Which pixels of a frame are within `NEAR` of an edge of a tile that is no edge of the frame."""
+    """Mask of the pixels of a frame within `NEAR` of a tile's edge that is not an edge of the frame."""
     height, width = size[0] * factor, size[1] * factor
     rows, columns = np.indices((height, width))
     frame = jnp.stack([rows, columns], axis=-1)[None, None]

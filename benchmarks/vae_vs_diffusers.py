@@ -1,10 +1,11 @@
-"""Wan's video VAE here and in diffusers: the same random weights, the same clip, in turns.
+"""Speed and memory of Wan's video VAE in vidgen and in diffusers, with the same random weights and clip.
 
     python benchmarks/vae_vs_diffusers.py [--frames 17 --height 128 --width 128] [--rounds 5]
 
-Both in float32 with as many threads, in one process; the peak of memory while decoding is that of a process
-of its own for each. Outputs are compared first. Needs the `parity` extra. The last line is one JSON object;
-ratios are diffusers' median over ours, so that above 1 is better here. `--variant 2.2` is Wan 2.2's.
+Both run in float32 with the same number of threads and take turns in one process; the peak memory of decoding
+is measured in a separate process for each. First compares outputs. Needs the `parity` extra. The last line is
+one JSON object; ratios are diffusers' figure over vidgen's: above 1, vidgen is better. `--variant 2.2` is Wan
+2.2's VAE.
 """
 
 import argparse
@@ -42,7 +43,7 @@ Coder = Callable[[np.ndarray], np.ndarray]
 
 
 def write(folder: pathlib.Path, variant: str) -> None:
-    """Random weights, in diffusers' layout."""
+    """Writes random weights as a diffusers folder."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -53,7 +54,7 @@ def write(folder: pathlib.Path, variant: str) -> None:
 
 
 def diffusers_coders(folder: pathlib.Path, threads: int) -> tuple[Coder, Coder]:
-    """Video `b t h w 3` to raw latents, and back."""
+    """Diffusers' encoder, video `b t h w 3` to raw latents, and decoder."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -74,7 +75,7 @@ def diffusers_coders(folder: pathlib.Path, threads: int) -> tuple[Coder, Coder]:
 
 
 def vidgen_coders(folder: pathlib.Path, _: int) -> tuple[Coder, Coder]:
-    """The same, streamed group by group as `vidgen encode` and `vidgen decode` do it."""
+    """Vidgen's encoder and decoder, streamed chunk by chunk as in `vidgen encode` and `vidgen decode`."""
     import jax.numpy as jnp
 
     from vidgen.models.video_vae import streaming
@@ -99,7 +100,7 @@ CODERS = {"diffusers": diffusers_coders, "vidgen": vidgen_coders}
 
 
 def decoding_memory(name: str, folder: pathlib.Path, latents: np.ndarray, threads: int) -> float:
-    """MiB that a process takes at most, over what it takes with the weights loaded."""
+    """MiB by which decoding raises a separate process's peak over its resident set with loaded weights."""
     np.save(folder / "latents.npy", latents)
     command = [
         sys.executable,
@@ -116,10 +117,10 @@ def decoding_memory(name: str, folder: pathlib.Path, latents: np.ndarray, thread
 
 
 def measure_memory(name: str, folder: pathlib.Path, threads: int) -> None:
-    """In a process of its own: prints the MiB that decoding added to its peak."""
+    """In a separate process: prints the MiB by which decoding raises the peak."""
     latents = np.load(folder / "latents.npy")
     decode = CODERS[name](folder, threads)[1]
-    decode(latents[:, :1])  # What is set up once.
+    decode(latents[:, :1])  # One-time allocations.
     status = pathlib.Path("/proc/self/status").read_text()
     before = int(status.split("VmRSS:")[1].split()[0])
     decode(latents)
@@ -127,7 +128,7 @@ def measure_memory(name: str, folder: pathlib.Path, threads: int) -> None:
 
 
 def main() -> None:
-    """Prints what was compared, a row per round, and the JSON line."""
+    """Prints the differences, a row per round, and the JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,7 +156,7 @@ def main() -> None:
             what: float(np.abs(found["vidgen"] - found["diffusers"]).max() / found["diffusers"].std())
             for what, found in (("encode", latents), ("decode", videos))
         }
-        print("largest difference, of outputs of unit scale: " + json.dumps(errors), flush=True)
+        print("largest difference, relative to the standard deviation: " + json.dumps(errors), flush=True)
         seconds: dict[tuple[str, int], list[float]] = {}
         for index in range(arguments.rounds):
             for name, pair in coders.items():

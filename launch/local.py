@@ -1,11 +1,11 @@
-"""Runs one vidgen command, or a Python script, as several processes on this host, joined by jax.distributed.
+"""Runs a vidgen command or a Python script as several processes on this host, joined by jax.distributed.
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config=... --workdir=...
 
-For trying a multi-host setup where there is one host: each process gets its share of CPU devices. SIGTERM,
-SIGINT (Ctrl-C) and SIGHUP are passed on to all, once; when one process fails a line says which and how, the
-others are ended, and its status is returned (128 + n after signal n). The processes do not outlive this one,
-even where it is killed: they get SIGTERM, which saves a run.
+It simulates a multi-host setup on one host; each process gets its own CPU devices. SIGTERM, SIGINT (Ctrl-C)
+and SIGHUP are forwarded once to every process. If a process fails, the launcher prints which one and how,
+ends the others, and returns its status (128 + n after signal n). The processes do not outlive the launcher:
+if it is killed, they get SIGTERM, which saves a run.
 """
 
 import argparse
@@ -23,16 +23,18 @@ from collections.abc import Sequence
 
 _SUPERVISED = "--supervised-by"
 _GRACE = 60.0
-"""Seconds between SIGTERM and SIGKILL for a process whose launcher is gone."""
+"""Seconds between SIGTERM and SIGKILL for a process whose launcher has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Starts the processes and waits; returns the first status that is not 0, else 0."""
+    """Starts the processes and waits for them; returns the first nonzero status, otherwise 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices-per-process", type=int, default=4, help="CPU devices of each process")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument(
+        "--devices-per-process", type=int, default=4, help="CPU devices of each process (default 4)"
+    )
     parser.add_argument(
         "command",
         nargs="+",
@@ -41,22 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     address = f"localhost:{_free_port()}"
-    # The processes read from a pipe that this one alone could write to: its end is the end of this one.
-    watched, _held = os.pipe()
+    # The processes read from a pipe whose write end only the launcher holds; it closes with the launcher.
+    watched, _write_end = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: object) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     for index in range(arguments.processes):
         process = subprocess.Popen(
             [sys.executable, __file__, _SUPERVISED, str(watched), *arguments.command],
             env=_environment(address, arguments.processes, index, arguments.devices_per_process),
             pass_fds=(watched,),
-            # A terminal sends SIGINT to the whole session: each process would get it twice.
+            # In the launcher's session each process would get a terminal's SIGINT twice.
             start_new_session=True,
         )
         processes.append(process)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def supervised(watched: int, command: Sequence[str]) -> None:
-    """Runs a command within this process, which ends when the launcher does."""
+    """Runs a command in this process, and ends the process when the launcher ends."""
     threading.Thread(target=_end_with_launcher, args=(watched,), daemon=True).start()
     program, *options = command
     sys.argv = [program, *options]
@@ -79,8 +81,8 @@ def supervised(watched: int, command: Sequence[str]) -> None:
 
 
 def _end_with_launcher(watched: int) -> None:
-    os.read(watched, 1)  # Nothing is ever written: it returns when the other end is closed.
-    with contextlib.suppress(OSError):  # stderr may have ended with it.
+    os.read(watched, 1)  # Nothing is ever written: it returns when the write end is closed.
+    with contextlib.suppress(OSError):  # stderr may be closed too.
         print("local.py: the launcher has ended; this process stops", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
@@ -105,7 +107,7 @@ def _free_port() -> int:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until all have ended, or one has failed: then the others would wait for it for ever."""
+    """Waits until all have ended or one has failed; then ends the others, which would wait for it forever."""
     while True:
         statuses = [process.poll() for process in processes]
         failed = [index for index, status in enumerate(statuses) if status]

@@ -6,14 +6,14 @@
 #   launch/tpu_vm.sh ssh    --name v5e --zone us-west4-a [--worker 0]
 #   launch/tpu_vm.sh status | delete --name v5e --zone us-west4-a [--queued]
 #
-# create  makes the slice (with --queued, asks for it and waits until it is there), then does what install does.
-# install copies the files that git tracks, as they are here now, to all workers and installs `.[tpu]` there.
+# create  creates the slice (--queued requests it and waits until it is active), then runs install.
+# install copies the files that git tracks, in their current state, to all workers and installs `.[tpu]` there.
 # run     starts the command on all workers at once, in the copied folder; each appends to its ~/vidgen.log.
-#         The workers find one another by themselves. The workdir has to be a folder that all of them share, such
-#         as a bucket mounted with gcsfuse, or Filestore.
+#         The workers discover one another. The workdir must be a folder that all of them share, such as a
+#         bucket mounted with gcsfuse, or Filestore.
 #
-# Options: --project P; --version V, the VM's software (by default what the type needs); --dry-run prints the
-# commands and runs none. Needs the gcloud command line tool, logged in.
+# Options: --project P; --version V, the VM's software version (default: chosen by the type); --dry-run prints
+# the commands and runs none. Needs the gcloud command line tool, logged in.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
@@ -36,7 +36,7 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
-run() { # Prints the command where it is a dry run, else runs it.
+run() { # Runs the command; with --dry-run prints it.
   if [[ $dry ]]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 tpu() { run gcloud compute tpus tpu-vm "$@" "--zone=$zone" "${flags[@]}"; }
@@ -83,7 +83,7 @@ install() {
   trap 'rm -f "${archive:-}"' RETURN
   (cd "$(dirname "$0")/.." && git ls-files -z | tar --null --ignore-failed-read -czf "$archive" -T -)
   tpu scp "$archive" "$name:vidgen.tar.gz" --worker=all
-  # uv brings its own Python, as the image's is older than 3.11.
+  # uv installs its own Python, because the image's is older than 3.11.
   on_all 'set -e; mkdir -p vidgen; tar -xzf vidgen.tar.gz -C vidgen; cd vidgen
     command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv

@@ -1,4 +1,4 @@
-"""vidgen: training and sampling of Sora-class video models in JAX.
+"""vidgen: trains and samples text-to-video models in JAX.
 
 pipe = vidgen.load("runs/dit")
 video = pipe("a red circle moving left", num_frames=17, seed=0)
@@ -16,11 +16,11 @@ __all__ = ["Pipeline", "__version__", "load", "save_video"]
 
 __version__ = "0.1.0"
 
-_HOMES = {"Pipeline": "vidgen.pipeline", "load": "vidgen.pipeline", "save_video": "vidgen.data.video_io"}
+_MODULES = {"Pipeline": "vidgen.pipeline", "load": "vidgen.pipeline", "save_video": "vidgen.data.video_io"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `vidgen --help` does not wait for JAX."""
-    if name not in _HOMES:
+    """Imports a public name on first use, so that `vidgen --help` does not wait for JAX."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'vidgen' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -2,9 +2,9 @@
 
 Run:       vidgen train --config=experiments/dit/folder.py --config.data.path=DIR --workdir=runs/dit_folder
            --config.task.vae=runs/vae_folder
-Arguments: (none) a small transformer at 64 x 64; `mixed` images and clips by turns; `stages` images alone,
-           then with small, short clips, then larger and longer ones, all in one run; `demo` 32 x 32; `tiny` a
-           few steps, for tests. `mixed` and `stages` are joined with `tiny` by a comma.
+Arguments: (none) a small transformer at 64 x 64; `mixed` alternates images and clips; `stages` images alone,
+           then with small, short clips, then with larger and longer ones, all in one run; `demo` 32 x 32;
+           `tiny` a few steps, for tests. Join `mixed` or `stages` with `tiny` by a comma.
 Hardware:  two CPU cores, minutes to a first picture; an accelerator for more.
 """
 
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arguments & {"mixed", "stages"}:
         sizes = _TINY_SIZES if tiny else _SIZES
         config.data.buckets = [dict(zip(_KEYS, values, strict=True)) for values in sizes]
-        # More tokens need more noise to be destroyed as far.
+        # Clips with more tokens need more noise for the same loss of information.
         config.task.density = {"kind": "logit_normal", "shift": {"kind": "root", "base_tokens": 48}}
     if "stages" in arguments:
         ends = (1, 1, None) if tiny else (999, 2499, None)
@@ -41,4 +41,4 @@ def get_config(arg: str = "") -> ConfigDict:
 _KEYS = ("num_frames", "height", "width", "batch_size", "weight")
 _SIZES = ((1, 64, 64, 32, 1.0), (9, 64, 64, 16, 2.0), (17, 96, 96, 4, 1.0))
 _TINY_SIZES = ((1, 16, 16, 16, 1.0), (5, 16, 16, 8, 1.0), (9, 16, 32, 8, 1.0))
-"""Of the buckets."""
+"""Buckets of `tiny`; the columns are `_KEYS`."""

@@ -5,8 +5,8 @@ Run:       vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit -
            --out=runs/sprites_latents --num-clips=64000
            vidgen train --config=experiments/dit/sprites.py:packed --workdir=runs/dit_packed
            --config.task.vae=runs/vae
-Arguments: (none) the full run; `packed` mixed sizes and durations in rows of tokens, as many tokens per step
-           as in the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests; also
+Arguments: (none) the full run; `packed` mixed sizes and durations in packed rows, with as many tokens per
+           step as the full run; `demo` 32 x 32, minutes on two CPU cores; `tiny` a few steps, for tests; also
            `packed,tiny`.
 Hardware:  two CPU cores, two hours; any accelerator, minutes.
 Expect:    docs/log.md has the prompt alignment on held-out combinations of colour and shape.
@@ -20,7 +20,7 @@ from vidgen.models.dit.config import VARIANTS
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
 
 SIZES = (
-    # frames, height, width, and the share of the clips
+    # frames, height, width, share of the clips
     (1, 64, 64, 0.08),
     (1, 96, 96, 0.06),
     (5, 64, 64, 0.08),
@@ -34,7 +34,7 @@ SIZES = (
     (17, 48, 48, 0.06),
     (17, 64, 64, 0.06),
 )
-"""Of `packed`: 9 to 80 tokens each."""
+"""Clip sizes of `packed`, 9 to 80 tokens each."""
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -98,7 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _pack(config: ConfigDict, *, tiny: bool) -> None:
-    """Rows of clips of all sizes in the place of batches of one."""
+    """Replaces batches of one clip size by packed rows of clips of all sizes."""
     sizes = ((1, 16, 32, 0.5), (5, 32, 16, 0.5)) if tiny else SIZES
     names = ("num_frames", "height", "width", "weight")
     config.data.buckets = [dict(zip(names, size, strict=True)) for size in sizes]
@@ -108,8 +108,8 @@ def _pack(config: ConfigDict, *, tiny: bool) -> None:
         "packing": {"tokens_per_row": 8 if tiny else 192, "clips_per_row": 3 if tiny else 5},
         "clips": config.data.to_dict(),
     }
-    # 8 rows of 192 tokens; without packing it is 16 clips of 48 tokens, each drawn twice, for their videos
-    # are encoded in every step.
+    # 8 packed rows of 192 tokens. Without packing, a batch is 16 clips of 48 tokens, each drawn twice to
+    # amortize the encoding of its video in every step.
     config.task.draws_per_clip = 1
     config.run.batch_size = 8
 

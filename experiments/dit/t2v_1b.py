@@ -1,4 +1,4 @@
-"""Text to video at 1.3e9 parameters: Wan 2.1's small transformer over latents of its VAE, on your folder.
+"""Text to video with 1.3e9 parameters: Wan 2.1's small transformer over latents of its VAE, on your folder.
 
 Check:     vidgen preflight --config=experiments/dit/t2v_1b.py --vae=experiments/vae/wan.py --topology=v5e:4x4
 Run:       vidgen train --config=experiments/dit/t2v_1b.py --config.data.path=DIR --workdir=runs/t2v_1b

@@ -1,13 +1,13 @@
-"""Training Wan's open weights further on your folder: all of them, or updates of low rank (LoRA).
+"""Fine-tunes Wan's open weights on your folder of videos: all weights, or LoRA.
 
 Weights:   vidgen import Wan2.1-T2V-1.3B-Diffusers --to models/wan
 Run:       vidgen train --config=experiments/dit/wan.py:lora --config.data.path=DIR --workdir=runs/wan_lora
-           with --config.task.vae, --config.run.init_from and --config.task.text_encoder.path, where the
-           weights are elsewhere than in models/wan
+           If the weights are not in models/wan, add --config.task.vae, --config.run.init_from and
+           --config.task.text_encoder.path.
 Export:    vidgen export runs/wan_lora --format lora --spelling comfyui --out mine.safetensors
-Arguments: (none) all weights of 2.1 T2V 1.3B; `lora` updates of rank 32; `ti2v` 2.2 TI2V-5B, of text and of
+Arguments: (none) all weights of 2.1 T2V 1.3B; `lora` LoRA of rank 32; `ti2v` 2.2 TI2V-5B, from text and from
            images; `t2v-high`, `t2v-low`, `i2v-high`, `i2v-low` one expert of 2.2 A14B (its init_from is the
-           folder `transformer`, or `transformer_2`, in models/wan). Several are joined by commas, as
+           folder `transformer` or `transformer_2` in models/wan). Join arguments with commas:
            `t2v-low,lora`. `tiny` a few steps without Wan's weights, for tests.
 Check:     vidgen preflight --config=experiments/dit/wan.py --vae=experiments/vae/wan.py --topology=v5e:4x4
 """
@@ -31,7 +31,7 @@ _EXPERTS = {
 
 
 def _sampling(variant: str, *, low_noise: bool = False) -> dict:
-    """As the authors sample; of one expert with its own guidance scale, alone from noise to data."""
+    """The authors' sampling options; one expert alone samples from noise to data with its guidance scale."""
     options = to_dict(PUBLISHED[variant].options)
     second = options.pop("guidance_scale_2")
     return options | ({"guidance_scale": second} if low_noise else {})
@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "density": {"kind": "logit_normal", "shift": 3.0},
         "sampling": _sampling("wan2.1-t2v-1.3b"),
     }
-    # At 480 x 832, as it is trained here.
+    # For 480 x 832, the size of this experiment.
     config.task.sampling.grid.shift = 3.0
     config.data = {
         "kind": "folder",
@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _make_tiny(config: ConfigDict) -> None:
-    """The same task on tiny models, with a text encoder of its own and no weights to begin with."""
+    """Replaces the models by tiny ones, the text encoder by a byte encoder, and removes `init_from`."""
     channels = VAE_VARIANTS["tiny"].latent_channels
     beside = config.task.get("images") == "beside"
     config.task.dit = dataclasses.asdict(VARIANTS["tiny"])

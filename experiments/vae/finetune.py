@@ -1,4 +1,4 @@
-"""Fine-tuning a video VAE against a discriminator, for sharper pictures: all of it, or the decoder alone.
+"""Fine-tunes a video VAE against a discriminator, for sharper frames: the whole VAE, or only its decoder.
 
 Run:       vidgen train --config=experiments/vae/finetune.py --config.run.init_from=runs/vae
            --workdir=runs/vae_sharp
@@ -7,11 +7,10 @@ Run:       vidgen train --config=experiments/vae/finetune.py --config.run.init_f
            vidgen train --config=experiments/vae/finetune.py:folder --config.data.path=DIR
            --config.run.init_from=runs/vae_folder --workdir=runs/vae_folder_sharp
            with LPIPS: --config.task.perceptual_weight=0.5 --config.task.perceptual_weights=lpips.safetensors
-Arguments: (none) the VAE of sprites.py; `decoder` leaves the encoder as it is, so that a transformer trained
-           on its latents goes on fitting; `folder` the VAE of folder.py; `images`, `demo` and `tiny` as
-           there.
-Hardware:  any accelerator, minutes. On CPUs a step against the discriminator takes some ten times as long as
-           one before it starts.
+Arguments: (none) the VAE of sprites.py; `decoder` freezes the encoder, so that a transformer trained on its
+           latents stays valid; `folder` the VAE of folder.py; `images`, `demo` and `tiny` as in those files.
+Hardware:  any accelerator, minutes. On CPUs a step with the discriminator takes about ten times as long as a
+           step without.
 Aim:       lower wavelet and perceptual distances, at the cost of a little PSNR.
 """
 
@@ -39,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task["adversary"] = {
         "discriminator": dataclasses.asdict(VARIANTS[size]),
         "optimizer": {"kind": "adamw", "learning_rate": 2e-4, "b1": 0.5, "b2": 0.9, "weight_decay": 0.0},
-        # The discriminator sees the reconstructions of a VAE that has settled in the new losses.
+        # The discriminator starts once the VAE has adapted to the new losses.
         "start_step": 100,
         "weight": 0.1,
         "r1_weight": 0.1,

@@ -1,4 +1,4 @@
-"""Video VAE on the sprite world, 4 x 8 x 8: learns shapes from images, then motion from clips of 64 x 64.
+"""Video VAE on the sprite world, 4 x 8 x 8: trained on images for shapes, then on 64 x 64 clips for motion.
 
 Run:       vidgen train --config=experiments/vae/sprites.py:images --workdir=runs/vae_images
            vidgen train --config=experiments/vae/sprites.py --workdir=runs/vae

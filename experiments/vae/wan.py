@@ -1,4 +1,4 @@
-"""Video VAE of Wan 2.1's shape, 127 million parameters, for experiments/dit/t2v_1b.py.
+"""Video VAE with Wan 2.1's architecture, 127 million parameters, for experiments/dit/t2v_1b.py.
 
 Check:     vidgen preflight --config=experiments/vae/wan.py --topology=v5e:4x4
 Run:       vidgen train --config=experiments/vae/wan.py --config.data.path=DIR --workdir=runs/vae_wan
@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The values of `vidgen.train.experiment.Experiment`."""
     config = ConfigDict()
     config.task = {"kind": "vae", "model": dataclasses.asdict(VARIANTS["wan2.1"]), "kl_weight": 1e-6}
-    # Statistics of the published weights' latents are of no use to weights of one's own.
+    # The latent statistics of the published weights do not apply to new weights.
     config.task.model.update(latents_mean=(), latents_std=(), dtype="bfloat16", remat="full")
     config.data = {"kind": "folder", "split": "train", "crop": "random", "num_frames": 17, "fps": 16.0}
     config.data.update(height=128, width=128, stride=1.0, path=placeholder(str))

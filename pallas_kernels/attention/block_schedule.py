@@ -1,4 +1,4 @@
-"""The grid steps of a kernel: which pairs of blocks of queries and keys it computes, and in which order.
+"""Block schedules: the pairs of query and key blocks that a kernel computes, in order of its grid steps.
 
 A kernel loops over outer blocks (queries in the forward pass, keys in the backward pass) and, for each,
 over inner blocks. `Dense` schedules all pairs, at compile time. `Sparse` computes a list of pairs on the
@@ -21,7 +21,7 @@ __all__ = ["BlockOccupancy", "Dense", "GridStep", "Sparse", "most_listed", "seen
 _FIRST, _LAST, _ACTIVE, _FULL, _FIRST_INNER, _LAST_INNER = (1 << bit for bit in range(6))
 _FLAG_BITS = 6
 _MOST = 1 << 17
-"""Grid steps of all rows together; each takes two words of scalar memory."""
+"""Most grid steps over the whole batch; each takes two words of scalar memory (SMEM)."""
 _INNER_BITS = 13
 _MOST_INNER = 1 << _INNER_BITS
 _MOST_OUTER = 1 << 15
@@ -32,8 +32,8 @@ class GridStep(NamedTuple):
 
     Attributes:
       outer, inner: indices of the blocks.
-      first, last: whether it is the first or last step of its outer block.
-      first_inner, last_inner: whether it is the first or last step of its inner block.
+      first, last: whether this is the first or last step of the outer block.
+      first_inner, last_inner: whether this is the first or last step of the inner block.
       active: whether any query of the pair sees any key.
       full: whether every query sees every key, so that no mask is applied.
     """
@@ -49,11 +49,11 @@ class GridStep(NamedTuple):
 
 
 class BlockOccupancy(NamedTuple):
-    """Which pairs of blocks of queries and keys are visible, bool, `b q k` (or `1 q k`).
+    """Occupancy of each pair of a query block and a key block, bool, `b q k` (or `1 q k`).
 
     Attributes:
-      any_visible: some query sees some key.
-      all_visible: every query sees every key.
+      any_visible: whether some query sees some key.
+      all_visible: whether every query sees every key.
     """
 
     any_visible: Array
@@ -62,7 +62,7 @@ class BlockOccupancy(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense:
-    """All pairs of blocks."""
+    """The schedule of all pairs of `outer` and `inner` blocks."""
 
     outer: int
     inner: int
@@ -73,7 +73,7 @@ class Dense:
         return batch, groups, self.outer, self.inner
 
     def map(self, index: Callable[..., tuple]) -> Callable[..., tuple]:
-        """An index map of a block, given `index(batch, group, outer, inner, output_block)`."""
+        """The index map of a `BlockSpec` from `index(batch, group, outer, inner, output_block)`."""
 
         def mapped(batch, group, outer, inner):
             output_block = jnp.where(outer == self.outer - 1, inner, 0)
@@ -82,7 +82,7 @@ class Dense:
         return mapped
 
     def current_step(self, batch_axis: int, words: tuple[Any, ...]) -> GridStep:
-        """Within the kernel."""
+        """The grid step, read inside the kernel."""
         del words
         outer, inner = pl.program_id(batch_axis + 2), pl.program_id(batch_axis + 3)
         return GridStep(
@@ -98,7 +98,7 @@ class Dense:
 
 
 class Sparse:
-    """A list of pairs of blocks, per row of the batch."""
+    """A schedule that lists pairs of blocks for each example of the batch."""
 
     def __init__(
         self, any_visible: Array, all_visible: Array, *, inner_once: bool, required: Array | None = None
@@ -106,22 +106,22 @@ class Sparse:
         """Computes the schedule.
 
         Args:
-          any_visible, all_visible: bool, `b outer inner`, as of `BlockOccupancy`.
-          inner_once: each inner block is scheduled, too, if only to write zeros.
-          required: bool, `b outer`: outer blocks that are scheduled even where they see nothing; None is all.
+          any_visible, all_visible: bool, `b outer inner`, as in `BlockOccupancy`.
+          inner_once: schedules each inner block at least once, if only to write zeros.
+          required: bool, `b outer`: outer blocks to schedule even if they see nothing; None is all.
 
         Raises:
-          NotImplementedError: there are more blocks than the list can hold.
+          NotImplementedError: there are more pairs of blocks than the list can hold.
         """
         rows, outer, inner = any_visible.shape
         if inner > _MOST_INNER or outer > most_listed(rows, inner):
             raise NotImplementedError(
-                f"attention: {rows} x {outer} x {inner} blocks under a mask; at most {_MOST} can be listed, "
-                f"{_MOST_INNER} of them in a row"
+                f"attention: {rows} x {outer} x {inner} blocks (batch x outer x inner) under a mask; at most "
+                f"{_MOST} can be listed, with {_MOST_INNER} inner ones: use larger blocks or fewer tokens"
             )
-        # Few operations, of whole tables: each costs a TPU about a microsecond, however small.
+        # As few operations as possible, on full tables: each takes a TPU about a microsecond, however small.
         number, of_outer = _numbers(any_visible.shape, 2), _numbers(any_visible.shape, 1)
-        # An outer block that sees nothing has one step all the same.
+        # An outer block that sees nothing gets one step, which writes its output.
         idle = ~any_visible.any(2, keepdims=True)
         if required is not None:
             idle &= required[:, :, None]
@@ -136,21 +136,21 @@ class Sparse:
         shift = max(1, (inner - 1).bit_length())
         place = (of_outer << shift) + number
         words = jnp.where(scheduled, (place << _FLAG_BITS) + flags, jnp.iinfo(jnp.int32).max)
-        # Else XLA flattens all that the table is computed from, one by one.
+        # Without the barrier XLA moves the reshape up and flattens every input of the table separately.
         words = jax.lax.optimization_barrier(words)
         words = jax.lax.sort(words.reshape(rows, -1), dimension=1)
         count = scheduled.sum((1, 2))
-        there = _numbers(words.shape, 1) < count[:, None]
-        # Rows with fewer steps repeat their last one without computing.
-        stay = jnp.where(scheduled, place, 0).max((1, 2))
-        place = jnp.where(there, words >> _FLAG_BITS, stay[:, None])
-        flags = jnp.where(there, words & ((1 << _FLAG_BITS) - 1), 0)
+        is_step = _numbers(words.shape, 1) < count[:, None]
+        # Examples with fewer steps repeat their last pair with no flags set: nothing is computed.
+        last_place = jnp.where(scheduled, place, 0).max((1, 2))
+        place = jnp.where(is_step, words >> _FLAG_BITS, last_place[:, None])
+        flags = jnp.where(is_step, words & ((1 << _FLAG_BITS) - 1), 0)
         outer_block, inner_block = place >> shift, place & ((1 << shift) - 1)
         change = outer_block[:, 1:] != outer_block[:, :-1]
-        flags += there * _FIRST * jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
-        # The last that there is may be followed by others of the same block, which do nothing.
+        flags += is_step * _FIRST * jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+        # An example's last step shows no change of block if repeats follow it.
         final = _numbers(words.shape, 1) == count[:, None] - 1
-        flags += _LAST * (final | (there & jnp.pad(change, ((0, 0), (0, 1)))))
+        flags += _LAST * (final | (is_step & jnp.pad(change, ((0, 0), (0, 1)))))
         self._length = count.max().astype(jnp.int32)
         if inner_once:
             flags += _output_blocks(flags, inner_block) << _FLAG_BITS
@@ -160,7 +160,7 @@ class Sparse:
         return batch, groups, self._length
 
     def map(self, index: Callable[..., tuple]) -> Callable[..., tuple]:
-        """As of `Dense`."""
+        """The index map of a `BlockSpec`, as in `Dense.map`."""
 
         def mapped(batch, group, position, blocks, flags):
             row = batch if blocks.shape[0] > 1 else 0
@@ -170,7 +170,7 @@ class Sparse:
         return mapped
 
     def current_step(self, batch_axis: int, words: tuple[Any, ...]) -> GridStep:
-        """Within the kernel."""
+        """The grid step, read inside the kernel."""
         blocks, flags = words
         row = pl.program_id(batch_axis) if blocks.shape[0] > 1 else 0
         position = pl.program_id(batch_axis + 2)
@@ -189,10 +189,10 @@ class Sparse:
 
 
 def most_listed(rows: int, others: int) -> int:
-    """Blocks of one side that `Sparse` can list with so many of the other side; 0 where there is no room.
+    """Most blocks of one side that `Sparse` can list with `others` blocks of the other side; 0 if none.
 
     Args:
-      rows: of the batch, that lists are made for.
+      rows: examples of the batch, each with a list.
     """
     return min(_MOST // max(rows * others, 1), _MOST_OUTER)
 
@@ -208,8 +208,8 @@ def seen_blocks(
 ) -> BlockOccupancy:
     """Occupancy of the pairs of blocks under the masks.
 
-    A block is left out where no code of its keys can be in a range of its queries, judged by the least and
-    largest of both: tight where codes do not decrease along the sequence, as in packed rows and over frames.
+    A pair is empty if the interval of its keys' codes misses the interval of its queries' ranges. The test is
+    tight where codes are nondecreasing along the sequence, as in packed rows and over frames.
     """
     shape = (-(-queries // query_block), -(-keys // key_block))
     any_visible, all_visible = jnp.ones((1, *shape), bool), jnp.ones((1, *shape), bool)
@@ -218,17 +218,17 @@ def seen_blocks(
     if ranges is not None:
         largest = jnp.iinfo(jnp.int32).max
         codes, low, high = ranges
-        shown, seeing = codes >= 0, high >= low
+        is_visible, sees_any = codes >= 0, high >= low
         low_code, high_code, least_code = _extremes(
             key_block,
-            (jnp.minimum, jnp.where(shown, codes, largest)),
+            (jnp.minimum, jnp.where(is_visible, codes, largest)),
             (jnp.maximum, codes),
             (jnp.minimum, codes),
         )
         least_low, most_high, most_low, least_high = _extremes(
             query_block,
-            (jnp.minimum, jnp.where(seeing, low, largest)),
-            (jnp.maximum, jnp.where(seeing, high, -1)),
+            (jnp.minimum, jnp.where(sees_any, low, largest)),
+            (jnp.maximum, jnp.where(sees_any, high, -1)),
             (jnp.maximum, low),
             (jnp.minimum, high),
         )
@@ -244,7 +244,7 @@ def seen_blocks(
 
 
 def _extremes(size: int, *of_arrays: tuple[Callable[..., Array], Array]) -> tuple[Array, ...]:
-    """Of blocks of arrays, `b s`, each with `jnp.minimum` or `jnp.maximum`; one pass over all of them."""
+    """Minima or maxima over blocks of `size` of arrays `b s`; one pass over all arrays."""
     ends = {jnp.minimum: jnp.iinfo(jnp.int32).max, jnp.maximum: jnp.int32(-1)}
     operators, arrays = zip(*of_arrays, strict=True)
     initial = tuple(jnp.int32(ends[operator]) for operator in operators)
@@ -261,7 +261,7 @@ def _numbers(shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _output_blocks(flags: Array, inner: Array) -> Array:
-    """The inner block whose output is written at each step: the next to end, else the last that ended."""
+    """The inner block whose output is written at each step: the next one to finish, else the last one."""
     last = (flags & _LAST_INNER) != 0
     numbered = (_numbers(flags.shape, 1) << _INNER_BITS) + inner
     following = jax.lax.cummin(jnp.where(last, numbered, jnp.iinfo(jnp.int32).max), axis=1, reverse=True)

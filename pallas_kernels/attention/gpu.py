@@ -1,8 +1,8 @@
 """Attention on NVIDIA GPUs: Pallas kernels that Triton compiles, forward and backward.
 
-Arrays are read where they lie, `b s n k`. The backward pass computes the scores anew, in one kernel for the
-gradients of keys and values and one for those of queries. Sums are in one order, so results are the same each
-time.
+Kernels read `b s n k` arrays without a transpose. The backward pass recomputes the scores, in one kernel for
+the gradients of keys and values and in one for the gradient of queries. The order of all sums is fixed, so
+results are deterministic.
 """
 
 import functools
@@ -24,7 +24,7 @@ __all__ = ["backward", "forward"]
 
 
 class _Tile(NamedTuple):
-    """Tokens per block of queries and of keys, powers of two up to 128; warps and pipeline stages."""
+    """Tokens per block of queries and of keys (powers of two up to 128), warps, and pipeline stages."""
 
     queries: int
     keys: int
@@ -45,14 +45,14 @@ _TILES = {
     192: _Tiles(_Tile(128, 64), _Tile(32, 128), _Tile(128, 64)),
     256: _Tiles(_Tile(128, 64), _Tile(64, 64), _Tile(128, 32)),
 }
-"""By head dimension, for 16 bits on Hopper: 227 KiB of shared memory, 64 Ki registers, and two groups of four
-warps, of which one multiplies while the other takes exponentials. Of the tiles whose products Triton compiles
-to asynchronous `wgmma`, these issue the fewest instructions per score."""
+"""Tiles by head dimension, for 16-bit dtypes on Hopper: 227 KiB of shared memory, 64 Ki registers, and two
+groups of four warps, one of which multiplies while the other computes exponentials. Of the tiles whose
+products Triton compiles to asynchronous `wgmma`, these issue the fewest instructions per score."""
 _WIDE = {
     **dict.fromkeys((64, 96, 128), _Tiles(_Tile(64, 16, 4), _Tile(16, 64, 4), _Tile(64, 16, 4))),
     **dict.fromkeys((192, 256), _Tiles(_Tile(64, 16, 4), _Tile(16, 32), _Tile(32, 16))),
 }
-"""For float32, whose products take three passes and twice the registers: to be exact, not to be fast."""
+"""Tiles for float32, whose products take three passes and twice the registers: exact rather than fast."""
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _LAYOUTS = {
     "query": "bsnk",
@@ -72,7 +72,7 @@ _LAYOUTS = {
     "d_key": "brnk",
     "d_value": "brnk",
 }
-"""Axes: batch, queries, keys, heads, head dimension; the program's own block, batch or 1, anything."""
+"""Axes: b batch, s queries, r keys, n heads, k head dimension, i program's block, v batch or 1, `.` any."""
 
 
 def forward(
@@ -85,20 +85,21 @@ def forward(
     block_mask: BlockMask | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """As `reference.forward`.
+    """Softmax attention on a GPU; same contract as `reference.forward`.
 
     Args:
-      query, key, value: `b s n k`, `b r n k`, `b r n k`; bfloat16, float16 or float32, all alike; k is 64,
+      query, key, value: `b s n k`, `b r n k`, `b r n k`; bfloat16, float16 or float32, all the same; k is 64,
         96, 128, 192 or 256.
-      scale: of the products, positive, 1 / sqrt(k) by default.
-      ranges, block_mask: what is seen; both, where both are given.
-      interpret: on any device, slowly.
+      scale: positive factor on the query-key products, 1 / sqrt(k) by default.
+      ranges, block_mask: masks; a query sees a key if both allow it.
+      interpret: interprets the kernel, on any device, slowly.
 
     Returns:
-      The mean of the values, `b s n k`, and the log-sum-exp, float32, `b n s`.
+      The weighted mean of the values, `b s n k`, and the log-sum-exp, float32, `b n s`.
 
     Raises:
-      NotImplementedError: of what another implementation is needed for.
+      NotImplementedError: unsupported head dimension, dtype or scale, or empty arrays.
+      ValueError: shapes of the arrays or of the block mask do not match.
     """
     _check(query, key, value, scale, block_mask)
     b, s, n, _ = query.shape
@@ -110,7 +111,7 @@ def forward(
             "output": jax.ShapeDtypeStruct(query.shape, value.dtype),
             "log_sum_exp": jax.ShapeDtypeStruct((b, n, s), jnp.float32),
         },
-        own="s",
+        block_axis="s",
         scale=scale,
         ranges=ranges,
         block_mask=block_mask,
@@ -132,11 +133,15 @@ def backward(
     block_mask: BlockMask | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """As `reference.backward`; the other arguments and the errors are those of `forward`.
+    """Gradients of query, key and value on a GPU; same contract as `reference.backward`.
 
     Args:
-      output, log_sum_exp: of `forward`, or of more keys than `key` holds; gradients of parts then add up.
-      cotangent: of the output, `b s n k`.
+      output, log_sum_exp: results of `forward`, or of attention to a superset of these keys; gradients over
+        the subsets then add up.
+      cotangent: gradient of the loss with respect to the output, `b s n k`.
+
+    Raises:
+      NotImplementedError, ValueError: as `forward`.
     """
     _check(query, key, value, scale, block_mask)
     tiles = _tiles(query)
@@ -151,9 +156,9 @@ def backward(
     like = jax.ShapeDtypeStruct.like
     options = {"scale": scale, "ranges": ranges, "block_mask": block_mask, "interpret": interpret}
     outputs = {"d_key": like(key), "d_value": like(value)}
-    d_key, d_value = _call(gpu_kernels.of_keys, tiles.of_keys, arrays, outputs, own="r", **options)
+    d_key, d_value = _call(gpu_kernels.of_keys, tiles.of_keys, arrays, outputs, block_axis="r", **options)
     outputs = {"d_query": like(query)}
-    (d_query,) = _call(gpu_kernels.of_queries, tiles.of_queries, arrays, outputs, own="s", **options)
+    (d_query,) = _call(gpu_kernels.of_queries, tiles.of_queries, arrays, outputs, block_axis="s", **options)
     return d_query, d_key, d_value
 
 
@@ -164,11 +169,11 @@ def _check(query: Array, key: Array, value: Array, scale: float | None, block_ma
             f"query {query.shape}, key {key.shape}, value {value.shape}: expected b s n k, b r n k"
         )
     if head not in _TILES:
-        raise NotImplementedError(f"head dimension {head}: the GPU kernel has {list(_TILES)}")
+        raise NotImplementedError(f"head dimension {head}: the GPU kernel supports {list(_TILES)}")
     if query.dtype not in _DTYPES or {query.dtype, key.dtype} != {value.dtype}:
         raise NotImplementedError(f"{query.dtype}, {key.dtype}, {value.dtype}: expected one floating dtype")
     if scale is not None and scale <= 0:
-        raise NotImplementedError(f"scale {scale}: the GPU kernel needs one above 0")
+        raise NotImplementedError(f"scale {scale}: the GPU kernel needs a scale above 0")
     if 0 in query.shape or 0 in key.shape:
         raise NotImplementedError(f"query {query.shape}, key {key.shape}: the GPU kernel needs some of each")
     if block_mask is not None:
@@ -189,13 +194,13 @@ def _call(
     arrays: dict[str, Array],
     outputs: dict[str, jax.ShapeDtypeStruct],
     *,
-    own: str,
+    block_axis: str,
     scale: float | None,
     ranges: KeyRanges | None,
     block_mask: BlockMask | None,
     interpret: bool,
 ) -> list[Array]:
-    """One program for each head, example and block of the axis `own`: queries (s) or keys (r)."""
+    """Runs one program per head, example and block of `block_axis`: queries ("s") or keys ("r")."""
     b, s, n, k = arrays["query"].shape
     r = arrays["key"].shape[1]
     visits = list_visits(
@@ -205,20 +210,20 @@ def _call(
         keys=r,
         query_block=tile.queries,
         key_block=tile.keys,
-        of_keys=own == "r",
+        of_keys=block_axis == "r",
     )
     arrays = arrays | ({} if ranges is None else ranges._asdict())
     arrays = arrays | ({} if visits is None else visits._asdict())
     blocks = {"s": tile.queries, "r": tile.keys}
 
     def spec(name: str, x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        """The program's own block where `x` is an output, else all blocks, the last one filled up."""
+        """The program's block if `x` is an output, else the full axes, padded to whole blocks."""
         shape, index = [], []
         for axis, size in zip(_LAYOUTS[name], x.shape, strict=True):
-            mine = axis == own and name in outputs
+            is_blocked = axis == block_axis and name in outputs
             block = blocks.get(axis, size)
-            shape.append(None if axis in "bnvi" else block if mine else pl.cdiv(size, block) * block)
-            index.append("i" if mine else axis if size > 1 else "")
+            shape.append(None if axis in "bnvi" else block if is_blocked else pl.cdiv(size, block) * block)
+            index.append("i" if is_blocked else axis if size > 1 else "")
         return pl.BlockSpec(
             tuple(shape),
             lambda i, j, e: tuple({"i": i, "n": j, "b": e, "v": e}.get(axis, 0) for axis in index),
@@ -229,11 +234,11 @@ def _call(
         functools.partial(
             kernel, sizes=gpu_kernels.Sizes(s, r, tile.queries, tile.keys, rate, not interpret)
         ),
-        grid=(pl.cdiv(s if own == "s" else r, blocks[own]), n, b),
+        grid=(pl.cdiv(s if block_axis == "s" else r, blocks[block_axis]), n, b),
         in_specs=[{name: spec(name, x) for name, x in arrays.items()}],
         out_specs=[spec(name, x) for name, x in outputs.items()],
         out_shape=list(outputs.values()),
-        # What is listed is read one stage before the block itself.
+        # A block's index in the list of visits is read one stage before the block.
         compiler_params=triton.CompilerParams(
             num_warps=tile.warps, num_stages=tile.stages + (visits is not None)
         ),

@@ -1,10 +1,10 @@
-"""The three programs of attention on a GPU, in Pallas for Triton; `gpu.py` calls them.
+"""The three kernel bodies of attention on a GPU, in Pallas for Triton; `gpu.py` calls them.
 
-A program owns a block of queries or of keys of one head and visits blocks of the other side. A head
-dimension is taken in parts that are powers of two (96 is 64 + 32), as Triton needs and without padding.
-Exponents are of base 2, the scale folded into one multiplication: `rate` is scale / log(2). Keys and queries
-beyond the end are loaded as zeros; a query beyond the end or without any key has an `offset` (minus its
-log-sum-exp in base 2) of -inf, so that its weights are zero.
+A program computes one block of queries or of keys of one head, and visits blocks of the other side. The head
+dimension is split into powers of two (96 is 64 + 32), as Triton requires, without padding. Exponentials have
+base 2 with the scale folded in: `rate` is scale / log(2). Keys and queries beyond the end load as zeros; a
+query beyond the end or without visible keys has an `offset` (minus its log-sum-exp in base 2) of -inf, so
+that its weights are zero.
 """
 
 import struct
@@ -23,20 +23,20 @@ __all__ = ["Sizes", "forward", "of_keys", "of_queries"]
 
 _LOG_2 = 0.6931471805599453
 _LOWEST = -1e30
-"""Where a running maximum starts: finite, so that the difference of two is never NaN."""
+"""Initial value of a running maximum: finite, so that the difference of two is never NaN."""
 
 Refs = dict[str, Any]
-"""Inputs by name; `codes`, `low`, `high` are there with ranges of keys, `order`, `counts` with any mask."""
+"""Inputs by name; `codes`, `low`, `high` exist with key ranges, `order`, `counts` with any mask."""
 
 
 class Sizes(NamedTuple):
-    """What a program is compiled for.
+    """Compile-time constants of a program.
 
     Attributes:
-      queries, keys: tokens altogether.
+      queries, keys: tokens of the sequences.
       query_block, key_block: tokens per block.
       rate: scale / log(2).
-      compiled: for a GPU, rather than interpreted.
+      compiled: True on a GPU, False if interpreted.
     """
 
     queries: int
@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 def forward(refs: Refs, output_ref: Any, log_sum_exp_ref: Any, *, sizes: Sizes) -> None:
-    """The output and the log-sum-exp of a block of queries, by the online softmax (arXiv 2205.14135)."""
+    """Writes output and log-sum-exp of a block of queries, by the online softmax (arXiv 2205.14135)."""
     start = pl.program_id(0) * sizes.query_block
     query = _rows(refs["query"], start, sizes.query_block, sizes.queries)
     limits = _limits(refs, start, sizes)
@@ -62,11 +62,11 @@ def forward(refs: Refs, output_ref: Any, log_sum_exp_ref: Any, *, sizes: Sizes) 
             scores = jnp.where(_visible(refs, limits, first, sizes), scores, -jnp.inf)
         new = jnp.maximum(largest, scores.max(axis=1))
         weights = _exp2(scores, -(new * sizes.rate)[:, None], sizes)
-        keep = jnp.exp2((largest - new) * sizes.rate)
+        shrink = jnp.exp2((largest - new) * sizes.rate)
         values = _rows(refs["value"], first, sizes.key_block, sizes.keys, masked)
-        sums = [x * keep[:, None] for x in sums]
+        sums = [x * shrink[:, None] for x in sums]
         sums = _add_product(sums, weights.astype(values[0].dtype), values, sizes)
-        return sums, total * keep + weights.sum(axis=1), new
+        return sums, total * shrink + weights.sum(axis=1), new
 
     carry = (
         [jnp.zeros(x.shape, jnp.float32) for x in query],
@@ -75,16 +75,16 @@ def forward(refs: Refs, output_ref: Any, log_sum_exp_ref: Any, *, sizes: Sizes) 
     )
     whole, blocks = sizes.keys // sizes.key_block, pl.cdiv(sizes.keys, sizes.key_block)
     sums, total, largest = gpu_visits.run(step, carry, refs, whole, blocks)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
+    sees_any = total > 0
+    safe = jnp.where(sees_any, total, 1.0)
     inside = start + jnp.arange(sizes.query_block) < sizes.queries
-    log_sum_exp = jnp.where(some, largest * sizes.rate * _LOG_2 + jnp.log(safe), -jnp.inf)
+    log_sum_exp = jnp.where(sees_any, largest * sizes.rate * _LOG_2 + jnp.log(safe), -jnp.inf)
     triton.store(log_sum_exp_ref, log_sum_exp, mask=inside)
     _store(output_ref, [x / safe[:, None] for x in sums], inside)
 
 
 def of_queries(refs: Refs, d_query_ref: Any, *, sizes: Sizes) -> None:
-    """The gradient of a block of queries; `mean` is that of the cotangents of weights, by the weights."""
+    """Writes the gradient of a block of queries; `mean` is the weighted mean of the weights' cotangents."""
     start = pl.program_id(0) * sizes.query_block
     query, cotangent = (
         _rows(refs[name], start, sizes.query_block, sizes.queries) for name in ("query", "cotangent")
@@ -111,7 +111,7 @@ def of_queries(refs: Refs, d_query_ref: Any, *, sizes: Sizes) -> None:
 
 
 def of_keys(refs: Refs, d_key_ref: Any, d_value_ref: Any, *, sizes: Sizes) -> None:
-    """The gradients of a block of keys and of their values; scores lie transposed, keys by queries."""
+    """Writes the gradients of a block of keys and its values; scores are transposed, keys by queries."""
     start = pl.program_id(0) * sizes.key_block
     keys, values = (_rows(refs[name], start, sizes.key_block, sizes.keys) for name in ("key", "value"))
     codes = _codes(refs, start, sizes)[:, None] if "codes" in refs else None
@@ -122,7 +122,7 @@ def of_keys(refs: Refs, d_key_ref: Any, d_value_ref: Any, *, sizes: Sizes) -> No
         query = _rows(refs["query"], first, sizes.query_block, sizes.queries, masked)
         offset = _numbers(refs["offset"], first, sizes.query_block, sizes.queries, -jnp.inf, masked)
         weights = _exp2(_product(keys, query, sizes), offset[None], sizes)
-        # Keys beyond the end are rows of their own here, and nobody reads them.
+        # Keys beyond the end need no mask: they only affect their own gradients, which are not stored.
         if masked and codes is not None:
             low, high = _limits(refs, first, sizes)
             weights = jnp.where((low[None] <= codes) & (codes <= high[None]), weights, 0.0)
@@ -141,13 +141,13 @@ def of_keys(refs: Refs, d_key_ref: Any, d_value_ref: Any, *, sizes: Sizes) -> No
 
 
 def _parts(head: int) -> list[Any]:
-    """Slices of a head dimension, their sizes powers of two, the largest first."""
+    """Slices of the head dimension with power-of-two sizes, largest first."""
     sizes = [1 << bit for bit in reversed(range(head.bit_length())) if head >> bit & 1]
     return [pl.ds(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
 def _rows(ref: Any, start: Array | int, size: int, limit: int, ragged: bool = True) -> list[Array]:
-    """The parts of `size` rows; those from `limit` on, if there may be such, are zeros."""
+    """`size` tokens from `start`, split by `_parts`; zeros from token `limit` on, masked if `ragged`."""
     options: dict[str, Any] = {}
     if ragged and limit % size:
         options = {"mask": (start + jnp.arange(size) < limit)[:, None], "other": 0.0}
@@ -157,7 +157,7 @@ def _rows(ref: Any, start: Array | int, size: int, limit: int, ragged: bool = Tr
 def _numbers(
     ref: Any, start: Array | int, size: int, limit: int, other: float | int, ragged: bool = True
 ) -> Array:
-    """One number of each of `size` rows; `other` from `limit` on, if there may be such."""
+    """One number per token, for `size` tokens from `start`; `other` from `limit` on, masked if `ragged`."""
     options: dict[str, Any] = {}
     if ragged and limit % size:
         options = {"mask": start + jnp.arange(size) < limit, "other": other}
@@ -170,7 +170,7 @@ def _store(ref: Any, parts: list[Array], inside: Array) -> None:
 
 
 def _limits(refs: Refs, start: Array | int, sizes: Sizes) -> tuple[Array, ...]:
-    """The least and largest code that each query sees, or nothing."""
+    """The least and largest code that each query sees; empty without key ranges."""
     if "codes" not in refs:
         return ()
     low = _numbers(refs["low"], start, sizes.query_block, sizes.queries, 0)
@@ -182,7 +182,7 @@ def _codes(refs: Refs, start: Array | int, sizes: Sizes) -> Array:
 
 
 def _visible(refs: Refs, limits: tuple[Array, ...], first: Array | int, sizes: Sizes) -> Array:
-    """Which of the keys from `first` on are seen: queries by keys, or one row for all queries."""
+    """The mask of a block of keys from `first`: queries by keys, or one row for all queries."""
     if not limits:
         return (first + jnp.arange(sizes.key_block) < sizes.keys)[None]
     low, high = limits
@@ -191,7 +191,7 @@ def _visible(refs: Refs, limits: tuple[Array, ...], first: Array | int, sizes: S
 
 
 def _product(left: list[Array], right: list[Array], sizes: Sizes) -> Array:
-    """Products of all rows of `left` with all rows of `right`."""
+    """Dot products of each row of `left` with each row of `right`, summed over the parts."""
     first, *others = (_dot(x, y, 1, 1, sizes) for x, y in zip(left, right, strict=True))
     return sum(others, first)
 
@@ -201,7 +201,7 @@ def _add_product(sums: list[Array], left: Array, right: list[Array], sizes: Size
 
 
 def _dot(left: Array, right: Array, left_axis: int, right_axis: int, sizes: Sizes) -> Array:
-    """A product, summed in float32; of float32 arrays in three passes, which leave an error of 2**-22."""
+    """A product accumulated in float32; float32 inputs take three passes, with an error of 2**-22."""
     precision = None
     if left.dtype == jnp.float32:
         three = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -211,10 +211,10 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int, sizes: Size
 
 
 def _exp2(scores: Array, offsets: Array, sizes: Sizes) -> Array:
-    """2 ** (rate * scores + offsets), to 2**-22.
+    """2 ** (rate * scores + offsets), with an error of 2**-22.
 
-    XLA neither contracts a product and a sum nor flushes denormal numbers, and would take seven instructions
-    for these two.
+    Inline assembly because XLA neither fuses the multiply-add nor flushes denormals: it would take seven
+    instructions for these two.
     """
     offsets = jnp.broadcast_to(offsets, scores.shape)
     if not sizes.compiled:

@@ -1,4 +1,4 @@
-"""Which blocks the GPU kernels visit, so that their cost is that of the blocks in which anything is seen."""
+"""Lists the blocks that the GPU kernels visit, so that pairs of blocks without a visible key cost nothing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -15,12 +15,13 @@ Carry = TypeVar("Carry")
 
 
 class Visits(NamedTuple):
-    """For each block of one side (queries or keys) the blocks of the other side, in the order of visits.
+    """For each block of one side (queries or keys), the blocks of the other side in the order of visits.
+
+    The batch axis is 1 if all examples have the same visits.
 
     Attributes:
-      order: int32, `b i j`; first the blocks that are seen whole, then those seen in part, then the others.
-      counts: int32, `b i 2`; how many are seen whole, and how many are seen at all.
-    The first axis is 1 where all examples are alike.
+      order: int32, `b i j`; fully visible blocks first, then partly visible ones, then the rest.
+      counts: int32, `b i 2`; number of fully visible blocks, and of fully or partly visible ones.
     """
 
     order: Array
@@ -37,10 +38,10 @@ def list_visits(
     key_block: int,
     of_keys: bool = False,
 ) -> Visits | None:
-    """What each block of queries visits, or each block of keys; None is everything.
+    """Visits of each block of queries, or of keys if `of_keys`; None visits everything.
 
-    A block is taken to be seen when the least and the largest of its codes say that it may be; order within a
-    sequence does not matter, but where like is next to like few blocks are visited.
+    A block counts as visible if the interval of its codes meets the interval of the ranges. The order of
+    codes in a sequence does not affect results, but fewer blocks are visited if equal codes are adjacent.
     """
     if ranges is None and block_mask is None:
         return None
@@ -57,7 +58,7 @@ def list_visits(
         allowed = block_mask.blocks[rows][:, columns][None]
         seen, whole = seen & allowed, whole & allowed
     if of_keys:
-        # Queries beyond the end, unlike keys, are of no consequence but where they are summed over.
+        # Queries beyond the end matter only here, where the kernel sums over queries.
         inside = (jnp.arange(count[0]) + 1) * query_block <= queries
         seen, whole = seen.swapaxes(1, 2), (whole & inside[None, :, None]).swapaxes(1, 2)
     rank = jnp.where(whole, 0, jnp.where(seen, 1, 2))
@@ -68,16 +69,16 @@ def list_visits(
 
 
 def _compare(ranges: KeyRanges, query_block: int, key_block: int) -> tuple[Array, Array]:
-    """Which blocks may be seen, and which are seen by every query in the block, both `b i j`."""
+    """Whether each pair of blocks may be visible, and whether it is fully visible, both bool, `b i j`."""
     codes, low, high = ranges
     largest = jnp.iinfo(jnp.int32).max
-    some = low <= high
-    first = _of_blocks(jnp.min, jnp.where(some, low, largest), query_block, largest)
-    last = _of_blocks(jnp.max, jnp.where(some, high, HIDDEN), query_block, HIDDEN)
+    sees_any = low <= high
+    first = _of_blocks(jnp.min, jnp.where(sees_any, low, largest), query_block, largest)
+    last = _of_blocks(jnp.max, jnp.where(sees_any, high, HIDDEN), query_block, HIDDEN)
     least = _of_blocks(jnp.min, jnp.where(codes == HIDDEN, largest, codes), key_block, largest)
     most = _of_blocks(jnp.max, codes, key_block, HIDDEN)
     seen = (first[:, :, None] <= most[:, None]) & (least[:, None] <= last[:, :, None])
-    # A key that is hidden or beyond the end is less than any low; queries beyond the end do not matter.
+    # A hidden or padding key has a code below any `low`; padding queries do not matter here.
     least = _of_blocks(jnp.min, codes, key_block, HIDDEN)
     above = _of_blocks(jnp.max, low, query_block, HIDDEN)[:, :, None] <= least[:, None]
     below = most[:, None] <= _of_blocks(jnp.min, high, query_block, largest)[:, :, None]
@@ -96,11 +97,13 @@ def run(
     whole: int,
     total: int,
 ) -> Carry:
-    """In a kernel, `step(block, carry, masked)` for every visit.
+    """Inside a kernel, calls `step(block, carry, masked)` for each visit and returns the last carry.
 
     Args:
-      refs: holds the lists of the program's own block, `order` and `counts`; without them `total` blocks are
-        visited, of which the first `whole` need no mask.
+      refs: if it holds `order` and `counts`, the visits of the program's block; otherwise all blocks are
+        visited.
+      whole: number of leading blocks that need no mask, without `order`.
+      total: number of blocks, without `order`.
     """
     if "order" not in refs:
         if whole:

@@ -1,4 +1,4 @@
-"""Which keys a query may see: one comparison for padding, packing, causality and windows over time."""
+"""Masks as key ranges: one comparison covers padding, packing, causality and windows over time."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from jax import Array
 __all__ = ["HIDDEN", "BlockMask", "KeyRanges", "causal_ranges", "segment_ranges"]
 
 HIDDEN = -1
-"""The code of a key that nobody sees."""
+"""The code of a key that no query sees."""
 
 
 class KeyRanges(NamedTuple):
     """A query sees the keys whose code is in its range.
 
     Attributes:
-      codes: int32, `b r`; of keys, 0 or more, or `HIDDEN`.
-      low, high: int32, `b s`; of queries, 0 or more, inclusive; a query with `high < low` sees nothing.
+      codes: code of each key, int32, `b r`; >= 0, or `HIDDEN`.
+      low, high: inclusive range of each query, int32, `b s`, >= 0; a query with `high < low` sees nothing.
     """
 
     codes: Array
@@ -26,7 +26,7 @@ class KeyRanges(NamedTuple):
     high: Array
 
     def visible(self) -> Array:
-        """The whole mask, bool, `b s r`."""
+        """The dense mask, bool, `b s r`."""
         codes = self.codes[:, None, :]
         return (self.low[:, :, None] <= codes) & (codes <= self.high[:, :, None])
 
@@ -34,10 +34,10 @@ class KeyRanges(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMask:
-    """Which blocks of keys a block of queries sees, e.g. those of a window in time and space.
+    """Blocks of keys that each block of queries sees, e.g. a window in time and space.
 
     Attributes:
-      blocks: bool, `ceil(s / query_size) ceil(r / key_size)`; the same for the whole batch and all heads.
+      blocks: bool, `ceil(s / query_size) ceil(r / key_size)`; shared by all examples and heads.
       query_size, key_size: tokens per block, multiples of 128; the last blocks may be shorter.
     """
 
@@ -46,20 +46,22 @@ class BlockMask:
     key_size: int = dataclasses.field(metadata={"static": True})
 
     def visible(self, queries: int, keys: int) -> Array:
-        """The whole mask, bool, `s r`."""
+        """The dense mask, bool, `s r`."""
         rows = jnp.repeat(self.blocks, self.query_size, axis=0, total_repeat_length=None)[:queries]
         return jnp.repeat(rows, self.key_size, axis=1)[:, :keys]
 
 
 def segment_ranges(query_segments: Array, key_segments: Array, key_mask: Array | None = None) -> KeyRanges:
-    """A query sees keys of its own segment.
+    """Ranges with which a query sees the keys of its segment.
 
     Args:
-      query_segments, key_segments: int, 0 or more, `b s` and `b r`.
-      key_mask: bool, `b r`; keys that may be seen at all.
+      query_segments, key_segments: segment ids, int, >= 0, `b s` and `b r`.
+      key_mask: bool, `b r`; False hides a key from all queries.
     """
-    codes, own = key_segments.astype(jnp.int32), query_segments.astype(jnp.int32)
-    return KeyRanges(codes if key_mask is None else jnp.where(key_mask, codes, HIDDEN), own, own)
+    key_codes, query_codes = key_segments.astype(jnp.int32), query_segments.astype(jnp.int32)
+    if key_mask is not None:
+        key_codes = jnp.where(key_mask, key_codes, HIDDEN)
+    return KeyRanges(key_codes, query_codes, query_codes)
 
 
 def causal_ranges(
@@ -69,12 +71,12 @@ def causal_ranges(
     past: int | None = None,
     segments: tuple[Array, Array] | None = None,
 ) -> KeyRanges:
-    """A query sees keys of its own time (a frame, or a chunk of frames) and of earlier times.
+    """Ranges with which a query sees keys of the same time (a frame or causal chunk) and of earlier times.
 
     Args:
       query_times, key_times: int, `b s` and `b r`, from 0 to 2**16 - 1.
-      past: how many earlier times are seen; None is all.
-      segments: of queries and keys, 0 to 2**15 - 1; a query sees keys of its own segment only.
+      past: number of earlier times that a query sees; None is all.
+      segments: segment ids of queries and keys, 0 to 2**15 - 1; a query sees only keys of its segment.
     """
     base, key_base = (0, 0) if segments is None else (x.astype(jnp.int32) << 16 for x in segments)
     high = query_times.astype(jnp.int32)

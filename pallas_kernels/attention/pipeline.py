@@ -1,4 +1,4 @@
-"""Software pipelining within a kernel: the units of a block overlap, so that no unit of the chip waits."""
+"""Software pipelining within a kernel: the stages of a block's units overlap to keep the hardware busy."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,16 +15,16 @@ def pipelined(
     ahead: int = 1,
     lag: int = 1,
 ) -> None:
-    """Three stages of every unit, written out so that different units' stages lie side by side.
+    """Runs three stages for each unit, unrolled so that stages of different units are adjacent.
 
-    The compiler schedules within straight code; products of one unit fill the time of another's softmax.
+    The compiler schedules within straight-line code: products of one unit overlap with another's softmax.
 
     Args:
       produce: matrix products of a unit.
-      transform: elementwise work on what they gave.
-      consume: matrix products with the result, added up.
-      ahead: how many units `produce` is ahead of `transform`.
-      lag: how many units `consume` is behind it.
+      transform: elementwise operations on the result of `produce`.
+      consume: matrix products with the result of `transform`, accumulated.
+      ahead: number of units by which `produce` runs ahead of `transform`.
+      lag: number of units by which `consume` runs behind `transform`.
     """
     count = len(units)
     produced = {index: produce(units[index]) for index in range(min(ahead, count))}

@@ -1,4 +1,4 @@
-"""Attention written out in plain JAX: what the kernels are compared with, and what explains them."""
+"""Reference attention in plain JAX: specifies the kernels' results, and the tests compare with it."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,16 @@ def forward(
     ranges: KeyRanges | None = None,
     block_mask: BlockMask | None = None,
 ) -> tuple[Array, Array]:
-    """Softmax attention; a query that sees no key gives zeros.
+    """Softmax attention; zeros for a query that sees no key.
 
     Args:
       query, key, value: `b s n k`, `b r n k`, `b r n k`.
-      scale: of the products, 1 / sqrt(k) by default.
-      ranges, block_mask: what is seen; both, where both are given.
+      scale: factor on the query-key products, 1 / sqrt(k) by default.
+      ranges, block_mask: masks; a query sees a key if both allow it.
 
     Returns:
-      The mean of the values, `b s n k`, in their dtype; and the log-sum-exp of the scores, float32, `b n s`,
-      -inf for a query that sees no key.
+      The weighted mean of the values, `b s n k`, in their dtype; and the log-sum-exp of the scores, float32,
+      `b n s`, -inf for a query that sees no key.
     """
     scores, mask = _scores(query, key, scale, ranges, block_mask)
     largest = scores.max(-1, keepdims=True)
@@ -52,9 +52,10 @@ def backward(
     ranges: KeyRanges | None = None,
     block_mask: BlockMask | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value, given that of the output, `b s n k` (arXiv 2205.14135).
+    """Gradients of query, key and value from the output's cotangent, `b s n k` (arXiv 2205.14135).
 
-    `output` and `log_sum_exp` may be those of more keys than `key` holds: gradients of parts then add up.
+    `output` and `log_sum_exp` may come from attention to a superset of these keys: gradients over the subsets
+    then add up.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores, mask = _scores(query, key, scale, ranges, block_mask)

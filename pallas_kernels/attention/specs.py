@@ -1,4 +1,4 @@
-"""Sizes of blocks per TPU generation, and what each generation is like."""
+"""Block sizes per TPU generation, and the generations' properties."""
 
 import dataclasses
 import functools
@@ -13,13 +13,13 @@ Pass = Literal["forward", "backward"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One core of a TPU generation.
+    """Properties of one core of a TPU generation.
 
     Attributes:
-      kind: how jax's `device_kind` begins.
-      vmem_bytes: that a kernel may use of its vector memory, somewhat less than there is.
-      wide_mxu: 256 x 256, which is half empty where heads have 128 channels, unless products are transposed;
-        one of 128 x 128 is not.
+      kind: prefix of jax's `device_kind`.
+      vmem_bytes: VMEM that a kernel may use, somewhat less than the core has.
+      wide_mxu: whether the MXU is 256 x 256 rather than 128 x 128; heads of 128 channels leave a wide one
+        half empty unless products are transposed.
     """
 
     kind: str
@@ -37,14 +37,14 @@ GENERATIONS: dict[str, Generation] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """How one pass is cut.
+    """Block sizes of one pass.
 
     Attributes:
-      queries, keys: tokens of a block, what one step of the grid computes; multiples of the next two.
-      query_unit, key_unit: tokens of a unit of the pipeline within a block; multiples of 128.
-      ahead, lag: of the pipeline (`pipeline.pipelined`).
-      heads: that a block holds, or pairs of heads of 64 channels; fewer where it is no divisor of what there
-        are.
+      queries, keys: tokens of a block, which one grid step computes; multiples of the next two.
+      query_unit, key_unit: tokens of a pipeline unit within a block; multiples of 128.
+      ahead, lag: arguments of `pipeline.pipelined`.
+      heads: most heads per block, or pairs of heads with 64 channels; the kernel takes the largest divisor of
+        the number of heads up to this.
     """
 
     queries: int
@@ -61,7 +61,7 @@ class BlockSizes:
                 raise ValueError(f"{self}: units must be multiples of 128, and blocks multiples of units")
 
     def units(self, heads: int) -> list[tuple[int, slice, slice]]:
-        """Head, queries and keys of each unit of a block."""
+        """(head, query slice, key slice) of each unit of a block."""
         return [
             (head, slice(q, q + self.query_unit), slice(k, k + self.key_unit))
             for head in range(heads)
@@ -70,7 +70,7 @@ class BlockSizes:
         ]
 
     def within(self, queries: int, keys: int) -> "BlockSizes":
-        """These sizes, less where there are fewer tokens."""
+        """These sizes, reduced to fit sequences of `queries` and `keys` tokens."""
         return dataclasses.replace(
             self,
             queries=(q := _fit(self.queries, queries)),
@@ -80,7 +80,7 @@ class BlockSizes:
         )
 
     def dividing(self, queries: int | None, keys: int | None) -> "BlockSizes":
-        """These sizes, less where they do not divide a mask's blocks of queries and keys."""
+        """These sizes, reduced to divide a mask's blocks of `queries` and `keys` tokens."""
         q = self.queries if queries is None else _divisor(self.queries, queries)
         k = self.keys if keys is None else _divisor(self.keys, keys)
         return dataclasses.replace(
@@ -93,10 +93,10 @@ class BlockSizes:
 
 
 def generation_of(device_kind: str) -> str:
-    """The name of a generation by jax's `device_kind`.
+    """The generation's name for jax's `device_kind`.
 
     Raises:
-      NotImplementedError: it is not a TPU, or one that no sizes are known for.
+      NotImplementedError: the device is no TPU, or a TPU without an entry in `GENERATIONS`.
     """
     found = [name for name, one in GENERATIONS.items() if device_kind.startswith(one.kind)]
     if not found:
@@ -105,19 +105,19 @@ def generation_of(device_kind: str) -> str:
 
 
 def block_sizes(generation: str, which: Pass, *, head_dim: int, bits: int, masked: bool) -> BlockSizes:
-    """What `python -m vidgen.pallas_kernels.attention.tune` found best.
+    """The best sizes that `python -m vidgen.pallas_kernels.attention.tune` found.
 
     Args:
-      generation: of `GENERATIONS`.
+      generation: a key of `GENERATIONS`.
       head_dim: 64 or a multiple of 128, at most 256.
-      bits: of an element of the inputs.
-      masked: there are segments or the like, for which smaller blocks leave out more.
+      bits: bits per element of the inputs.
+      masked: whether there are key ranges (segments and the like), where smaller blocks skip more.
     """
     return BlockSizes(**_table()[generation][which][entry(head_dim, bits, masked)])
 
 
 def entry(head_dim: int, bits: int, masked: bool) -> str:
-    """The name of a line of the table."""
+    """The key of an entry of the table."""
     if bits == 32:
         return "float32"
     return f"{head_dim}{' masked' if masked else ''}"
@@ -129,9 +129,9 @@ def _table() -> dict[str, Any]:
 
 
 def _fit(size: int, length: int) -> int:
-    """The size among `size` and its halves with the least work: tokens, those beyond the end too, and steps.
+    """The size, among `size` and its halves, with the least work in tokens (padding included) and grid steps.
 
-    A step of the grid costs about what 128 tokens do.
+    A grid step costs about as much as 128 tokens.
     """
     whole = -(-length // 128) * 128
     if whole <= size:

@@ -32,17 +32,17 @@ def forward(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """Softmax attention; as `reference.forward`, for any scores that float32 holds.
+    """Softmax attention on a TPU; same contract as `reference.forward`, for all scores finite in float32.
 
     Args:
       query, key, value: `b s n k`, `b r n k`, `b r n k`, bfloat16 or float32.
-      scale, ranges, block_mask: as of `reference.forward`.
-      generation: of `specs.GENERATIONS`; by default that of the device.
-      blocks: in place of those of the table.
-      interpret: of `pallas_call`.
+      scale, ranges, block_mask: as in `reference.forward`.
+      generation: a key of `specs.GENERATIONS`; by default the device's.
+      blocks: block sizes; by default from the table of `specs`.
+      interpret: argument of `pallas_call`.
 
     Returns:
-      The mean of the values, `b s n k`, and the log-sum-exp, float32, `b n s`.
+      The weighted mean of the values, `b s n k`, and the log-sum-exp, float32, `b n s`.
 
     Raises:
       NotImplementedError: heads of more than 256 channels, another dtype, a mask of too many blocks.
@@ -74,19 +74,20 @@ def forward(
     run = {"vmem_bytes": call.vmem_bytes, "interpret": interpret}
     results = kernel(heads=call.heads, blocks=call.blocks, masking=masks)(*merged, **run)
 
-    def again(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
-        """Computes the blocks with marked rows exactly, by a smaller program."""
+    def recompute_marked(output: Array, log_sum_exp: Array) -> tuple[Array, Array]:
+        """Recomputes the blocks that hold marked queries (NaN) with the exact kernel, a smaller program."""
         heads, small = Heads.of(query), _exact_blocks(call.blocks)
         marked = jnp.isnan(log_sum_exp).any((1, 2))
         marked = jnp.pad(marked, ((0, 0), (0, -marked.shape[1] % small.queries)))
         marked = marked.reshape(marked.shape[0], -1, small.queries).any(2)
         masks = masking(query, key, small, ranges, block_mask, queries_outside=True, only=marked)
-        rows = log_sum_exp.reshape(log_sum_exp.shape[0], heads.groups, heads.together, -1)
+        grouped = log_sum_exp.reshape(log_sum_exp.shape[0], heads.groups, heads.together, -1)
         exact = kernel(heads=heads, blocks=small, masking=masks, exact=True)
-        output, rows = exact(*merged, previous=(output, rows), **run)
-        return output, rows.reshape(log_sum_exp.shape)
+        output, grouped = exact(*merged, previous=(output, grouped), **run)
+        return output, grouped.reshape(log_sum_exp.shape)
 
-    output, log_sum_exp = lax.cond(jnp.isnan(results[1]).any(), again, lambda *results: results, *results)
+    has_marked = jnp.isnan(results[1]).any()
+    output, log_sum_exp = lax.cond(has_marked, recompute_marked, lambda *results: results, *results)
     return call.heads.split(output), log_sum_exp.reshape(query.shape[0], -1, query.shape[1])
 
 
@@ -105,14 +106,15 @@ def backward(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of query, key and value; as `reference.backward`.
+    """Gradients of query, key and value on a TPU; same contract as `reference.backward`.
 
     Args:
-      output, log_sum_exp: of `forward`; or of more keys than these: gradients of parts then add up.
-      cotangent: of the output, `b s n k`.
+      output, log_sum_exp: results of `forward`, or of attention to a superset of these keys; gradients over
+        the subsets then add up.
+      cotangent: gradient of the loss with respect to the output, `b s n k`.
 
     Raises:
-      NotImplementedError: as of `forward`.
+      NotImplementedError: as `forward`; or not even one block of queries fits into VMEM.
     """
     _check(query, key, value)
     call = Call.of(
@@ -162,19 +164,19 @@ def _forward_in_parts(
     ranges: KeyRanges | None,
     block_mask: BlockMask | None,
 ) -> tuple[Array, Array]:
-    """`forward` for so many queries at a time.
+    """`forward` in parts of `size` queries.
 
     Args:
-      part: `forward`.
+      part: `forward` with its options bound.
       of_keys: key and value.
     """
     queries = query.shape[1]
 
     def one(_: None, of_part: tuple[Array, Any, Array | None]) -> tuple[None, tuple[Array, Array]]:
-        query, seeing, rows = of_part
-        return None, part(query, *of_keys, **_masks_of_part(seeing, rows, ranges, block_mask))
+        query, limits, block_rows = of_part
+        return None, part(query, *of_keys, **_masks_of_part(limits, block_rows, ranges, block_mask))
 
-    parts = (_cut(query, size), *_cut_masks(size, ranges, block_mask))
+    parts = (_split(query, size), *_split_masks(size, ranges, block_mask))
     _, (output, log_sum_exp) = lax.scan(one, None, parts)
     return _joined(output, 1)[:, :queries], _joined(log_sum_exp, 2)[:, :, :queries]
 
@@ -187,27 +189,27 @@ def _backward_in_parts(
     ranges: KeyRanges | None,
     block_mask: BlockMask | None,
 ) -> tuple[Array, Array, Array]:
-    """`backward` for so many queries at a time; gradients of keys and values add up in float32.
+    """`backward` in parts of `size` queries; gradients of keys and values are summed in float32.
 
     Args:
-      part: `backward`.
+      part: `backward` with its options bound.
       of_queries: query, output, log-sum-exp and cotangent.
       of_keys: key and value.
     """
     queries = of_queries[0].shape[1]
 
     def add(sums: tuple[Array, Array], one: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
-        (query, output, log_sum_exp, cotangent), seeing, rows = one
-        masks = _masks_of_part(seeing, rows, ranges, block_mask)
+        (query, output, log_sum_exp, cotangent), limits, block_rows = one
+        masks = _masks_of_part(limits, block_rows, ranges, block_mask)
         d_query, d_key, d_value = part(query, *of_keys, output, log_sum_exp, cotangent, **masks)
         return (sums[0] + d_key, sums[1] + d_value), d_query
 
     query, output, log_sum_exp, cotangent = of_queries
-    # A query of which the log-sum-exp is that of no keys takes and gives no gradient.
-    of_rows = _cut(log_sum_exp, size, 2, constant_values=-jnp.inf)
+    # Padding queries get the log-sum-exp of a query without keys (-inf), which gives all gradients zero.
+    log_sum_exp = _split(log_sum_exp, size, 2, constant_values=-jnp.inf)
     parts = (
-        (_cut(query, size), _cut(output, size), of_rows, _cut(cotangent, size)),
-        *_cut_masks(size, ranges, block_mask),
+        (_split(query, size), _split(output, size), log_sum_exp, _split(cotangent, size)),
+        *_split_masks(size, ranges, block_mask),
     )
     key, value = of_keys
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
@@ -215,8 +217,8 @@ def _backward_in_parts(
     return _joined(d_query, 1)[:, :queries], d_key.astype(key.dtype), d_value.astype(value.dtype)
 
 
-def _cut(x: Array, size: int, axis: int = 1, **padding: Any) -> Array:
-    """The parts of an axis, along a new first one; the last is filled up."""
+def _split(x: Array, size: int, axis: int = 1, **padding: Any) -> Array:
+    """Splits an axis into parts of `size`, along a new leading axis; the last part is padded."""
     count = -(-x.shape[axis] // size)
     beyond = [(0, count * size - x.shape[i] if i == axis else 0) for i in range(x.ndim)]
     shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
@@ -224,44 +226,44 @@ def _cut(x: Array, size: int, axis: int = 1, **padding: Any) -> Array:
 
 
 def _joined(parts: Array, axis: int) -> Array:
-    """Back from `_cut`, with what the last part was filled up with."""
+    """Inverse of `_split`, with the last part's padding."""
     x = jnp.moveaxis(parts, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _cut_masks(
+def _split_masks(
     size: int, ranges: KeyRanges | None, block_mask: BlockMask | None
 ) -> tuple[list[Array], Array | None]:
-    """Of each part of the queries: the ends of its ranges, and its rows of the block mask."""
-    # One array where both are one: the kernel then compares once.
-    ends = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
-    rows = None if block_mask is None else _cut(block_mask.blocks, size // block_mask.query_size, 0)
-    return [_cut(x, size, mode="edge") for x in ends], rows
+    """The limits of the ranges, and the rows of the block mask, split into parts of `size` queries."""
+    # One array if low and high are the same array: the kernel then makes one comparison.
+    limits = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
+    block_rows = None if block_mask is None else _split(block_mask.blocks, size // block_mask.query_size, 0)
+    return [_split(x, size, mode="edge") for x in limits], block_rows
 
 
 def _masks_of_part(
-    seeing: list[Array], rows: Array | None, ranges: KeyRanges | None, block_mask: BlockMask | None
+    limits: list[Array], block_rows: Array | None, ranges: KeyRanges | None, block_mask: BlockMask | None
 ) -> dict[str, Any]:
-    """Arguments of `forward` and `backward`, of what `_cut_masks` gives for a part."""
-    if block_mask is not None and rows is not None:
-        block_mask = dataclasses.replace(block_mask, blocks=rows)
-    ranges = None if ranges is None else KeyRanges(ranges.codes, seeing[0], seeing[-1])
+    """Mask arguments of `forward` and `backward` for one part from `_split_masks`."""
+    if block_mask is not None and block_rows is not None:
+        block_mask = dataclasses.replace(block_mask, blocks=block_rows)
+    ranges = None if ranges is None else KeyRanges(ranges.codes, limits[0], limits[-1])
     return {"ranges": ranges, "block_mask": block_mask}
 
 
 def _exact_blocks(blocks: BlockSizes) -> BlockSizes:
-    """Of the exact variant of the forward pass, which is a smaller program."""
+    """Block sizes of the exact variant of the forward pass, which is a smaller program."""
     return dataclasses.replace(blocks, ahead=1, lag=1).dividing(512, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What the shapes of a call, its device and the table of block sizes decide.
+    """Plan of a call, derived from its shapes, the device and the table of block sizes.
 
     Attributes:
-      queries: that a kernel meets; all, or as many as have their blocks listed and, of a backward pass, their
-        gradients fit.
-      vmem_bytes: of vector memory that a kernel may use.
+      queries: queries per kernel call: all, or as many as the block schedule can list and, in a backward
+        pass, have gradients that fit into VMEM.
+      vmem_bytes: VMEM that a kernel may use.
     """
 
     heads: Heads
@@ -282,13 +284,15 @@ class Call:
         generation: str | None = None,
         blocks: BlockSizes | None = None,
     ) -> "Call":
-        """Of arrays, or of their shapes and dtypes.
+        """Plans a call.
 
         Args:
-          masked: there are ranges.
+          query, key: arrays or `jax.ShapeDtypeStruct`s.
+          which: "forward" or "backward".
+          masked: whether there are key ranges.
 
         Raises:
-          NotImplementedError: as of `forward` and `backward`.
+          NotImplementedError: as `forward` and `backward`.
         """
         padded = Heads.of(query).padded
         generation = generation or specs.generation_of(jax.devices()[0].device_kind)
@@ -305,7 +309,7 @@ class Call:
         vmem_bytes = GENERATIONS[generation].vmem_bytes
         multiple = blocks.queries if block_mask is None else block_mask.query_size
         if which == "forward":
-            # The exact variant lists what it meets even where nothing is masked.
+            # The exact variant has a sparse schedule even without a mask.
             heads, most = Heads.of(query, blocks.heads), _most_queries(query, key, _exact_blocks(blocks))
             queries = equal_part(query.shape[1], multiple, most)
         else:
@@ -316,7 +320,7 @@ class Call:
 
 
 def _most_queries(query: Any, key: Any, blocks: BlockSizes) -> int:
-    """As many as have the pairs of their blocks with those of all keys listed (`block_schedule.Sparse`)."""
+    """Most queries whose blocks, paired with all blocks of keys, `block_schedule.Sparse` can list."""
     return blocks.queries * most_listed(query.shape[0], -(-key.shape[1] // blocks.keys))
 
 
@@ -324,7 +328,7 @@ def _check(query: Array, key: Array, value: Array) -> None:
     if query.dtype not in (jnp.bfloat16, jnp.float32) or {query.dtype} != {key.dtype, value.dtype}:
         raise NotImplementedError(
             f"attention: query {query.dtype}, key {key.dtype}, value {value.dtype}; the kernel takes "
-            "bfloat16 or float32, all alike"
+            "bfloat16 or float32, the same for all"
         )
 
 

@@ -1,10 +1,10 @@
-"""Attention's backward pass on a TPU, fused: one kernel gives the gradients of query, key and value.
+"""Attention's backward pass on a TPU, fused: one kernel computes the gradients of query, key and value.
 
-Blocks of keys are the outer loop. The gradients of keys and values are summed while a block of keys is there;
-that of the queries is kept in vector memory, for all queries, until the last block of keys has been met, so
-that no partial sums travel. Scores are computed anew from the log-sum-exp (arXiv 2205.14135), transposed,
-keys by queries. Where the MXU is 256 x 256 the gradients are summed transposed too, channels first, which
-fills it; they are turned as they leave.
+Blocks of keys are the outer loop. Gradients of keys and values accumulate over one outer iteration. The
+gradient of all queries stays in VMEM until the last block of keys, so that no partial sums go through HBM.
+Scores are recomputed from the log-sum-exp (arXiv 2205.14135), transposed, keys by queries. On an MXU of
+256 x 256 the gradients accumulate transposed too, channels first, which fills it; they are transposed back
+when they are stored.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ from .tpu_layout import (
 __all__ = ["BackwardKernel", "equal_part", "fitting"]
 
 _SPILLS = 8 << 20
-"""Bytes for what does not fit into registers, and rows of masks and of log-sum-exps."""
+"""Bytes for register spills, and for blocks of masks and log-sum-exps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardKernel:
-    """The kernel of one call.
+    """The backward kernel of one call.
 
     Attributes:
-      queries, keys: tokens.
-      scale: of the products.
-      transposed: gradients are summed channels first.
+      queries, keys: numbers of tokens.
+      scale: factor on the query-key products.
+      transposed: accumulates gradients channels first.
     """
 
     heads: Heads
@@ -68,13 +68,13 @@ class BackwardKernel:
         vmem_bytes: int,
         interpret: Any = False,
     ) -> tuple[Array, Array, Array]:
-        """Gradients of query, key and value; all are `b s (n k)`, but `log_sum_exp`: `b groups heads s`."""
+        """Gradients of query, key, value; arrays are `b s (n k)`, `log_sum_exp` is `b groups heads s`."""
         schedule, blocks, heads = self.masking.schedule, self.blocks, self.heads
         tokens = functools.partial(self._spec, heads.lanes)
         of_queries = tokens(blocks.queries, lambda b, g, outer, inner, _: (b, inner, g))
         of_keys = tokens(blocks.keys, lambda b, g, outer, inner, _: (b, outer, g))
-        # Leaves when all blocks of keys have been met.
-        leaving = tokens(blocks.queries, lambda b, g, outer, inner, output_block: (b, output_block, g))
+        # Stored after the last block of keys.
+        of_d_query = tokens(blocks.queries, lambda b, g, outer, inner, output_block: (b, output_block, g))
         of_rows = pl.BlockSpec(
             (None, None, heads.together, blocks.queries),
             schedule.map(lambda b, g, outer, inner, _: (b, g, 0, inner)),
@@ -91,7 +91,7 @@ class BackwardKernel:
                     *(of_queries, of_keys, of_keys, of_queries, of_rows, of_queries),
                     *self.masking.specs(blocks, queries_outside=False),
                 ],
-                out_specs=[leaving, of_keys, of_keys],
+                out_specs=[of_d_query, of_keys, of_keys],
                 scratch_shapes=_scratch(heads, blocks, self.queries, query.dtype, self.transposed),
             ),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
@@ -113,7 +113,7 @@ class BackwardKernel:
             cotangent,
             *self.masking.arrays,
         )
-        # In a loop XLA fuses a kernel with what puts its results into a stack, and forgets its `vmem_bytes`.
+        # In a loop XLA fuses a kernel with the update that stacks its results, and drops `vmem_bytes`.
         return lax.optimization_barrier(gradients)
 
     def _spec(self, lanes: int, size: int, index) -> pl.BlockSpec:
@@ -141,7 +141,7 @@ class BackwardKernel:
 
 
 class _Step:
-    """One block of keys meets one of queries."""
+    """One grid step: a block of keys with a block of queries."""
 
     def __init__(self, kernel: BackwardKernel, grid_step: GridStep, inputs, masks, gradients, scratch):
         self.kernel, self.grid_step = kernel, grid_step
@@ -149,89 +149,91 @@ class _Step:
         self.query, self.key, self.value, self.output, self.log_sum_exp, self.cotangent = inputs
         self.masks = masks
         self.d_query, self.d_key, self.d_value = gradients
-        self.of_query, self.of_key, self.of_value, self.mean, self.offset, *own = scratch
-        self.own_query, self.own_cotangent, self.own_key, self.whole_key, self.whole_value, self.codes = own
-        # What is read beyond the end of a sequence may be anything, and is made zero; but for keys whose
-        # scores are computed, which are made copies of one: no score is then larger than the others.
+        self.of_query, self.of_key, self.of_value, self.mean, self.offset, *copies = scratch
+        self.query_copy, self.cotangent_copy, self.key_copy, *filled_copies = copies
+        self.filled_key, self.filled_value, self.codes = filled_copies
+        # Reads beyond the end of a sequence are undefined. They are replaced with zeros, and keys for scores
+        # with copies of a valid key, so that no padding score exceeds all valid ones.
         self.ragged_queries = kernel.queries % kernel.blocks.queries != 0
         self.ragged_keys = kernel.keys % kernel.blocks.keys != 0
-        # The operands are copied only where they are not what the products need.
+        # Operands are copied only where the products cannot read them directly.
         self.copied_queries = self.ragged_queries or self.heads.paired
         self.copied_keys = self.ragged_keys or self.heads.paired
 
-    # What lies before and after the products.
+    # Before and after the products.
 
     def begin_keys(self) -> None:
-        """A block of keys is met for the first time."""
+        """Runs at the first step of a block of keys."""
         if self.copied_keys:
-            left = self.kernel.keys - self.grid_step.outer * self.blocks.keys if self.ragged_keys else None
-            self._copy(self.key, self.own_key, left)
+            count = self.kernel.keys - self.grid_step.outer * self.blocks.keys if self.ragged_keys else None
+            self._copy(self.key, self.key_copy, count)
             if self.ragged_keys:
-                self.whole_key[...] = filled(self.key[...], left, self.key[0:1])
-                self.whole_value[...] = filled(self.value[...], left, 0)
+                self.filled_key[...] = filled(self.key[...], count, self.key[0:1])
+                self.filled_value[...] = filled(self.value[...], count, 0)
 
     def clear_keys(self) -> None:
-        """Nothing is added at the first grid_step, which would else replace what is there."""
+        """Zeros the sums of a block of keys whose first step is inactive and so does not overwrite them."""
         self.of_key[...] = jnp.zeros_like(self.of_key)
         self.of_value[...] = jnp.zeros_like(self.of_value)
 
     def clear_queries(self) -> None:
-        """As `clear_keys`."""
+        """`clear_keys` for a block of queries."""
         self.of_query[self.grid_step.inner] = jnp.zeros_like(self.of_query[self.grid_step.inner])
 
     def finish_queries(self) -> None:
-        """A block of queries has met all its keys."""
+        """Stores the gradient of a block of queries after its last block of keys."""
         gradient = self.kernel.scale * self.of_query[self.grid_step.inner]
-        self.d_query[...] = self._turned(gradient.astype(self.d_query.dtype))
+        self.d_query[...] = self._tokens_first(gradient.astype(self.d_query.dtype))
 
     def finish_keys(self) -> None:
-        """A block of keys has met all its queries."""
-        self.d_key[...] = self._turned((self.kernel.scale * self.of_key[...]).astype(self.d_key.dtype))
-        self.d_value[...] = self._turned(self.of_value[...].astype(self.d_value.dtype))
+        """Stores the gradients of a block of keys and values after its last block of queries."""
+        self.d_key[...] = self._tokens_first((self.kernel.scale * self.of_key[...]).astype(self.d_key.dtype))
+        self.d_value[...] = self._tokens_first(self.of_value[...].astype(self.d_value.dtype))
 
-    def _turned(self, x: Array) -> Array:
+    def _tokens_first(self, x: Array) -> Array:
         return x.T if self.kernel.transposed else x
 
-    def _queries_left(self) -> Any:
-        """How many queries of the block there are, or None for all of them."""
+    def _query_count(self) -> Any:
+        """Number of valid queries in the block (may exceed the block), or None if all blocks are full."""
         if not self.ragged_queries:
             return None
         return self.kernel.queries - self.grid_step.inner * self.blocks.queries
 
     @staticmethod
-    def _valid(left: Any, shape: tuple[int, ...], axis: int) -> Array:
-        if left is None:
+    def _valid(count: Any, shape: tuple[int, ...], axis: int) -> Array:
+        """Mask of the first `count` indices along `axis`; all True if `count` is None."""
+        if count is None:
             return jnp.ones(shape, bool)
-        return lax.broadcasted_iota(jnp.int32, shape, axis) < left
+        return lax.broadcasted_iota(jnp.int32, shape, axis) < count
 
-    def _copy(self, block, own, left: Any) -> None:
-        """A block for each head, the other heads' channels zero: products over all channels then serve.
+    def _copy(self, block, copies, count: Any) -> None:
+        """Copies a block once per head, with the other head's channels zero, for products over all channels.
 
         Args:
-          left: tokens of the block that there are, or None for all of them.
+          count: number of valid tokens in the block, or None for all.
         """
         for head in range(self.heads.together):
             tokens = block[:, self.heads.window(head)]
-            keep = self._valid(left, tokens.shape, 0)
+            valid = self._valid(count, tokens.shape, 0)
             if self.heads.paired:
-                keep &= self.heads.own(head, tokens.shape, 1)
-            own[head] = jnp.where(keep, tokens, 0)
+                valid &= self.heads.own(head, tokens.shape, 1)
+            copies[head] = jnp.where(valid, tokens, 0)
 
     # Products.
 
     def absorb(self, *, masked: bool) -> None:
-        """All units of this pair of blocks."""
+        """Adds the gradients of all units of this pair of blocks."""
         blocks = self.blocks
         logarithm = self.log_sum_exp[...] * LOG2_E
         seen = logarithm > NEGATIVE
-        seen &= self._valid(self._queries_left(), logarithm.shape, 1)
-        # Of a query that sees nothing, or is none, every weight is zero.
+        seen &= self._valid(self._query_count(), logarithm.shape, 1)
+        # The offset makes every weight zero for a query that sees no key, and for a padding query.
         offset = jnp.where(seen, logarithm, -NEGATIVE)
         for head in range(self.heads.together):
             self.offset[head] = offset[head : head + 1]
         if self.copied_queries:
-            self._copy(self.query, self.own_query, self._queries_left())
-            self._copy(self.cotangent, self.own_cotangent, self._queries_left())
+            self._copy(self.query, self.query_copy, self._query_count())
+            self._copy(self.cotangent, self.cotangent_copy, self._query_count())
         if masked:
             self.codes[...] = jnp.broadcast_to(self.masks[0][...], (LANES, blocks.keys)).T
         pipelined(
@@ -243,12 +245,12 @@ class _Step:
             lag=blocks.lag,
         )
 
-    def _queries_of(self, head: int, rows: slice) -> tuple[Array, Array]:
-        """Query and cotangent."""
+    def _queries_of(self, head: int, queries: slice) -> tuple[Array, Array]:
+        """Query and cotangent of one head for a slice of queries."""
         if self.copied_queries:
-            return self.own_query[head, rows, :], self.own_cotangent[head, rows, :]
+            return self.query_copy[head, queries, :], self.cotangent_copy[head, queries, :]
         window = self.heads.window(head)
-        return self.query[rows, window], self.cotangent[rows, window]
+        return self.query[queries, window], self.cotangent[queries, window]
 
     def _products(self, unit) -> tuple[Array, Array]:
         head, queries, keys = unit
@@ -256,28 +258,28 @@ class _Step:
             self._take_means(head, queries)
         query, cotangent = self._queries_of(head, queries)
         window = self.heads.window(head)
-        # The other head's channels are zero in the query already.
-        whole = (self.whole_key, self.whole_value) if self.ragged_keys else (self.key, self.value)
-        key, value = (x[keys, window] for x in whole)
+        # The copies of query and cotangent already zero the other head's channels.
+        refs = (self.filled_key, self.filled_value) if self.ragged_keys else (self.key, self.value)
+        key, value = (x[keys, window] for x in refs)
         return dot(key, query, (1, 1)), dot(value, cotangent, (1, 1))
 
     def _take_means(self, head: int, queries: slice) -> None:
-        """The products of output and cotangent, of a head or of both of a pair.
+        """Stores the dot products of output and cotangent, for a head or for both heads of a pair.
 
-        For each pair of blocks again: beside the products it takes next to no time, and at the start of a row
-        a lot.
+        Recomputed for each pair of blocks: in parallel with the matrix products it is almost free, at the
+        first step of an outer block it would be expensive.
         """
         heads, window = self.heads, self.heads.window(head)
         output, cotangent = (x[queries, window].astype(jnp.float32) for x in (self.output, self.cotangent))
         product = (output * cotangent).T
         for index in range(heads.width // heads.padded):
             mean = product[heads.rows(index)].sum(0, keepdims=True)
-            left = self._queries_left()
-            there = self._valid(None if left is None else left - queries.start, mean.shape, 1)
-            self.mean[head + index, :, queries] = jnp.where(there, mean, 0)
+            count = self._query_count()
+            valid = self._valid(None if count is None else count - queries.start, mean.shape, 1)
+            self.mean[head + index, :, queries] = jnp.where(valid, mean, 0)
 
     def _weights(self, masked: bool, unit, products: tuple[Array, Array]) -> tuple[Array, Array]:
-        """Weights, and the gradient of the scores but for the scale, in the dtype of the inputs."""
+        """Weights, and the gradient of the scores without the scale, in the dtype of the inputs."""
         head, queries, keys = unit
         scores, of_weights = products
         scores = scores * (self.kernel.scale * LOG2_E)
@@ -294,7 +296,7 @@ class _Step:
         (head, queries, keys), (weights, of_scores) = unit, transformed
         query, cotangent = self._queries_of(head, queries)
         window = self.heads.window(head)
-        key = self.own_key[head, keys, :] if self.copied_keys else self.key[keys, window]
+        key = self.key_copy[head, keys, :] if self.copied_keys else self.key[keys, window]
         first = self.grid_step.first if queries.start == 0 and self._begins(head) else False
         first_inner = self.grid_step.first_inner if keys.start == 0 and self._begins(head) else False
         at_keys, at_queries = (window, keys), (window, queries)
@@ -306,35 +308,35 @@ class _Step:
         self._sum(self.of_query, at_queries, first_inner, self._product(key, of_scores, (0, 0)))
 
     def _begins(self, head: int) -> bool:
-        """Nothing has been added to the head's window: it is the first of a pair, or no pair."""
+        """Whether `head` is the first to add to its window: the first head of a pair, or unpaired."""
         return head * self.heads.padded == self.heads.window(head).start
 
     def _product(self, tokens: Array, weights: Array, contracted: tuple[int, int]) -> Array:
-        """Of tokens, `n width`, and weights: `width m`, or `m width`."""
+        """Product of tokens, `n width`, and weights: `width m` if transposed, else `m width`."""
         if self.kernel.transposed:
             return dot(tokens, weights, contracted)
         return dot(weights, tokens, (contracted[1], contracted[0]))
 
     @staticmethod
     def _sum(total, where, first: Any, added: Array) -> None:
-        """Adds; where it is the first, in place of what is there from before."""
+        """Adds to `total[where]`, or overwrites it if `first`, because scratch holds stale values."""
         total[where] = added + (total[where] if first is False else jnp.where(first, 0.0, total[where]))
 
 
 def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int, most: int) -> tuple[Heads, int]:
-    """What fits into vector memory: heads at once, and queries at once, of which the gradient is kept there.
+    """Heads per block and queries per kernel call, such that the gradient of those queries fits into VMEM.
 
     Args:
-      blocks: whose `heads` are the most at once.
-      multiple: of which queries are taken, if they are not taken all at once.
-      most: queries at once, whatever fits.
+      blocks: block sizes; `blocks.heads` is the most heads per block.
+      multiple: a part's number of queries is a multiple of this, unless one part holds all queries.
+      most: most queries per call, regardless of VMEM.
 
     Returns:
-      As many heads as fit with all queries; or one, and as many queries as make the fewest, equal parts.
-      Where `most` is less than all queries, the fewest parts that it allows stand for all.
+      As many heads as fit with all queries; else one head, and the size of the fewest equal parts that fit.
+      If `most` is less than all queries, the fewest equal parts that it allows take the place of all.
 
     Raises:
-      NotImplementedError: not even one block of queries fits; or as of `Heads.of`.
+      NotImplementedError: not even one block of queries fits; or as `Heads.of`.
     """
     queries = equal_part(query.shape[1], multiple, most)
 
@@ -350,49 +352,49 @@ def fitting(query: Array, blocks: BlockSizes, vmem_bytes: int, multiple: int, mo
             return heads, size
     raise NotImplementedError(
         f"attention: the gradient of {multiple} queries, float32 in {heads.width} lanes, does not fit into "
-        f"{vmem_bytes >> 20} MiB of vector memory; give smaller blocks"
+        f"{vmem_bytes >> 20} MiB of VMEM; pass smaller blocks"
     )
 
 
 def equal_part(length: int, multiple: int, most: int) -> int:
-    """Tokens of the fewest equal parts with at most `most`: all, or a multiple.
+    """Tokens per part for the fewest equal parts of at most `most`: `length`, or a multiple of `multiple`.
 
     Raises:
-      NotImplementedError: `most` is less than the multiple, and than all.
+      NotImplementedError: `most` is less than both `multiple` and `length`.
     """
     if length <= most:
         return length
     units, at_once = -(-length // multiple), most // multiple
     if not at_once:
         raise NotImplementedError(
-            f"attention: more than {most} queries and all keys are too many blocks to list under a mask; "
-            f"a block has {multiple} queries"
+            f"attention: {length} queries and all keys are too many blocks to list under a mask: a part may "
+            f"have at most {most} queries, and a block has {multiple}"
         )
     return -(-units // -(-units // at_once)) * multiple
 
 
 def _vmem_needed(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any) -> int:
-    """Bytes, about: what is kept, blocks twice (the next ones arrive while one is met), and spills."""
+    """Approximate bytes of VMEM: scratch, double-buffered blocks of inputs and outputs, and spills."""
     scratch = _scratch(heads, blocks, queries, dtype, transposed=False)
-    kept = sum(_padded_bytes(one.shape, one.dtype) for one in scratch)
-    travelling = (4 * blocks.queries + 4 * blocks.keys) * heads.lanes * jnp.dtype(dtype).itemsize
-    return kept + 2 * travelling + _SPILLS
+    scratch_bytes = sum(_padded_bytes(one.shape, one.dtype) for one in scratch)
+    block_bytes = (4 * blocks.queries + 4 * blocks.keys) * heads.lanes * jnp.dtype(dtype).itemsize
+    return scratch_bytes + 2 * block_bytes + _SPILLS
 
 
 def _scratch(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any, transposed: bool) -> list[Any]:
-    """What the kernel keeps."""
+    """Scratch buffers of the kernel, in the order in which `_Step` unpacks them."""
     count = -(-queries // blocks.queries)
-    turn = lambda size: (heads.lanes, size) if transposed else (size, heads.lanes)  # noqa: E731
-    own = lambda size: pltpu.VMEM((heads.together, size, heads.width), dtype)  # noqa: E731
+    shape = lambda size: (heads.lanes, size) if transposed else (size, heads.lanes)  # noqa: E731
+    per_head = lambda size: pltpu.VMEM((heads.together, size, heads.width), dtype)  # noqa: E731
     return [
-        pltpu.VMEM((count, *turn(blocks.queries)), jnp.float32),
-        pltpu.VMEM(turn(blocks.keys), jnp.float32),
-        pltpu.VMEM(turn(blocks.keys), jnp.float32),
+        pltpu.VMEM((count, *shape(blocks.queries)), jnp.float32),
+        pltpu.VMEM(shape(blocks.keys), jnp.float32),
+        pltpu.VMEM(shape(blocks.keys), jnp.float32),
         pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
         pltpu.VMEM((heads.together, 1, blocks.queries), jnp.float32),
-        own(blocks.queries),
-        own(blocks.queries),
-        own(blocks.keys),
+        per_head(blocks.queries),
+        per_head(blocks.queries),
+        per_head(blocks.keys),
         pltpu.VMEM((blocks.keys, heads.lanes), dtype),
         pltpu.VMEM((blocks.keys, heads.lanes), dtype),
         pltpu.VMEM((blocks.keys, LANES), jnp.int32),
@@ -400,7 +402,7 @@ def _scratch(heads: Heads, blocks: BlockSizes, queries: int, dtype: Any, transpo
 
 
 def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Of an array in tiles of 8 sublanes, of 32 bits, by 128 lanes."""
+    """Bytes of an array padded to tiles of 8 sublanes of 32 bits by 128 lanes."""
     *outer, rows, lanes = shape
     size = jnp.dtype(dtype).itemsize
     tile = 8 * 4 // size

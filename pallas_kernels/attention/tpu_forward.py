@@ -1,15 +1,14 @@
 """Attention's forward pass on a TPU.
 
-Scores are computed transposed, keys by queries: softmax then reduces along sublanes, by elementwise
-operations alone, and the product with the values fills an MXU of 256 x 256 though a head has only 128
-channels. The output is transposed as it leaves.
+Scores are transposed, keys by queries: softmax then reduces along sublanes, with elementwise operations only,
+and the product with the values fills an MXU of 256 x 256 although a head has only 128 channels. The output is
+transposed when it is stored.
 
-A row's exponentials are taken relative to a reference rather than to the largest score: float32 has room for
-2**127 either way. The reference begins as the largest score among a few keys, and is raised between blocks
-where the sum has passed 2**64. No maximum is taken of what is computed. A row for which that was not enough
-(its sum overflowed within one block, or nothing was left of it) is marked, by a log-sum-exp of NaN, and
-computed once more by the exact variant, which takes the largest score of every unit (online softmax, arXiv
-1805.02867): see `tpu.forward`.
+A query's exponentials are relative to a reference instead of its largest score: float32 has a range of 2**127
+either way. The reference starts as the largest score among a few keys, and is raised between blocks once the
+sum exceeds 2**64, so that no maximum over the scores is needed. A query for which that fails (its sum
+overflows within one block, or underflows) is marked by a log-sum-exp of NaN and recomputed by the exact
+variant, which takes the largest score of every unit (online softmax, arXiv 1805.02867): see `tpu.forward`.
 """
 
 import dataclasses
@@ -40,23 +39,23 @@ from .tpu_layout import (
 __all__ = ["ForwardKernel"]
 
 _SAMPLE = 32
-"""Keys that the first reference is taken from: the first, whose products are there first."""
+"""Number of keys for the initial reference: the first keys, whose products are ready first."""
 _TOTALS = 16
-"""Rows below the sums of the values, for the sums of the weights."""
+"""Sublanes below the sums of the values, which hold the sums of the weights."""
 _RAISE, _OVERFLOW, _UNDERFLOW = 2.0**64, 2.0**100, 2.0**-100
-"""Sums of a row: beyond the first the reference is raised; beyond the others the row is computed anew."""
+"""A query's sum of weights: above the first, its reference is raised; beyond the others, it is recomputed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardKernel:
-    """The kernel of one call.
+    """The forward kernel of one call.
 
     Attributes:
-      queries, keys: tokens.
-      scale: of the products.
-      ones: weights are summed by the matrix product, with rows of ones below the transposed values: where an
-        MXU of 256 x 256 has the time. Otherwise by additions, eight sums per query. Either way they are
-        summed as they are multiplied, rounded: a query that sees one key has exactly its value.
+      queries, keys: numbers of tokens.
+      scale: factor on the query-key products.
+      ones: sums the weights in the matrix product, with rows of ones below the transposed values, which is
+        free on an MXU of 256 x 256. Otherwise by additions, with eight sums per query. Both sum the rounded
+        weights that multiply the values: a query that sees one key gets exactly that key's value.
       exact: takes the largest score of every unit.
     """
 
@@ -79,10 +78,10 @@ class ForwardKernel:
         vmem_bytes: int,
         interpret: Any = False,
     ) -> tuple[Array, Array]:
-        """`b s (n k)` of query, key, value to that of the output, and the log-sum-exp, `b groups heads s`.
+        """Output, `b s (n k)` as the inputs, and log-sum-exp, `b groups heads s`.
 
         Args:
-          previous: both results, of which only the blocks of queries that are met are replaced.
+          previous: both results of an earlier call; only the scheduled blocks of queries are replaced.
         """
         schedule, blocks, heads = self.masking.schedule, self.blocks, self.heads
         batch = query.shape[0]
@@ -106,7 +105,7 @@ class ForwardKernel:
         inputs = (*schedule.prefetch, query, key, value, *self.masking.arrays)
         aliases = {} if previous is None else {len(inputs): 0, len(inputs) + 1: 1}
         grid = schedule.grid(batch, heads.groups)
-        # That the exact variant is needed is not expected.
+        # The cost estimate assumes that the exact variant does not run.
         scores = 0 if self.exact else self.queries * self.keys
         return pl.pallas_call(
             functools.partial(self._body, previous is not None),
@@ -116,8 +115,8 @@ class ForwardKernel:
                 in_specs=[of_queries, of_keys, of_keys, *mask_specs, *[anywhere] * len(aliases)],
                 out_specs=[of_queries, of_rows],
                 scratch_shapes=[
-                    pltpu.VMEM(self._own_queries(), query.dtype),
-                    pltpu.VMEM(self._own_keys(), query.dtype),
+                    pltpu.VMEM(self._query_copy_shape(), query.dtype),
+                    pltpu.VMEM(self._key_copy_shape(), query.dtype),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.keys), value.dtype),
                     pltpu.VMEM((heads.together, 8, blocks.queries), jnp.float32),
                     pltpu.VMEM((heads.together, heads.padded + _TOTALS, blocks.queries), jnp.float32),
@@ -136,18 +135,18 @@ class ForwardKernel:
             interpret=interpret,
         )(*inputs, *(previous or ()))
 
-    def _own_queries(self) -> tuple[int, int, int]:
-        """The shape of copies of a block of queries, channels first, one for each head of a pair."""
+    def _query_copy_shape(self) -> tuple[int, int, int]:
+        """Shape of the copies of a block of queries, channels first, one per head; minimal if unpaired."""
         blocks, heads = self.blocks, self.heads
         return (heads.together, LANES, blocks.queries) if heads.paired else (1, 8, LANES)
 
     @property
     def ragged(self) -> bool:
-        """The last block of keys is not full; what is read beyond the end may be anything."""
+        """Whether the last block of keys is partial; reads beyond the end are undefined."""
         return self.keys % self.blocks.keys != 0
 
-    def _own_keys(self) -> tuple[int, int]:
-        """The shape of a copy of a block of keys, where one is needed."""
+    def _key_copy_shape(self) -> tuple[int, int]:
+        """Shape of the copy of a block of keys; minimal if no copy is needed."""
         return (self.blocks.keys, self.heads.lanes) if self.ragged else (8, LANES)
 
     def _body(self, has_previous: bool, *refs: Any) -> None:
@@ -159,7 +158,7 @@ class ForwardKernel:
         results, scratch = refs[:2], refs[2:]
         grid_step = self.masking.schedule.current_step(0, words)
         step = _Step(self, grid_step, (query, key, value), (*masks, None, None)[:3], results, scratch)
-        # Where rows are short, as under masks, their ends hide in a body of their own.
+        # Under masks an outer block has few steps: a separate body overlaps its start and end with products.
         ending: Any = False
         if isinstance(self.masking.schedule, Sparse) and not self.exact:
             ending = grid_step.full & grid_step.last
@@ -173,11 +172,11 @@ class ForwardKernel:
             pl.when(grid_step.active & jnp.logical_not(grid_step.full))(lambda: step.absorb(masked=True))
         pl.when(others(grid_step.last & grid_step.active))(step.finish)
         if not isinstance(grid_step.active, bool):
-            pl.when(grid_step.last & jnp.logical_not(grid_step.active))(step.see_nothing)
+            pl.when(grid_step.last & jnp.logical_not(grid_step.active))(step.write_zeros)
 
 
 class _Step:
-    """One block of queries meets one of keys."""
+    """One grid step: a block of queries with a block of keys."""
 
     def __init__(self, kernel: ForwardKernel, grid_step: GridStep, inputs, masks, results, scratch):
         self.kernel, self.grid_step = kernel, grid_step
@@ -187,36 +186,36 @@ class _Step:
         self.masks = masks
         self.means: dict[Any, list[Array]] = {}
         self.output, self.log_sum_exp = results
-        self.own_query, self.own_key, self.value_t, self.reference, self.sums, self.codes = scratch
+        self.query_copy, self.key_copy, self.value_t, self.reference, self.sums, self.codes = scratch
         self.channels = slice(0, self.heads.padded)
         self.totals = slice(self.heads.padded, self.heads.padded + (1 if kernel.ones else 8))
 
     def begin(self) -> None:
-        """Before the first block of keys."""
+        """Runs before the first block of keys."""
         for head in range(self.heads.together):
-            self._turn(head, slice(None))
+            self._copy_queries(head, slice(None))
 
-    def _turn(self, head: int, queries: slice) -> None:
-        """Copies queries of one head of a pair, channels first."""
+    def _copy_queries(self, head: int, queries: slice) -> None:
+        """Copies queries of one head of a pair, channels first, with the other head's channels zero."""
         if self.heads.paired:
             pair = self.query[queries, self.heads.window(head)].T
-            self.own_query[head, :, queries] = jnp.where(self.heads.own(head, pair.shape, 0), pair, 0)
+            self.query_copy[head, :, queries] = jnp.where(self.heads.own(head, pair.shape, 0), pair, 0)
 
     def absorb(self, *, masked: bool = False, ending: bool = False) -> None:
-        """All units of this block.
+        """Adds the weighted values of all units of this pair of blocks.
 
         Args:
-          masked: not all is seen.
-          ending: this is the row's last block, maybe its first too: what begins and finishes a row is done
-            for each unit of queries, beside the products of others.
+          masked: whether some query does not see some key.
+          ending: whether this is the last step of the outer block (it may be the first too): then each unit
+            of queries is started and finished in parallel with the products of other units.
         """
         blocks, heads = self.blocks, self.heads
         values = self.value[...].T
         ones = jnp.ones((_TOTALS, blocks.keys), jnp.float32)
         if self.kernel.ragged:
-            # Beyond the end there are copies of a key, which overflow nothing, with values of zero.
-            values, ones = (filled(x, self._left(), 0, axis=1) for x in (values, ones))
-            self.own_key[...] = filled(self.key[...], self._left(), self.key[0:1])
+            # Padding holds copies of a valid key, whose scores cannot overflow, with values of zero.
+            values, ones = (filled(x, self._key_count(), 0, axis=1) for x in (values, ones))
+            self.key_copy[...] = filled(self.key[...], self._key_count(), self.key[0:1])
         for head in range(heads.together):
             self.value_t[head, self.channels] = values[heads.rows(head)]
             self.value_t[head, heads.padded :] = ones.astype(values.dtype)
@@ -232,28 +231,28 @@ class _Step:
         )
         if not self.kernel.exact:
             totals = self.sums[:, self.totals]
-            # A row that is NaN, as those beyond the end may be, must not hide the others.
+            # A padding query may be NaN: the comparison keeps NaN out of the maximum.
             pl.when(jnp.max(jnp.where(totals > _RAISE, totals, 0.0)) > 0.0)(self._raise)
 
     def _scores(self, ending: bool, unit) -> Array:
         head, queries, keys = unit
         if ending and keys.start == 0:
-            self._turn(head, queries)
-        key = self.own_key if self.kernel.ragged else self.key
+            self._copy_queries(head, queries)
+        key = self.key_copy if self.kernel.ragged else self.key
         return self._products(head, queries, key[keys, self.heads.window(head)])
 
-    def _left(self) -> Any:
-        """Keys that there are from the start of this block."""
+    def _key_count(self) -> Any:
+        """Number of valid keys from the start of this block (may exceed the block)."""
         return self.kernel.keys - self.grid_step.inner * self.blocks.keys
 
     def _products(self, head: int, queries: slice, key: Array) -> Array:
-        """Of some keys, `r width`, and some queries."""
+        """Products of a slice of keys, `r width`, and a slice of queries."""
         if self.heads.paired:
-            return dot(key, self.own_query[head, :, queries], (1, 0))
+            return dot(key, self.query_copy[head, :, queries], (1, 0))
         return dot(key, self.query[queries, self.heads.window(head)], (1, 1))
 
     def _weights(self, masked: bool, unit, products: Array) -> tuple[Array, Array | None]:
-        """Exponentials, in the dtype of the values, and by what earlier sums are to be multiplied."""
+        """Exponentials, in the dtype of the values, and the factor for earlier sums (None is 1)."""
         head, queries, keys = unit
         scores = products * self.factor
         mask = None
@@ -273,22 +272,22 @@ class _Step:
             self._refer(head, queries, reference)
         weights = jnp.exp2(scores - reference)
         if self.kernel.exact and mask is not None:
-            # Of a query that has seen nothing yet, the largest score is none.
+            # Before a query's first visible key, its largest score is `NEGATIVE`: exp2 would give 1.
             weights = jnp.where(mask, weights, 0.0)
         weights = weights.astype(self.value_t.dtype)
         if not self.kernel.ones:
             wide = weights.astype(jnp.float32)
             if self.kernel.ragged:
-                wide = filled(wide, self._left() - keys.start, 0.0)
+                wide = filled(wide, self._key_count() - keys.start, 0.0)
             self._sum(head, self.totals, queries, keys, wide.reshape(-1, 8, wide.shape[1]).sum(0), shrink)
         return weights, shrink
 
     def _sample(self, products: Array) -> Array:
-        """The largest scores among some keys of a block's first unit."""
+        """The largest scores among the first `_SAMPLE` keys of a block's first unit."""
         return self.factor * products[:_SAMPLE].max(0, keepdims=True)
 
     def _refer(self, head: int, queries: slice, reference: Array) -> None:
-        """Keeps what exponentials are relative to."""
+        """Stores the reference of the exponentials."""
         self.reference[head, :, queries] = jnp.broadcast_to(reference, (8, reference.shape[1]))
 
     def _add(self, ending: bool, unit, transformed: tuple[Array, Array | None]) -> None:
@@ -303,11 +302,11 @@ class _Step:
         self.sums[head, rows, queries] = added + (before if shrink is None else before * shrink)
 
     def _unless_first(self, keys: slice, stored: Array, initial: Any) -> Array:
-        """What earlier units stored, or at a block of queries' first keys, when there are none, `initial`."""
+        """`stored`, the sum of earlier units, or `initial` at the first keys of a block of queries."""
         return jnp.where(self.grid_step.first, initial, stored) if keys.start == 0 else stored
 
     def _raise(self) -> None:
-        """Moves the reference of rows with a large sum to where the sum is about 1, by a power of two."""
+        """Raises the reference of queries with a large sum by a power of two, so that the sum is about 1."""
         for head in range(self.heads.together):
             total = self.sums[head, self.totals].sum(0, keepdims=True)
             up = jnp.where(total > 1.0, jnp.round(jnp.log2(total)), 0.0)
@@ -316,12 +315,12 @@ class _Step:
             self.sums[head] *= shrink
 
     def finish(self) -> None:
-        """After the last block of keys."""
+        """Runs after the last block of keys."""
         for head in range(self.heads.together):
             self._finish(head, slice(None))
 
     def _finish(self, head: int, queries: slice) -> None:
-        """Writes the results of some queries; of a pair's, when it is at the second head."""
+        """Writes the results of a slice of queries; for a pair of heads, the output at the second head."""
         sums = self.sums[head, :, queries]
         total = sums[self.totals].sum(0, keepdims=True)
         logarithm = self.reference[head, 0:1, queries] + jnp.log2(total)
@@ -340,7 +339,7 @@ class _Step:
         else:
             self.output[queries, self.heads.window(head)] = jnp.concatenate(means, axis=0).T
 
-    def see_nothing(self) -> None:
-        """There are no keys for any of these queries."""
+    def write_zeros(self) -> None:
+        """Writes the results of a block of queries that sees no key."""
         self.output[...] = jnp.zeros_like(self.output)
         self.log_sum_exp[...] = jnp.full_like(self.log_sum_exp, -jnp.inf)

@@ -1,4 +1,4 @@
-"""How heads lie in the arrays that the TPU kernels read, and what both kernels share."""
+"""Layout of heads in the TPU kernels' arrays, their masks and schedules, and shared helpers."""
 
 import dataclasses
 import functools
@@ -19,20 +19,20 @@ __all__ = ["LANES", "LOG2_E", "NEGATIVE", "Heads", "Masking", "dot", "filled", "
 LANES = 128
 LOG2_E = math.log2(math.e)
 NEGATIVE = -1e30
-"""A score that counts for nothing, finite so that differences of two are not NaN."""
+"""Score of a hidden key: its weight is zero; finite, so that the difference of two is not NaN."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Heads as lanes of `b s (n k)`, which is `b s n k` without a transpose.
+    """Layout of heads along the lanes of `b s (n k)`, a reshape of `b s n k` without a transpose.
 
-    A kernel's block is `lanes` wide and holds some heads side by side: one or more, or pairs of 64 channels.
+    A kernel's block is `lanes` wide and holds adjacent heads: one or more, or pairs of 64 channels each.
 
     Attributes:
-      count: heads.
+      count: number of heads.
       dim: channels of a head.
-      padded: channels that a head is given; more than `dim` only where it does not fit otherwise.
-      together: heads of one block.
+      padded: lanes per head; `dim` for paired heads, else `dim` rounded up to a multiple of `LANES`.
+      together: heads per block.
     """
 
     count: int
@@ -42,17 +42,17 @@ class Heads:
 
     @classmethod
     def of(cls, query: Array, at_once: int = 1) -> "Heads":
-        """Of `b s n k`.
+        """Layout of the heads of `query`, `b s n k`.
 
         Args:
-          at_once: heads, or pairs of 64 channels, that a block holds; fewer where this is no divisor.
+          at_once: most heads, or pairs of heads with 64 channels, per block; the largest divisor up to this.
 
         Raises:
           NotImplementedError: a head has more than 256 channels.
         """
         *_, count, dim = query.shape
         if dim > 256:
-            raise NotImplementedError(f"attention: heads of {dim} channels; the kernel has at most 256")
+            raise NotImplementedError(f"attention: heads of {dim} channels; the kernel takes at most 256")
         pair = 2 if dim == LANES // 2 and count % 2 == 0 else 1
         padded = dim if pair == 2 else -(-dim // LANES) * LANES
         at_once = next(n for n in range(at_once, 0, -1) if count // pair % n == 0)
@@ -60,21 +60,21 @@ class Heads:
 
     @property
     def lanes(self) -> int:
-        """Of a block."""
+        """Lanes of a block."""
         return self.together * self.padded
 
     @property
     def paired(self) -> bool:
-        """Two heads share 128 lanes."""
+        """Whether two heads share 128 lanes."""
         return self.padded < LANES
 
     @property
     def width(self) -> int:
-        """Lanes that a product goes over: of a head, or of a pair, of which one head's are zero."""
+        """Lanes of a matrix product: those of a head, or of a pair with the other head's lanes zero."""
         return max(LANES, self.padded)
 
     def window(self, head: int) -> slice:
-        """The `width` lanes of a block in which a head of it lies."""
+        """The `width` lanes of a block that contain one of its heads."""
         start = head * self.padded // self.width * self.width
         return slice(start, start + self.width)
 
@@ -83,23 +83,23 @@ class Heads:
         return self.count // self.together
 
     def merged(self, x: Array) -> Array:
-        """`b s n k` as `b s (n k)`."""
+        """Reshapes `b s n k` to `b s (n k)`, with heads padded to `padded` lanes."""
         if self.padded != self.dim:
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.padded - self.dim)))
         return x.reshape(*x.shape[:2], self.count * self.padded)
 
     def split(self, x: Array) -> Array:
-        """Back from `merged`."""
+        """Inverse of `merged`."""
         x = x.reshape(*x.shape[:2], self.count, self.padded)
         return x[..., : self.dim] if self.padded != self.dim else x
 
     def cost(self, arrays: Sequence[Any], products: int, *, batch: int, scores: int) -> pl.CostEstimate:
-        """Of a kernel that meets everything.
+        """Cost estimate of a kernel that computes all pairs of blocks.
 
         Args:
-          arrays: what is read and written.
-          products: of matrices, of the size of a head's scores times its channels.
-          scores: of one head, queries times keys.
+          arrays: arrays that the kernel reads and writes.
+          products: number of matrix products, each of queries x keys x channels multiply-adds per head.
+          scores: queries x keys, the scores of one head.
         """
         scores *= batch * self.count
         return pl.CostEstimate(
@@ -109,11 +109,11 @@ class Heads:
         )
 
     def rows(self, head: int) -> slice:
-        """Channels of one of the heads of a block."""
+        """The channels of one head within a block."""
         return slice(head * self.padded, (head + 1) * self.padded)
 
     def own(self, head: int, shape: tuple[int, ...], axis: int) -> Array:
-        """Which elements of a head's window, along an axis of channels, are of this head."""
+        """Mask of the elements of a head's window, along the axis of channels, that belong to this head."""
         channel = lax.broadcasted_iota(jnp.int32, shape, axis)
         first = head * self.padded % self.width
         return (channel >= first) & (channel < first + self.padded)
@@ -121,12 +121,12 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masking:
-    """What a kernel is told about what is seen.
+    """Block schedule and mask arrays of a kernel.
 
     Attributes:
       schedule: `Dense` or `Sparse`.
-      codes, low, high: int32, `b 1 r` and `b 1 s` (b may be 1), padded to whole blocks; None where nothing is
-        masked, and no `high` where it is `low`.
+      codes, low, high: int32, `b 1 r` and `b 1 s` (b may be 1), padded to whole blocks; None without key
+        ranges, and `high` is None if it equals `low`.
     """
 
     schedule: Dense | Sparse
@@ -139,7 +139,7 @@ class Masking:
         return tuple(x for x in (self.codes, self.low, self.high) if x is not None)
 
     def specs(self, blocks: BlockSizes, *, queries_outside: bool) -> list[pl.BlockSpec]:
-        """Of `arrays`; `queries_outside` where blocks of queries are the outer ones."""
+        """Block specs of `arrays`; `queries_outside` says that blocks of queries are the outer ones."""
 
         def spec(x: Array, size: int, outside: bool) -> pl.BlockSpec:
             one = x.shape[0] == 1
@@ -161,10 +161,11 @@ def masking(
     queries_outside: bool,
     only: Array | None = None,
 ) -> Masking:
-    """Plans a kernel's schedule.
+    """Schedule and mask arrays of a kernel.
 
     Args:
-      only: bool, `b q`: blocks of queries that are to be met at all.
+      queries_outside: whether blocks of queries are the outer ones.
+      only: bool, `b q`: blocks of queries to schedule; None is all.
     """
     (batch, queries, *_), keys = query.shape, key.shape[1]
     counts = -(-queries // blocks.queries), -(-keys // blocks.keys)
@@ -173,37 +174,38 @@ def masking(
         schedule = Dense(outer=outer, inner=inner)
     else:
         sizes = {"query_block": blocks.queries, "key_block": blocks.keys}
-        some, whole = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
+        any_visible, all_visible = seen_blocks(ranges, block_mask, queries=queries, keys=keys, **sizes)
         if only is not None:
-            # An output block that is met is written: where nothing is to be done, the first is done again.
+            # Each example has a step, and each step writes an output block: if none is due, redo the first.
             only = only | (
                 (lax.broadcasted_iota(jnp.int32, only.shape, 1) == 0) & ~only.any(1, keepdims=True)
             )
-            some = jnp.broadcast_to(some, (batch, *counts)) & only[:, :, None]
-            schedule = Sparse(some, jnp.broadcast_to(whole, some.shape), inner_once=False, required=only)
+            any_visible = jnp.broadcast_to(any_visible, (batch, *counts)) & only[:, :, None]
+            all_visible = jnp.broadcast_to(all_visible, any_visible.shape)
+            schedule = Sparse(any_visible, all_visible, inner_once=False, required=only)
         elif queries_outside:
-            schedule = Sparse(some, whole, inner_once=False)
+            schedule = Sparse(any_visible, all_visible, inner_once=False)
         else:
-            schedule = Sparse(some.swapaxes(1, 2), whole.swapaxes(1, 2), inner_once=True)
+            schedule = Sparse(any_visible.swapaxes(1, 2), all_visible.swapaxes(1, 2), inner_once=True)
     if ranges is None:
         return Masking(schedule=schedule, codes=None, low=None, high=None)
     to_blocks = lambda x, size: (0, -x.shape[1] % size)  # noqa: E731
     codes, low, high = ranges
     codes = jnp.pad(codes, ((0, 0), to_blocks(codes, blocks.keys)), constant_values=HIDDEN)
-    # Queries beyond the end see what the last one sees: that a row sees nothing is then of that row's making.
+    # Padding queries repeat the last query's range, so that they do not change which blocks see no key.
     wide = lambda x: jnp.pad(x, ((0, 0), to_blocks(x, blocks.queries)), mode="edge")[:, None]  # noqa: E731
     return Masking(
         schedule=schedule, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
     )
 
 
-def filled(x: Array, left: Any, other: Any, axis: int = 0) -> Array:
-    """A block of which only the first `left` tokens are there, and in place of the others `other`."""
-    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < left, x, other)
+def filled(x: Array, count: Any, other: Any, axis: int = 0) -> Array:
+    """`x` with all but the first `count` tokens along `axis` replaced by `other`."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, x, other)
 
 
 def dot(x: Array, y: Array, contracted: tuple[int, int]) -> Array:
-    """Product of two matrices over one dimension of each, in float32; of float32 to float32's precision."""
+    """Matrix product over one dimension of each, in float32; full float32 precision for float32 inputs."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
         x,
@@ -218,8 +220,8 @@ def visible(codes: Any, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
     """The mask of a unit, keys by queries.
 
     Args:
-      codes: of keys, the same in all of 128 lanes.
-      low, high: of queries, `1 q`; `high` may be None.
+      codes: codes of keys, repeated over 128 lanes.
+      low, high: ranges of queries, `1 q`; None for `high` means that it equals `low`.
     """
     codes = jnp.tile(codes, (1, shape[1] // LANES))
     if high is None:

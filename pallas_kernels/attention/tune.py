@@ -1,14 +1,15 @@
-"""Finds the block sizes of `block_sizes.json` by static cycles; no TPU is needed, but libtpu.
+"""Tunes the block sizes in `block_sizes.json` by static cycle counts; needs libtpu, but no TPU.
 
     python -m vidgen.pallas_kernels.attention.tune --generation v6e [--pass forward] [--head-dim 128]
         [--masked | --no-masked] [--limit 300] [--write]
 
-Every candidate is compiled and its cycles per tile are printed, by the stall model, which runs everywhere
-(`tpu_static`); `--write` puts the best of each pass, head dimension and kind into the table.
-Sizes for masks are found on a packed sequence of equal segments of one block each, of blocks of 1024 tokens:
-smaller ones leave out more of what is not seen, larger ones cost less where everything is. Half of the blocks
-count as if a segment ended within. What takes libtpu longer than `--limit` seconds to compile is not taken:
-users wait for it, too. Half an hour or more for the lines of a generation, several times that for tpu7x's.
+Compiles every candidate and prints its cycles per tile by the stall model, which runs for all generations
+(`tpu_static`). `--write` stores the best of each pass, head dimension and kind (masked or not) in the table.
+Sizes for masks are tuned on a packed row of equal segments of one block each, with blocks of 1024 tokens:
+smaller blocks skip more hidden pairs, larger ones cost less where everything is visible. Half of the blocks
+count as if a segment boundary were inside. Candidates that take libtpu longer than `--limit` seconds to
+compile are skipped, because users wait for that too. Takes half an hour or more per generation, several times
+that for tpu7x.
 """
 
 import argparse
@@ -35,15 +36,15 @@ _PAIRS = {
     "forward": [(2048, 2048), (4096, 2048)],
     "backward": [(1024, 1024), (2048, 1024), (2048, 2048)],
 }
-"""Queries and keys of a block where everything is seen."""
+"""Queries and keys of a block without a mask."""
 _AT_ONCE = {64: (4, 2), 128: (4, 2), 256: (2,)}
-"""Heads, or pairs of 64 channels, of a block under a mask."""
+"""Heads, or pairs of heads with 64 channels, per block under a mask, by head dimension."""
 BODIES: tuple[Literal["fewest", "most"], ...] = ("fewest", "most")
-"""Of a kernel: for blocks that are seen as a whole, and for the others."""
+"""A kernel's bodies, as `Choice.take`: for fully visible blocks, and for partly visible ones."""
 
 
 def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[BlockSizes]:
-    """Sizes worth trying: at most so many scores per block that a program stays of a size that compiles."""
+    """Block sizes worth trying; their scores per block are limited so that the program compiles."""
     pairs = [(1024, 1024)] if masked or head_dim == 256 else _PAIRS[which]
     units = [(256, 256), (512, 256)]
     depths = [(1, 1), (2, 2), (4, 2)]
@@ -63,20 +64,20 @@ def candidates(which: specs.Pass, *, head_dim: int, masked: bool) -> Iterator[Bl
 
 
 def build(*, which: str, sizes: dict[str, int], **shape: Any) -> tuple[Any, Sequence[Any]]:
-    """One pass with these sizes, and its arguments, for `measure`."""
+    """A pass with these block sizes, and its arguments: the `build` of a `Job`."""
     return getattr(attention, which)(**shape, blocks=BlockSizes(**sizes))
 
 
 def tune(
     generation: str, which: specs.Pass, *, head_dim: int, masked: bool, limit: float = 300.0
 ) -> tuple[BlockSizes, float]:
-    """The best candidate and its cycles per tile of 1024 x 1024, each printed.
+    """The best candidate and its cycles per tile of 1024 x 1024; prints every candidate.
 
     Args:
-      limit: seconds for one compilation.
+      limit: most seconds for one compilation.
 
     Raises:
-      RuntimeError: none of them compiles.
+      RuntimeError: no candidate compiles.
     """
     tried, jobs, tiles = list(candidates(which, head_dim=head_dim, masked=masked)), [], []
     for sizes in tried:
@@ -85,7 +86,7 @@ def tune(
             shape = Shape(head_dim=head_dim, heads=shape.heads * sizes.heads, segments=8)
         keywords = {"generation": generation, "which": which, "sizes": dataclasses.asdict(sizes)}
         hints = shape.hints(generation, sizes)
-        # Of the two bodies of a kernel with masks, the one that compares codes does a little more.
+        # A kernel with masks has two bodies; the one that compares codes does slightly more work.
         for take in BODIES if masked else BODIES[:1]:
             jobs.append(
                 Job(
@@ -104,12 +105,12 @@ def tune(
     found = []
     reports = iter(measure(jobs, generation=generation, evaluate=False, limit=limit))
     for sizes, size in zip(tried, tiles, strict=True):
-        own = [next(reports) for _ in (BODIES if masked else BODIES[:1])]
-        failure = " ".join(report.failure for report in own).strip()
+        measured = [next(reports) for _ in (BODIES if masked else BODIES[:1])]
+        failure = " ".join(report.failure for report in measured).strip()
         if failure:
             print(f"{sizes}: {failure}", flush=True)
             continue
-        each = [cast(int, report.kernel_cycles("stall model")) / size for report in own]
+        each = [cast(int, report.kernel_cycles("stall model")) / size for report in measured]
         print(f"{sizes}: {', '.join(str(round(cycles, 1)) for cycles in each)}", flush=True)
         found.append((sum(each) / len(each), sizes))
     if not found:
@@ -119,16 +120,16 @@ def tune(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Tunes and prints the best sizes, the last line as one JSON object; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--generation", choices=list(GENERATIONS), required=True)
-    parser.add_argument("--pass", dest="which", choices=PASSES, help="by default both")
-    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="by default all")
-    parser.add_argument("--masked", action=argparse.BooleanOptionalAction, help="by default both")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one compilation")
-    parser.add_argument("--write", action="store_true", help=f"puts the best into {TABLE.name}")
+    parser.add_argument("--pass", dest="which", choices=PASSES, help="default: both")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="default: all")
+    parser.add_argument("--masked", action=argparse.BooleanOptionalAction, help="default: both")
+    parser.add_argument("--limit", type=float, default=300.0, help="most seconds for one compilation")
+    parser.add_argument("--write", action="store_true", help=f"write the best sizes into {TABLE.name}")
     options = parser.parse_args(argv)
     result = {}
     for which, head_dim, masked in itertools.product(

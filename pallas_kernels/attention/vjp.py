@@ -1,4 +1,4 @@
-"""The attention kernels as one differentiable function, for use without vidgen."""
+"""The attention kernels as one differentiable function, usable without vidgen."""
 
 import functools
 from typing import Any, Literal
@@ -26,29 +26,31 @@ def attention(
     generation: str | None = None,
     interpret: Any = False,
 ) -> Array:
-    """Softmax attention with its gradient; a query that sees nothing gives zeros and takes no gradient.
+    """Differentiable softmax attention; a query that sees no key gives zeros and gets zero gradient.
 
-    XLA does not partition a kernel: on a mesh, call it in `shard_map`, each device with all keys of its
-    queries.
+    XLA does not partition a kernel: on a mesh, call this inside `shard_map`, with all keys of a device's
+    queries on that device.
 
     Args:
-      query, key, value: `b s n k`, `b r n k`, `b r n k`, of the dtypes that the backend takes.
-      scale: of the products, 1 / sqrt(k) by default; a Python number.
-      ranges, block_mask: what is seen; both, where both are given. They get no gradient.
+      query, key, value: `b s n k`, `b r n k`, `b r n k`, of a dtype that the backend supports.
+      scale: factor on the query-key products, 1 / sqrt(k) by default; a Python number.
+      ranges, block_mask: masks without gradients; a query sees a key if both allow it.
       backend: by default that of the first device.
-      generation: of TPUs, as `specs.GENERATIONS` names them; by default that of the first device.
-      interpret: runs on any device, slowly, to test.
+      generation: TPU generation, a key of `specs.GENERATIONS`; by default that of the first device.
+      interpret: interprets the kernels on any device: slow, for tests.
 
     Returns:
-      The mean of the values, `b s n k`.
+      The weighted mean of the values, `b s n k`.
 
     Raises:
-      NotImplementedError: the kernels do not take such shapes or dtypes, or there are none for the device.
+      NotImplementedError: unsupported shapes or dtypes, or no kernels for the device.
     """
     if backend is None:
         platform = jax.devices()[0].platform
         if platform not in ("tpu", "gpu", "cuda"):
-            raise NotImplementedError(f"attention: no kernel for {platform}; name a backend to interpret it")
+            raise NotImplementedError(
+                f'attention: no kernel for {platform}; pass backend="tpu" or "gpu" with interpret=True'
+            )
         backend = "tpu" if platform == "tpu" else "gpu"
     options: dict[str, Any] = {"scale": scale, "interpret": interpret}
     if backend == "tpu":

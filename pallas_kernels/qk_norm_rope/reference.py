@@ -1,4 +1,4 @@
-"""Norm and rotation written out in plain JAX: what the kernel is compared with, and what explains it."""
+"""Reference norm and RoPE in plain JAX: specifies the kernel's results, and the tests compare with it."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ __all__ = ["norm_rope"]
 def norm_rope(
     x: Array, weight: Array, angles: Array | Rotation, *, eps: float = 1e-6, scale: float = 1.0
 ) -> Array:
-    """RMS norm over all heads (arXiv 1910.07467), then neighbouring pairs rotated (arXiv 2104.09864).
+    """RMS norm over all heads (arXiv 1910.07467), then RoPE on adjacent pairs (arXiv 2104.09864).
 
     Args:
       x: queries or keys, `b s (n k)` or `b s n k`.
-      weight: of the norm, `(n k)`.
-      angles: `#b s k2`, one per pair of a head, or the table that `rotation` makes of them.
+      weight: weight of the norm, `(n k)`.
+      angles: `#b s k2`, one per pair of a head's channels, or the table from `rotation`.
       eps: added to the mean square.
       scale: multiplies the result before it is rounded to the dtype of `x`.
 
     Returns:
-      Of the shape and dtype of `x`; float32 inside, or float64 for such an `x`.
+      An array with the shape and dtype of `x`, computed in float32, or in float64 if `x` is float64.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = (jax.lax.stop_gradient(part).astype(dtype)[:, :, None] for part in cos_sin(angles))

@@ -1,4 +1,4 @@
-"""Rotary angles as the kernel reads them: cosines and sines, computed once for all layers of a network."""
+"""RoPE table that the kernel reads: cosines and sines, computed once for all layers of a network."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ from jax import Array
 __all__ = ["LANES", "Rotation", "cos_sin", "rotation"]
 
 LANES = 128
-"""Numbers side by side in a TPU's vector register."""
+"""Lanes of a TPU vector register."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Rotations of the pairs of a head, for each token.
+    """Rotations of a head's channel pairs, for each token.
 
     Attributes:
-      table: float32, `#b s w`; w is `LANES`, or twice that for a `head_dim` above it. Cosines from column 0,
-        sines from column w / 2, one per pair.
-      head_dim: twice the number of pairs.
+      table: float32, `#b s w`; w is `LANES`, or 2 `LANES` if `head_dim` exceeds `LANES`. Cosines start at
+        column 0, sines at column w / 2, one per pair.
+      head_dim: channels of a head, twice the number of pairs.
     """
 
     table: Array
@@ -28,11 +28,11 @@ class Rotation:
 
 
 def rotation(angles: Array) -> Rotation:
-    """The table of angles, `#b s k2`; make it once, where the angles are made, and not in every layer.
+    """The table for angles `#b s k2`; compute it once with the angles, not in every layer.
 
-    A cosine costs some forty operations, so that to compute one per pair in the kernel would take as long as
-    all the rest of it; the table adds 512 bytes a token to the 4 per channel that the kernel moves anyhow.
-    No gradient flows to the angles.
+    A cosine takes about forty operations: one per pair in the kernel would take as long as everything else in
+    it. The table adds 512 bytes per token to the 4 bytes per channel that the kernel transfers anyway. No
+    gradient flows to the angles.
     """
     pairs = angles.shape[-1]
     half = LANES // 2 if 2 * pairs <= LANES else LANES

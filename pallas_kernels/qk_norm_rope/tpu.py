@@ -1,12 +1,12 @@
-"""The kernels for TPUs, forward and backward, each one pass over blocks of tokens.
+"""The TPU kernels, forward and backward, each one pass over blocks of tokens.
 
-A block of tokens, with all their channels, is in VMEM at once, and columns of `LANES` channels are worked on
-one after the other, so that heads of several sizes need no transpose. What bounds the kernels is memory: each
-number is read once and written once. There is no loop over the rows of a block, for each of its steps would
-wait for sums over lanes and for moves between them: the compiler overlaps the work of all rows.
+A block of tokens with all channels is in VMEM, and columns of `LANES` channels are processed one after the
+other, so that no head size needs a transpose. The kernels are memory-bound: each number is read once and
+written once. There is no loop over the tokens of a block, because each iteration would wait for reductions
+over lanes and for lane shuffles: unrolled, the compiler overlaps the work of all tokens.
 
-The partner of each number in its pair comes by one move of lanes for two rows of bfloat16. Two rotations by
-one lane and a selection take longer, and a product with a permutation matrix is no faster.
+The partner of each number in its pair comes from one lane shuffle per two rows of bfloat16. Two rotations by
+one lane and a select take longer, and a product with a permutation matrix is no faster.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from .rotation import LANES
 __all__ = ["ROW_TILE", "Interpret", "Options", "backward", "forward"]
 
 ROW_TILE = 16
-"""Blocks of tokens are multiples of this: the rows of a tile of bfloat16."""
+"""Rows of a bfloat16 tile; the number of tokens in a block is a multiple of it."""
 
 Interpret = bool | pltpu.InterpretParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is known when a kernel is compiled.
+    """Compile-time constants of a kernel.
 
     Attributes:
       head_dim, eps, scale: as in `vjp.norm_rope`.
       rows: tokens per block, a multiple of `ROW_TILE`.
-      interpret: run on any backend.
+      interpret: interprets the kernel, on any backend.
     """
 
     head_dim: int
@@ -47,7 +47,7 @@ class Options:
 
 
 def forward(x: Array, weight: Array, table: Array, options: Options) -> Array:
-    """The result for `x`, `b s d`; `weight` is float32, `table` that of a `Rotation`."""
+    """RMS norm and RoPE of `x`, `b s d`; `weight` is float32, `table` is `Rotation.table`."""
     grid, tokens, shared, angles = _blocks(x, table, options.rows)
     return pl.pallas_call(
         functools.partial(_forward_kernel, options=options),
@@ -65,14 +65,14 @@ def forward(x: Array, weight: Array, table: Array, options: Options) -> Array:
 def backward(
     x: Array, weight: Array, table: Array, cotangent: Array, options: Options
 ) -> tuple[Array, Array]:
-    """Gradients of `x`, in its dtype, and of `weight`, float32, given that of the result, `b s d`."""
+    """Gradients of `x`, in its dtype, and of `weight`, float32; `cotangent` is `b s d`."""
     grid, tokens, shared, angles = _blocks(x, table, options.rows)
     _, length, width = x.shape
     dx, dweights = pl.pallas_call(
         functools.partial(_backward_kernel, options=options, length=length),
         grid=grid,
         in_specs=[tokens, shared, angles, tokens],
-        # A row of the weight's gradient for each block, so that none waits for another.
+        # One partial weight gradient per block, so that blocks are independent.
         out_specs=[tokens, pl.BlockSpec((None, None, 1, width), lambda i, b: (i, b, 0, 0))],
         out_shape=[_like(x, x.shape, x.dtype), _like(x, (*grid, 1, width), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((options.rows, width), jnp.float32)],
@@ -85,17 +85,17 @@ def backward(
 
 
 def _like(x: Array, shape: tuple[int, ...], dtype: jnp.dtype | type) -> jax.ShapeDtypeStruct:
-    """Varies over the mesh axes that `x` does, within `shard_map`."""
+    """Output shape and dtype with the manual mesh axes of `x`, for use inside `shard_map`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _blocks(
     x: Array, table: Array, rows: int
 ) -> tuple[tuple[int, int], pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Grid, and blocks of tokens, of the weight, and of the table."""
+    """The grid, and the block specs of tokens, weight and table."""
     batch, length, width = x.shape
     each = int(table.shape[0] > 1)
-    # Clips are the inner axis, so that a table that all share is read once.
+    # Clips are the inner grid axis, so that a table shared by all clips is read once.
     grid = (pl.cdiv(length, rows), batch)
     tokens = pl.BlockSpec((None, rows, width), lambda i, b: (b, i, 0))
     shared = pl.BlockSpec((1, width), lambda i, b: (0, 0))
@@ -121,7 +121,7 @@ def _forward_kernel(x_ref, weight_ref, table_ref, out_ref, *, options: Options):
     for index, column in enumerate(_columns(x_ref.shape[-1])):
         cos, sin = turns[index % len(turns)]
         x, weight = x_ref[:, column], weight_ref[:, column]
-        across = _partners(jnp.broadcast_to(weight, (8, LANES)))[:1]  # Lanes of whole registers move.
+        across = _partners(jnp.broadcast_to(weight, (8, LANES)))[:1]  # Lane shuffles need full registers.
         result = x.astype(jnp.float32) * weight * cos + _partners(x) * across * sin
         out_ref[:, column] = result.astype(out_ref.dtype)
 
@@ -144,7 +144,7 @@ def _backward_kernel(
     back = inverse * options.scale
     turns = [(cos * back, sin * back) for cos, sin in _turns(table_ref, options.head_dim)]
     beyond = None
-    if length % rows:  # What lies beyond the last token is anything, NaN for instance.
+    if length % rows:  # Reads beyond the last token are undefined, e.g. NaN.
         row = pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
         beyond = row >= length
     product = jnp.zeros((rows, LANES), jnp.float32)
@@ -169,7 +169,7 @@ def _columns(width: int) -> list[slice]:
 
 
 def _inverse_rms(x_ref, eps: float) -> Array:
-    """Of each row, `r 1`."""
+    """1 / RMS of each token, `r 1`."""
     rows, width = x_ref.shape
     squares = jnp.zeros((rows, LANES), jnp.float32)
     for column in _columns(width):
@@ -178,9 +178,9 @@ def _inverse_rms(x_ref, eps: float) -> Array:
 
 
 def _turns(table_ref, head_dim: int) -> list[tuple[Array, Array]]:
-    """Cosine and sine for each lane, `r LANES`, of columns until heads begin where a column does again.
+    """Cosine and sine per lane, `r LANES`, for each column of one period of heads over columns.
 
-    The sine is negative in the first lane of a pair, whose partner is subtracted.
+    The sine is negative in the first lane of a pair, where the partner's term is subtracted.
     """
     rows, width = table_ref.shape
     cos, sin = table_ref[:, :LANES], table_ref[:, width - LANES :]
@@ -194,7 +194,7 @@ def _turns(table_ref, head_dim: int) -> list[tuple[Array, Array]]:
 
 
 def _partners(x: Array) -> Array:
-    """The other number of each pair, float32; of bfloat16, two rows move as one 32-bit number."""
+    """The other number of each pair, float32; two rows of bfloat16 are shuffled as one 32-bit row."""
     packed = pltpu.bitcast(x, jnp.int32) if x.dtype == jnp.bfloat16 else x
     lane = jax.lax.broadcasted_iota(jnp.int32, packed.shape, 1)
     moved = _take(packed, lane ^ 1)

@@ -1,1 +1,1 @@
-"""Cycles of kernels on TPUs that are not there: libtpu compiles for them, and what it writes is read."""
+"""Static cycle counts of TPU kernels without a TPU: libtpu compiles them, and its dumps are analysed."""

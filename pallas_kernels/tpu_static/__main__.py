@@ -1,12 +1,13 @@
-"""Prints the cycles of kernels on a TPU that is not there.
+"""Prints static cycle counts of TPU kernels; no TPU is needed.
 
     python -m vidgen.pallas_kernels.tpu_static attention --generation v6e [--head-dim 64] [--sequence 32768]
         [--json]
     python -m vidgen.pallas_kernels.tpu_static attention --update
 
-Cycles are per tile of 1024 queries by 1024 keys, of one core, for the whole jitted call; of a packed sequence
-per tile that is seen, by the stall model, since the evaluator does not see what is packed. With --json the
-last line is `{"v6e": {"forward": ..., "backward": ..., "method": ...}}`. `measure.py` says what is trusted.
+Cycles are per tile of 1024 queries by 1024 keys, on one core, for the whole jitted call. For a packed row
+they are per visible tile and come from the stall model, because the evaluator has no segment ids. With --json
+the last line is `{"v6e": {"forward": ..., "backward": ..., "method": ...}}`. `measure.py` describes the
+methods.
 """
 
 import argparse
@@ -23,7 +24,7 @@ MIB = 2**20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; 1 if a pass could not be measured."""
+    """Measures and prints; returns the exit status, 1 if a pass could not be measured."""
     options = _parser().parse_args(arguments)
     try:
         if options.update:
@@ -47,13 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sequence", type=int, default=8192, help="the evaluator's time grows with its square"
     )
-    parser.add_argument("--heads", type=int, default=0, help="by default as many as fill 128 lanes")
-    parser.add_argument("--segments", type=int, default=1, help="equal ones, packed into the sequence")
-    parser.add_argument("--no-evaluator", action="store_true", help="the stall model alone, which is quick")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one compilation")
-    parser.add_argument("--json", action="store_true", help="no table, and the last line one JSON object")
+    parser.add_argument("--heads", type=int, default=0, help="default: as many as fill 128 lanes")
     parser.add_argument(
-        "--update", action="store_true", help=f"write {attention.TABLE.name}, all generations"
+        "--segments", type=int, default=1, help="number of equal segments packed into the sequence"
+    )
+    parser.add_argument("--no-evaluator", action="store_true", help="use only the stall model, which is fast")
+    parser.add_argument("--limit", type=float, default=900.0, help="most seconds for one compilation")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--update", action="store_true", help=f"measure all generations and write {attention.TABLE.name}"
     )
     return parser
 
@@ -89,7 +92,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _lines(report: Report, shape: Shape) -> list[str]:
-    """The kernels, their interior steps and slots, and what XLA adds."""
+    """Lines for the kernels with their interior steps and slots, and for XLA's operations around them."""
     lines = [f"  no evaluator: {report.unevaluated}"] if report.unevaluated else []
     for kernel in report.kernels:
         lines += _kernel_lines(kernel, shape)

@@ -1,7 +1,7 @@
-"""The attention kernels' cycles per tile of 1024 queries by 1024 keys, and the table that they are held to.
+"""The attention kernels' cycles per tile of 1024 queries by 1024 keys, and the table of expected values.
 
-Figures are of one core and of the whole jitted call, from `b s n k` to `b s n k` in bfloat16 with b = 1: the
-kernels and all that XLA adds around them.
+Figures are for one core and for the whole jitted call, from `b s n k` to `b s n k` in bfloat16 with b = 1:
+the kernels and the operations that XLA adds around them.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ __all__ = [
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 HEAD_DIMS = (64, 128)
 TABLE = pathlib.Path(__file__).with_suffix(".json")
-"""Cycles per tile of each pass by generation and head dim; written by `update_table`."""
+"""File with the cycles per tile of each pass by generation and head dim; `update_table` writes it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is attended to.
+    """Shape of a self-attention call.
 
     Attributes:
-      sequence: queries, and as many keys.
-      head_dim: of queries, keys and values.
-      heads: by default as many as fill the 128 lanes of a register.
-      segments: of equal length, packed into the sequence; 1 is no packing.
+      sequence: number of queries and of keys.
+      head_dim: channels of a head in queries, keys and values.
+      heads: number of heads; by default as many as fill the 128 lanes of a register.
+      segments: number of segments of equal length in the sequence; 1 is no packing.
     """
 
     sequence: int = 8192
@@ -61,14 +61,14 @@ class Shape:
 
     @property
     def tiles(self) -> float:
-        """Of 1024 by 1024 scores that are seen."""
+        """Number of visible tiles of 1024 by 1024 scores, over all heads."""
         return self.heads * (self.sequence / 1024) ** 2 / self.segments
 
     def hints(self, generation: str, blocks: BlockSizes | None = None) -> dict[str, Hint]:
-        """Steps and rows of steps of the kernels' grids, which of a packed sequence the device computes.
+        """Grid steps and outer blocks of the kernels, which for a packed row only the device computes.
 
         Raises:
-          ValueError: segments are not of whole blocks.
+          ValueError: segments are not multiples of the blocks.
         """
         hints, length = {}, self.sequence // self.segments
         for name in PASSES:
@@ -80,10 +80,10 @@ class Shape:
                 raise ValueError(f"{self}: segments must be of whole blocks, which are {sizes}")
             of_queries, of_keys = -(-length // sizes.queries), -(-length // sizes.keys)
             steps = self.segments * of_queries * of_keys * call.heads.groups
-            # In the backward pass both begin and end; what does so less often is counted too often.
+            # In the backward pass blocks of both sides start and end; the rarer side is counted too often.
             rows = of_queries if name == "forward" else max(of_queries, of_keys)
             rows *= self.segments * call.heads.groups
-            # What ends a row of the forward pass under a mask is done by its first body.
+            # Under a mask, the forward kernel's first body handles the last step of an outer block.
             end = Choice(take=(0,)) if masked and name == "forward" else None
             hints[f"attention_{name}"] = Hint(steps=steps, rows=rows, choice=Choice(take="fewest"), end=end)
         return hints
@@ -92,10 +92,10 @@ class Shape:
 def forward(
     *, generation: str, sequence: int, heads: int, head_dim: int, segments: int = 1, blocks: Any = None
 ) -> tuple[Any, Sequence[Any]]:
-    """The forward pass, and its arguments."""
+    """The forward pass as a function, and its abstract arguments."""
 
-    def call(query: Any, key: Any, value: Any, own: Any = None) -> Any:
-        ranges = None if own is None else segment_ranges(own, own)
+    def call(query: Any, key: Any, value: Any, segment_ids: Any = None) -> Any:
+        ranges = None if segment_ids is None else segment_ranges(segment_ids, segment_ids)
         return tpu.forward(query, key, value, generation=generation, blocks=blocks, ranges=ranges)
 
     return call, [*[_tokens(sequence, heads, head_dim)] * 3, *_segments(sequence, segments)]
@@ -104,12 +104,18 @@ def forward(
 def backward(
     *, generation: str, sequence: int, heads: int, head_dim: int, segments: int = 1, blocks: Any = None
 ) -> tuple[Any, Sequence[Any]]:
-    """The backward pass, given what the forward pass returned, and its arguments."""
+    """The backward pass, from the forward pass's results, as a function, and its abstract arguments."""
 
     def call(
-        query: Any, key: Any, value: Any, output: Any, log_sum_exp: Any, cotangent: Any, own: Any = None
+        query: Any,
+        key: Any,
+        value: Any,
+        output: Any,
+        log_sum_exp: Any,
+        cotangent: Any,
+        segment_ids: Any = None,
     ) -> Any:
-        ranges = None if own is None else segment_ranges(own, own)
+        ranges = None if segment_ids is None else segment_ranges(segment_ids, segment_ids)
         inputs = (query, key, value, output, log_sum_exp, cotangent)
         return tpu.backward(*inputs, generation=generation, blocks=blocks, ranges=ranges)
 
@@ -134,9 +140,9 @@ def measure_passes(
     limit: float = 900.0,
     passes: Sequence[str] = PASSES,
 ) -> dict[str, Report]:
-    """Reports of passes, by name; see `measure`."""
+    """Reports by pass; the other arguments are those of `measure`."""
     keywords = {"generation": generation, **dataclasses.asdict(shape)}
-    # What is computed again, exactly, is what almost no input needs.
+    # The "least" branch skips the exact recomputation, which almost no input needs.
     hints = shape.hints(generation)
     jobs = [
         Job(build=f"{__name__}:{name}", keywords=keywords, hints=hints, branch="least") for name in passes
@@ -146,11 +152,11 @@ def measure_passes(
 
 
 def row(report: Report, shape: Shape) -> dict[str, Any]:
-    """A pass of the table.
+    """The table entry of a pass.
 
     Returns:
-      `cycles` per tile of the whole call, the `method` that they are by, and `stall model`: those of the
-      kernels alone by the stall model, which runs everywhere. None where something is not known.
+      `cycles` per tile of the whole call, the `method` behind them, and `stall model`: cycles per tile of the
+      kernels alone by the stall model, which runs for all generations. None stands for unknown.
     """
     per_tile = lambda cycles: None if cycles is None else round(cycles / shape.tiles, 1)  # noqa: E731
     return {
@@ -161,7 +167,7 @@ def row(report: Report, shape: Shape) -> dict[str, Any]:
 
 
 def update_table(limit: float = 900.0) -> dict[str, Any]:
-    """Measures all generations and head dims and writes `TABLE`."""
+    """Measures all generations and head dims, writes `TABLE` and returns it."""
     import libtpu
 
     table: dict[str, Any] = {"libtpu": libtpu.__version__, "sequence": Shape().sequence}

@@ -1,4 +1,4 @@
-"""Readers of libtpu's dumps of a kernel: its final bundles, and which slots each of them uses."""
+"""Readers of libtpu's dumps of a kernel: its final bundles, and the slots that each bundle uses."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ _BRANCH = re.compile(
 
 
 class DumpError(ValueError):
-    """A dump that does not read as expected; the message says where."""
+    """A dump does not have the expected format; the message names the place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Branch:
 
     Attributes:
       source, target: indices of bundles.
-      conditional: whether it may fall through.
+      conditional: whether the jump may fall through.
     """
 
     source: int
@@ -33,14 +33,14 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A kernel as it is issued: one bundle per cycle, unless something stalls.
+    """The bundles of a kernel: one is issued per cycle unless something stalls.
 
     Attributes:
-      bundles: their text, in program order.
+      bundles: text of each bundle, in program order.
       units: names of the columns of `use`, e.g. MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE,
         VSTORE:SPILL, SALU; fills and spills are part of the loads and stores.
       capacity: slots of each unit in a bundle.
-      use: slots used, by bundle and unit.
+      use: used slots, by bundle and unit.
     """
 
     bundles: tuple[str, ...]
@@ -55,23 +55,24 @@ class Listing:
 
 
 def read_listing(bundles: str, utilization: str) -> Listing:
-    """Of the texts of `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
+    """Parses the texts of `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
 
     Raises:
-      DumpError: there are no bundles, or no table of slots, or the two are of different length.
+      DumpError: there are no bundles, there is no table of slots, or the table has fewer rows than bundles.
     """
     texts = _read_bundles(bundles.splitlines())
     units, rows = _read_utilization(utilization.splitlines())
-    # The table may have a few rows more than there are bundles.
+    # The table may have a few more rows than there are bundles.
     if not texts or len(rows) <= len(texts):
         raise DumpError(
-            f"{len(texts)} bundles, and {max(0, len(rows) - 1)} rows of slots, are not one kernel"
+            f"{len(texts)} bundles, and {max(0, len(rows) - 1)} rows of slots: expected the dumps of one "
+            "kernel, with at least as many rows as bundles"
         )
     return Listing(bundles=tuple(texts), units=units, capacity=rows[0], use=tuple(rows[1 : len(texts) + 1]))
 
 
 def _read_bundles(lines: Sequence[str]) -> list[str]:
-    """A bundle begins with its index; the lines below it, e.g. of a DMA's window, are part of it."""
+    """Text of each bundle: the line with its index and the lines below it, e.g. of a DMA's window."""
     texts: list[str] = []
     for line in lines:
         match = _BUNDLE.match(line)
@@ -83,7 +84,7 @@ def _read_bundles(lines: Sequence[str]) -> list[str]:
 
 
 def _read_utilization(lines: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-    """Names of the units; rows, of which the first is the capacity."""
+    """Names of the units, and rows of slots: first the capacity, then one row per bundle."""
     units: tuple[str, ...] = ()
     rows: list[tuple[int, ...]] = []
     for line in lines:
@@ -93,12 +94,12 @@ def _read_utilization(lines: Sequence[str]) -> tuple[tuple[str, ...], list[tuple
         if units and len(fields) == len(units) and all(field.isdigit() for field in fields):
             rows.append(tuple(map(int, fields)))
     if not units:
-        raise DumpError("no line of a table of slots names the units, MXU first")
+        raise DumpError("the table of slots has no line that names the units, MXU first")
     return units, rows
 
 
 def branches(listing: Listing) -> list[Branch]:
-    """All jumps of a kernel, in program order; one to a region that has no bundle ends the kernel."""
+    """All jumps of a kernel, in program order; a jump to a region without a bundle ends the kernel."""
     starts: dict[str, int] = {}
     for index, text in enumerate(listing.bundles):
         for region in _LABEL.findall(text):

@@ -1,4 +1,4 @@
-"""TPU generations as their compiler's listings show them."""
+"""Hardware parameters of TPU generations for the analysis of libtpu's listings."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ __all__ = ["GENERATIONS", "Generation", "Multiply"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Multiply:
-    """One matrix multiply instruction, by the type of what it streams.
+    """Cost of one matrix multiply instruction, by the dtype of its streamed operand.
 
     Attributes:
-      cycles: for which it occupies its MXU.
-      results: vector registers that are popped for it.
+      cycles: cycles for which the instruction occupies its MXU.
+      results: vector registers popped for its result.
     """
 
     cycles: int
@@ -20,17 +20,17 @@ class Multiply:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One TPU generation.
+    """Parameters of one TPU generation.
 
     Attributes:
-      topology: the smallest slice that libtpu compiles for.
-      cores: per chip; figures are of one core.
+      topology: name of the smallest slice that libtpu compiles for.
+      cores: cores per chip; figures are for one core.
       macs: bfloat16 multiply-adds of a core per cycle.
-      hbm_bytes: that a jax device moves from or to HBM per cycle at most; from Google Cloud's "System
-        architecture" pages, with the clock at which `macs` make up the peak that they name.
-      delay_slots: bundles after a branch that are issued whether or not it is taken.
+      hbm_bytes: peak HBM bytes per cycle of a jax device; from Google Cloud's "System architecture" pages, at
+        the clock for which `macs` give the peak stated there.
+      delay_slots: bundles after a branch that are issued whether or not the branch is taken.
       latency: cycles from the end of a multiply until its result may be popped.
-      multiplies: by type; "bf16" stands for those that are not named.
+      multiplies: multiply instructions by dtype; "bf16" is the default for unlisted dtypes.
     """
 
     topology: str
@@ -42,13 +42,13 @@ class Generation:
     multiplies: dict[str, Multiply]
 
 
-# MXUs of 128 x 128 that take 8 rows of a register in 8 cycles, two rows in one of bfloat16.
+# MXUs of 128 x 128: 8 cycles for the 8 rows of a register, or 16 for bfloat16 with two rows packed in one.
 _NARROW = {
     "f32": Multiply(cycles=8, results=1),
     "bf16": Multiply(cycles=16, results=2),
     "s8": Multiply(cycles=16, results=4),
 }
-# MXUs of 256 x 256: half the time, and results twice as wide.
+# MXUs of 256 x 256: half the cycles, and results twice as wide.
 _WIDE = {
     "f32": Multiply(cycles=4, results=2),
     "bf16": Multiply(cycles=8, results=4),
@@ -94,4 +94,4 @@ GENERATIONS: dict[str, Generation] = {
         multiplies=_WIDE,
     ),
 }
-"""By the name that begins a topology."""
+"""Generations by the prefix of their topology."""

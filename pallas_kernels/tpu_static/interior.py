@@ -1,11 +1,11 @@
-"""Which bundles an interior step of a kernel's grid issues: neither the first of a row of steps nor the last.
+"""Finds the bundles of an interior step of a kernel's grid: neither the first nor the last of a row of steps.
 
-A kernel is a loop over its grid. Within it lie regions under a predicate: a branch jumps over them. What
-holds no matrix product and more than a few vector instructions begins or ends a row of steps (zeros, the
-division by the sum), and what starts a DMA to HBM writes its result: an interior step jumps over both.
-Regions that do hold matrix products may be alternatives (a block with a mask or without, a step that is
-rarely needed); a `Choice` says which of them a step takes. In a kernel without matrix products, vector
-instructions count.
+A row of steps is the steps of one outer block. A kernel is a loop over its grid, with predicated regions that
+a branch jumps over. A region without a matrix product but with more than a few vector instructions starts or
+ends a row of steps (zeros, the division by the sum), and a region that starts a DMA to HBM stores its result:
+an interior step jumps over both. Regions with matrix products may be alternatives (a block with a mask or
+without, a rarely needed step); a `Choice` says which of them a step takes. In a kernel without matrix
+products, vector instructions count instead.
 """
 
 import dataclasses
@@ -19,20 +19,21 @@ __all__ = ["Alternative", "Choice", "Interior", "interior_step"]
 
 _VECTOR_UNITS = ("VALU", "VLOAD", "VSTORE")
 _FEW_VECTORS = 8
-"""Bundles with vector instructions in a region that only starts or awaits a DMA to VMEM."""
+"""Most bundles with vector instructions in a region that only starts or awaits a DMA to VMEM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What an interior step does where a kernel branches.
+    """The branches that an interior step takes.
 
     Attributes:
-      take: indices into `Interior.alternatives`; those around them are taken too. "most" is the one with most
-        work of its own, "fewest" the one with fewest bundles among those that have half as much.
-      trips: of the loops inside a step, in program order; those that are not named run once.
-      ends: the step is the first and the last of a row of steps as well: what has less than half of the work
-        of the alternative with most is done too, and what has none, but for storing constants, which is for
-        rows without work.
+      take: indices into `Interior.alternatives`; enclosing alternatives are taken too. "most" is the one with
+        the most work outside nested regions, "fewest" the one with the fewest bundles among those with at
+        least half as much.
+      trips: trip counts of the loops inside a step, in program order; further loops run once.
+      ends: whether the step is both the first and the last of a row: then it also takes alternatives with
+        less than half of the most work, and regions without work, except those that store constants, which
+        are for rows without work.
     """
 
     take: tuple[int, ...] | Literal["most", "fewest"] = "most"
@@ -42,12 +43,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alternative:
-    """A region under a predicate that holds work of its own.
+    """A predicated region with work outside nested regions.
 
     Attributes:
-      start, stop: its bundles, `stop` exclusive.
-      work: slots of the MXU that it uses, without those of alternatives inside it.
-      taken: whether the interior step takes it.
+      start, stop: range of bundles, `stop` exclusive.
+      work: MXU slots used, without those of nested alternatives.
+      taken: whether the interior step takes the region.
     """
 
     start: int
@@ -61,7 +62,7 @@ class Interior:
     """One interior step.
 
     Attributes:
-      spans: bundles in the order in which they are issued, as (start, stop); a loop's are repeated.
+      spans: (start, stop) of bundles in the order of issue; those of a loop are repeated.
       alternatives: regions to choose among, in program order.
     """
 
@@ -70,22 +71,22 @@ class Interior:
 
     @property
     def bundles(self) -> int:
-        """How many are issued, which is the number of cycles if nothing stalls."""
+        """Number of issued bundles: the cycles of the step if nothing stalls."""
         return sum(stop - start for start, stop in self.spans)
 
     def use(self, listing: Listing) -> dict[str, int]:
-        """Slots that are used, by unit."""
+        """Used slots, by unit."""
         totals = [listing.total(start, stop) for start, stop in self.spans]
         return {unit: sum(total[unit] for total in totals) for unit in listing.units}
 
 
 def interior_step(listing: Listing, delay_slots: int, choice: Choice = Choice()) -> Interior:
-    """Finds the loop over the grid, the largest that holds work, and what one trip of it issues.
+    """The bundles of one trip of the loop over the grid, which is the largest loop with work.
 
     A kernel without such a loop is one step.
 
     Raises:
-      DumpError: `choice` names an alternative that there is not.
+      DumpError: `choice.take` has an index out of range.
     """
     finder = _Finder(listing)
     program = _regions(listing, delay_slots)
@@ -107,7 +108,7 @@ def interior_step(listing: Listing, delay_slots: int, choice: Choice = Choice())
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Region:
-    """Bundles of a loop or under a predicate, and the regions inside."""
+    """A loop or a predicated range of bundles, and the regions inside."""
 
     start: int
     stop: int
@@ -122,7 +123,7 @@ class _Region:
 
 
 def _regions(listing: Listing, delay_slots: int) -> _Region:
-    """The whole program as a tree: a jump back closes a loop, a jump ahead leads over a region."""
+    """The program as a tree of regions: a backward jump closes a loop, a forward jump skips a region."""
     count = len(listing.bundles)
     found = []
     for branch in branches(listing):
@@ -136,14 +137,14 @@ def _regions(listing: Listing, delay_slots: int) -> _Region:
     for region in sorted(found, key=lambda region: (region.start, -region.stop, region.loop)):
         while region.start >= around[-1].stop:
             around.pop()
-        region.stop = min(region.stop, around[-1].stop)  # The exit of a loop leads beyond it.
+        region.stop = min(region.stop, around[-1].stop)  # A jump out of a loop ends beyond the loop.
         around[-1].inside.append(region)
         around.append(region)
     return program
 
 
 class _Finder:
-    """Weighs regions of one kernel and follows a step through them."""
+    """Measures the work of one kernel's regions and traces a step through them."""
 
     def __init__(self, listing: Listing):
         self._bundles = listing.bundles
@@ -157,18 +158,18 @@ class _Finder:
         self._threshold = 0 if any(mxu) else _FEW_VECTORS
 
     def work(self, region: _Region) -> int:
-        """Of all bundles; a few vector instructions are none."""
+        """Work of all bundles in the region; 0 up to `_FEW_VECTORS` if vector instructions count."""
         work = self._work[region.stop] - self._work[region.start]
         return work if work > self._threshold else 0
 
     def own_work(self, region: _Region) -> int:
-        """What is done whenever the region is issued: not what lies under further predicates."""
-        own = self.work(region) - sum(map(self.work, region.inside))
-        own += sum(self.own_work(inside) for inside in region.inside if inside.loop)
-        return own if own > self._threshold else 0
+        """Work done whenever the region is issued: without predicated regions inside it."""
+        work = self.work(region) - sum(map(self.work, region.inside))
+        work += sum(self.own_work(inside) for inside in region.inside if inside.loop)
+        return work if work > self._threshold else 0
 
     def chosen(self, step: _Region, candidates: list[_Region], choice: Choice) -> list[_Region]:
-        """Candidates that are taken; the step itself, without a predicate, competes with them."""
+        """The candidates that the step takes; the unpredicated step itself competes with them."""
         take = choice.take
         if isinstance(take, tuple):
             if any(not 0 <= index < len(candidates) for index in take):
@@ -192,9 +193,9 @@ class _Finder:
     def issued(
         self, region: _Region, taken: list[_Region], trips: dict[_Region, int], ends: bool
     ) -> Iterator[tuple[int, int]]:
-        """Spans of one visit of a region; `ends` is of what lies in it, but not in alternatives inside.
+        """Spans issued in one pass through a region; `ends` does not apply inside nested alternatives.
 
-        The only region with work is no alternative, but the step under a predicate that always holds.
+        If one region inside has all the work, it is not an alternative: its predicate always holds.
         """
         position = region.start
         for inside in region.inside:
@@ -209,7 +210,7 @@ class _Finder:
             yield position, region.stop
 
     def _is_taken(self, region: _Region, taken: list[_Region], ends: bool) -> bool:
-        """Of a region under a predicate."""
+        """Whether the step takes a predicated region."""
         if self.work(region):
             return any(inside in taken for inside in [region, *region.walk()])
         if ends:

@@ -1,4 +1,4 @@
-"""Reader of a compiled program's text: operations, how often they run, the evaluator's cycles."""
+"""Reader of a compiled program's text: operations, their run counts, and the evaluator's cycles."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Literal
 __all__ = ["Branch", "Instruction", "instructions", "stored_bytes"]
 
 Branch = Literal["most", "least"]
-"""Which branch of a conditional a program takes: by the bytes that its operations read and write."""
+"""The branch that a program takes at a conditional: with the most or least bytes read and written."""
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(
@@ -32,13 +32,13 @@ class Instruction:
     """An operation that takes time.
 
     Attributes:
-      name, opcode: in the compiled program.
-      kernel: whether it is a Pallas kernel.
-      count: how often the program runs it; a loop whose trips the compiler does not know counts once, and
-        what lies in the other branches of a conditional not at all.
-      evaluated: cycles that libtpu's evaluator simulated, if it ran.
-      traffic: bytes that it reads and writes, as they lie in memory.
-      scoped_bytes: of VMEM while it runs.
+      name, opcode: name and opcode in the compiled program.
+      kernel: whether the operation is a Pallas kernel.
+      count: number of runs in the program; a loop with unknown trip count counts once, and operations in
+        branches that are not taken count 0.
+      evaluated: cycles that libtpu's evaluator simulated, None if it did not run.
+      traffic: bytes read and written, in the layout in memory (with padding).
+      scoped_bytes: bytes of scoped VMEM.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Instruction:
 
 
 def instructions(text: str, branch: Branch = "most") -> list[Instruction]:
-    """Of `compiled.as_text()`: what the entry runs, and what loops, calls and conditionals in it run.
+    """Operations in `compiled.as_text()` that the entry runs, with those in loops, calls and conditionals.
 
-    What runs beside other operations is left out: copies in the background, and what SparseCores do.
+    Leaves out operations that run in parallel with others: asynchronous copies, and SparseCore operations.
     """
     computations, entry = _computations(text)
     return list(_reached(computations, entry, 1, branch)) if entry else []
 
 
 def stored_bytes(type_: str) -> int:
-    """Bytes of the arrays that a type names, padded to the tiles of their layout.
+    """Bytes of the arrays in an HLO type, padded to the tiles of their layout.
 
-    For instance `bf16[2,8192,64]{2,1,0:T(8,128)(2,1)}`, whose rows of 64 are stored as rows of 128.
+    For instance, `bf16[2,8192,64]{2,1,0:T(8,128)(2,1)}` stores its minor dimension of 64 as 128.
     """
     total = 0
     for match in _ARRAY.finditer(type_):
@@ -76,7 +76,7 @@ def stored_bytes(type_: str) -> int:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions by computation, each in one string, and the name of the entry."""
+    """Instructions by computation, one string each, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     current: list[str] | None = None
     entry = ""
@@ -86,12 +86,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             current = computations.setdefault(header["name"], [])
             entry = header["name"] if header["entry"] else entry
         elif line.startswith("}") and not line.startswith("}}"):
-            # Of a SparseCore's computation more follows; two braces close attributes with line breaks.
+            # A SparseCore's computation has text after the brace; two braces close multi-line attributes.
             current = None
         elif current is not None and _INSTRUCTION.match(line):
             current.append(line)
         elif current:
-            current[-1] += line  # Attributes with line breaks.
+            current[-1] += line  # Multi-line attributes.
     return computations, entry
 
 
@@ -113,16 +113,16 @@ def _reached(
         if match["opcode"] == "conditional":
             named = [name for both in _BRANCHES.finditer(line) for name in (both[1] or both[2]).split(",")]
             found = [list(_reached(computations, name.strip().lstrip("%"), count, branch)) for name in named]
-            traffic = [sum(own.count * own.traffic for own in own_branch) for own_branch in found]
+            traffic = [sum(inner.count * inner.traffic for inner in inners) for inners in found]
             taken = traffic.index(max(traffic) if branch == "most" else min(traffic))
-            for index, own_branch in enumerate(found):
+            for index, inners in enumerate(found):
                 yield from (
-                    own if index == taken else dataclasses.replace(own, count=0) for own in own_branch
+                    inner if index == taken else dataclasses.replace(inner, count=0) for inner in inners
                 )
 
 
 def _read(line: str, match: re.Match[str], types: Mapping[str, str], count: int) -> Instruction | None:
-    """None for what takes no time: parameters, bitcasts, tuples, and the while that its body stands for."""
+    """The operation, or None if it takes no time itself: parameters, bitcasts, tuples, and while loops."""
     kernel = match["opcode"] == "custom-call" and 'custom_call_target="tpu_custom_call"' in line
     if not kernel and '"estimated_cycles"' not in line:
         return None
@@ -133,7 +133,7 @@ def _read(line: str, match: re.Match[str], types: Mapping[str, str], count: int)
         opcode=match["opcode"],
         kernel=kernel,
         count=count,
-        # Zero is what the evaluator reports of loops that it does not see through.
+        # The evaluator reports zero for loops that it cannot analyse.
         evaluated=int(evaluated[1]) or None if evaluated else None,
         traffic=stored_bytes(match["type"]) + sum(stored_bytes(types.get(name, "")) for name in operands),
         scoped_bytes=sum(map(int, _SIZE.findall(scoped[1]))) if scoped else 0,

@@ -1,4 +1,4 @@
-"""What a compiled job's dumps say: its kernels, what XLA adds around them, and the cycles of both."""
+"""Report of a compiled job's dumps: its kernels, XLA's operations around them, and the cycles of both."""
 
 import collections
 import dataclasses
@@ -16,19 +16,19 @@ from .stalls import stall_cycles
 __all__ = ["Hint", "Kernel", "Operation", "Report", "read_report"]
 
 _PLAUSIBLE = 0.8
-"""Of the stall model's cycles: an evaluator that finds less has skipped a part."""
+"""Fraction of the stall model's cycles below which the evaluator must have skipped a part."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hint:
-    """What the dumps of a kernel do not say.
+    """Facts about a kernel that are not in its dumps.
 
     Attributes:
-      steps: of its grid that do the work of an interior step; by default all of them.
-      rows: of steps: how often something begins and ends; by default that is not counted.
-      choice: what a step does where the kernel branches.
-      end: what a step does that is the first and the last of a row; by default that of `choice` and what
-        `Choice.ends` adds.
+      steps: number of grid steps that do the work of an interior step; by default all.
+      rows: number of rows of steps (outer blocks), each with a start and an end; by default not counted.
+      choice: the branches that an interior step takes.
+      end: the branches of a step that is both the first and the last of a row; by default `choice` with
+        `Choice.ends`.
     """
 
     steps: int | None = None
@@ -42,14 +42,15 @@ class Kernel:
     """A Pallas kernel of the program.
 
     Attributes:
-      instruction: its call, with the evaluator's cycles of the whole kernel, and the bytes of scoped VMEM.
+      instruction: the kernel call, with the evaluator's cycles for the kernel, and the bytes of scoped VMEM.
       interior: one interior step; `interior.bundles` is its length.
-      stalled: cycles of that step with the stalls of the MXUs.
-      steps: how many there are, if known.
-      ends: cycles that the first and last step of a row, if they are one, take more than it.
-      rows: how many rows are counted.
-      use: slots that the step uses, by unit; VLOAD:FILL and VSTORE:SPILL are parts of VLOAD and VSTORE.
-      least: cycles that the step would take if a unit were the only limit, by unit.
+      stalled: cycles of the interior step with MXU stalls.
+      steps: number of grid steps, None if unknown.
+      ends: extra cycles of a step that is both the first and the last of a row, over an interior step.
+      rows: number of rows of steps that count `ends`.
+      use: slots that the interior step uses, by unit; VLOAD:FILL and VSTORE:SPILL are parts of VLOAD and
+        VSTORE.
+      least: cycles of the interior step if that unit were the only limit, by unit.
     """
 
     instruction: Instruction
@@ -68,12 +69,12 @@ class Kernel:
 
     @property
     def modelled(self) -> int | None:
-        """The stall model's cycles of the whole kernel, or None if its steps are not known."""
+        """The stall model's cycles of the kernel, or None if its number of steps is unknown."""
         return None if self.steps is None else self.steps * self.stalled + self.rows * self.ends
 
     @property
     def evaluated(self) -> int | None:
-        """The evaluator's cycles of the whole kernel, or None if it did not run or skipped a part."""
+        """The evaluator's cycles of the kernel, or None if it did not run or skipped a part."""
         cycles = self.instruction.evaluated
         skipped = cycles is not None and cycles < _PLAUSIBLE * (self.modelled or 0)
         return None if skipped else cycles
@@ -81,11 +82,11 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What XLA adds around the kernels, e.g. a transposition.
+    """An operation that XLA adds around the kernels, e.g. a transpose.
 
     Attributes:
-      instruction: with the evaluator's cycles, if it ran.
-      transfer: cycles that its bytes take from and to HBM, at least.
+      instruction: the operation, with the evaluator's cycles if it ran.
+      transfer: least cycles for its bytes from and to HBM.
     """
 
     instruction: Instruction
@@ -93,18 +94,18 @@ class Operation:
 
     @property
     def cycles(self) -> int:
-        """The evaluator's, or else those of the transfer."""
+        """The evaluator's cycles, or else those of the transfer."""
         return self.instruction.evaluated or self.transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is known of a job.
+    """Result of measuring a job.
 
     Attributes:
-      kernels: Pallas kernels in the order of the program.
-      operations: what XLA adds around them.
-      failure: why there is nothing more, or empty.
+      kernels: Pallas kernels in program order.
+      operations: operations that XLA adds around the kernels.
+      failure: why the job could not be measured, or empty.
       unevaluated: why the evaluator did not run, or empty.
     """
 
@@ -115,42 +116,42 @@ class Report:
 
     @property
     def method(self) -> str:
-        """What `cycles` goes by: "evaluator" if it ran all kernels, else "stall model"."""
+        """Source of `cycles`: "evaluator" if it ran all kernels, else "stall model"."""
         run = [kernel for kernel in self.kernels if kernel.instruction.count]
         return "evaluator" if all(kernel.evaluated for kernel in run) else "stall model"
 
     def kernel_cycles(self, method: str | None = None) -> int | None:
-        """Of all kernels, by "evaluator", "stall model", or the report's `method`; None if one is unknown."""
+        """Cycles of all kernels by "evaluator", "stall model" or `self.method`; None if one is unknown."""
         evaluator = (method or self.method) == "evaluator"
         run = [kernel for kernel in self.kernels if kernel.instruction.count]
         cycles = [kernel.evaluated if evaluator else kernel.modelled for kernel in run]
         counts = [kernel.instruction.count for kernel in run]
-        known = [count * own for count, own in zip(counts, cycles, strict=True) if own is not None]
+        known = [count * each for count, each in zip(counts, cycles, strict=True) if each is not None]
         return sum(known) if len(known) == len(cycles) and not self.failure else None
 
     def operation_cycles(self) -> int:
-        """Of all other operations."""
+        """Cycles of all other operations."""
         return sum(operation.instruction.count * operation.cycles for operation in self.operations)
 
     def cycles(self, method: str | None = None) -> int | None:
-        """Of the whole call; see `kernel_cycles`."""
+        """Cycles of the whole call; `method` as in `kernel_cycles`."""
         kernels = self.kernel_cycles(method)
         return None if kernels is None else kernels + self.operation_cycles()
 
     def without(self, kernel: str) -> "Report":
-        """Leaves out kernels whose name, without its number, matches a regular expression."""
-        kept = [k for k in self.kernels if not re.fullmatch(kernel, _base(k.instruction.name))]
-        return dataclasses.replace(self, kernels=tuple(kept))
+        """The report without kernels whose name, without its number, matches a regular expression."""
+        remaining = [k for k in self.kernels if not re.fullmatch(kernel, _base(k.instruction.name))]
+        return dataclasses.replace(self, kernels=tuple(remaining))
 
 
 def read_report(folder: pathlib.Path, hints: Mapping[str, Hint], branch: Branch, generation: str) -> Report:
-    """Of a folder that the worker has filled.
+    """Reads the report of one job from a folder that the worker wrote.
 
     Args:
-      folder: holds the program's text, the grids of its kernels, and libtpu's dumps, or an error.
-      hints: by a regular expression that a kernel's whole name matches; the first counts.
-      branch: of a conditional, that is taken.
-      generation: of `GENERATIONS`.
+      folder: the program's text, the grids of its kernels, and libtpu's dumps, or an error.
+      hints: hints by a regular expression for a kernel's full name; the first match applies.
+      branch: the branch that the program takes at a conditional.
+      generation: a key of `GENERATIONS`.
     """
     if (folder / "error").exists():
         return Report(failure=(folder / "error").read_text())
@@ -195,7 +196,7 @@ def _kernel(instruction: Instruction, listing: Listing, hint: Hint, generation: 
 
 
 def _listing(folder: pathlib.Path, name: str) -> Listing:
-    """Dumps of a kernel, or of one with the same name but for its number: equal kernels are compiled once."""
+    """Dumps of a kernel, or of one whose name differs only in its number: equal kernels compile once."""
     dumps = {}
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(\d+-(.+))-\d+-final_bundles\.txt", path.name)
@@ -219,11 +220,11 @@ def _listing(folder: pathlib.Path, name: str) -> Listing:
 
 
 def _steps(base: str, grids: Mapping[str, set[int]]) -> int | None:
-    """Of the kernel of a name, or of the only kernel; None if kernels of one name differ."""
+    """Grid steps of the kernels named `base`, or of the only kernel; None if kernels of that name differ."""
     sizes = grids.get(base) or (next(iter(grids.values())) if len(grids) == 1 else set())
     return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def _base(name: str) -> str:
-    """A kernel's name without the number that tells its calls apart."""
+    """A kernel's name without the number of the call."""
     return re.sub(r"(\.\d+)+$", "", name)

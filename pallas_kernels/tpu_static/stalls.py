@@ -1,9 +1,9 @@
-"""Cycles of bundles that are issued in order, with the stalls of the matrix units.
+"""The stall model: cycles of bundles that are issued in order, with the stalls of the matrix units.
 
-A multiply occupies its MXU for some cycles, and a few may wait for it; its results can be popped a latency
-after it is done. A bundle that pushes into a full queue, or pops what is not there yet, waits. Nothing else
-does in this model: no DMA, no memory. It is 1 to 8 % below libtpu's own evaluation on attention's forward
-kernels, and 6 to 13 % below on backward kernels (libtpu 0.0.42).
+A multiply occupies its MXU for some cycles, and `_QUEUE` more may wait in the queue; its results can be
+popped one latency after it is done. A bundle stalls if it pushes into a full queue or pops a result that is
+not ready. Nothing else stalls in this model: no DMA, no memory. It gives 1 to 8 % fewer cycles than libtpu's
+evaluator on attention's forward kernels, and 6 to 13 % fewer on backward kernels (libtpu 0.0.42).
 """
 
 import collections
@@ -15,7 +15,7 @@ from .generations import Generation, Multiply
 __all__ = ["stall_cycles"]
 
 _QUEUE = 2
-"""Multiplies that may wait for an MXU."""
+"""Most multiplies that wait for an MXU."""
 
 _MXU = re.compile(
     r"(?:(?P<multiply>vmatmul(?:\.[a-z]\w*)*?)|vpop(?:\.[a-z]\w*)*?)"
@@ -24,12 +24,12 @@ _MXU = re.compile(
 
 
 def stall_cycles(bundles: Sequence[str], spans: Iterable[tuple[int, int]], generation: Generation) -> int:
-    """Cycles that the spans of bundles take, one after the other, from an idle state.
+    """Cycles of the spans of bundles, issued one after the other, with the MXUs idle at the start.
 
     Args:
-      bundles: their text.
-      spans: (start, stop) in the order in which they are issued.
-      generation: gives the times of its matrix units.
+      bundles: text of each bundle.
+      spans: (start, stop) in the order of issue.
+      generation: parameters of the matrix units.
     """
     now = 0
     units: dict[str, _MatrixUnit] = collections.defaultdict(lambda: _MatrixUnit(generation.latency))
@@ -47,7 +47,7 @@ def stall_cycles(bundles: Sequence[str], spans: Iterable[tuple[int, int]], gener
 
 
 def _multiply(instruction: str, generation: Generation) -> Multiply:
-    """By the type in its name, e.g. `vmatmul.mubr.bf16.gmra`."""
+    """The multiply by the dtype in the instruction's name, e.g. `vmatmul.mubr.bf16.gmra`."""
     parts = instruction.split(".")
     for kind, multiply in generation.multiplies.items():
         if any(part.startswith(kind) or (kind == "s8" and part.startswith("u8")) for part in parts):
@@ -56,9 +56,9 @@ def _multiply(instruction: str, generation: Generation) -> Multiply:
 
 
 class _MatrixUnit:
-    """When an MXU is free, and when the results in its buffer are ready.
+    """State of an MXU: the cycle at which it is free, and the cycles at which buffered results are ready.
 
-    Results lie at addresses that the instructions name (tpu7x), or leave in the order in which they came.
+    Results are at addresses in the instructions (tpu7x), or popped first in, first out.
     """
 
     def __init__(self, latency: int):
@@ -68,7 +68,7 @@ class _MatrixUnit:
         self._addressed: dict[int, int] = {}
 
     def push(self, now: int, multiply: Multiply, address: int | None) -> int:
-        """The cycle at which the multiply is accepted."""
+        """Queues a multiply and returns the cycle at which it is accepted."""
         begin = max(now, self._free)
         now = max(now, begin - _QUEUE * multiply.cycles)
         self._free = begin + multiply.cycles
@@ -80,7 +80,7 @@ class _MatrixUnit:
         return now
 
     def pop(self, address: int | None) -> int:
-        """The cycle at which the result is ready; 0 for one from before the first bundle."""
+        """The cycle at which the result is ready; 0 for a result from before the first bundle."""
         if address is not None:
             return self._addressed.get(address, 0)
         return self._ordered.popleft() if self._ordered else 0

@@ -1,10 +1,10 @@
-"""Compiles jobs for a TPU that is not there, in a process of its own: libtpu reads its flags when it loads.
+"""Compiles jobs for a TPU in a separate process, because libtpu reads its flags at load; no TPU is needed.
 
     python -m vidgen.pallas_kernels.tpu_static.worker DIRECTORY
 
-`DIRECTORY/jobs.json` says what to compile; each job's program and dumps come to lie in a folder of its index.
-`measure.py` starts this and reads the folders. A compilation that takes the process down leaves its folder
-without `done`.
+`DIRECTORY/jobs.json` lists the jobs; each job's program and dumps are written to a folder named by its index.
+`measure.py` starts this and reads the folders. The folder of a compilation that crashes the process has no
+file `done`.
 """
 
 import importlib
@@ -25,19 +25,19 @@ DUMPS = "dumps"
 
 
 def environment(directory: pathlib.Path, *, evaluate: bool) -> dict[str, str]:
-    """Variables of a worker's process: as here, but for what jax and libtpu read.
+    """Environment of a worker process: this process's, except the variables of jax and libtpu.
 
     Args:
-      directory: gets the dumps, in `dumps`.
-      evaluate: run libtpu's evaluator; it kills the process over kernels that it cannot run.
+      directory: folder of the jobs; dumps go to its subfolder `dumps`.
+      evaluate: runs libtpu's evaluator, which kills the process on kernels that it cannot run.
     """
     dumps = directory / DUMPS
     flags = [
         f"--xla_jf_dump_to={dumps}",
         "--xla_jf_dump_llo_text=true",
         "--xla_jf_dump_llo_pass_label_regex=final_(bundles|hlo-static).*",
-        # As in a model, whose activations are larger than VMEM: arguments stay in HBM, and every transfer is
-        # part of an operation that is counted.
+        # As in a model with activations larger than VMEM: arguments stay in HBM, and every transfer is part
+        # of a counted operation.
         "--xla_msa_enable=false",
     ]
     if evaluate:
@@ -45,7 +45,7 @@ def environment(directory: pathlib.Path, *, evaluate: bool) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     return inherited | {
         "JAX_PLATFORMS": "cpu",
-        # A program from the cache writes no dump.
+        # A cached program writes no dumps.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -57,7 +57,7 @@ def environment(directory: pathlib.Path, *, evaluate: bool) -> dict[str, str]:
 
 
 def main(directory: pathlib.Path) -> None:
-    """Compiles the jobs of a directory one after the other."""
+    """Compiles the jobs of a directory one after another."""
     plan = json.loads((directory / "jobs.json").read_text())
     import jax
     import numpy as np
@@ -65,7 +65,7 @@ def main(directory: pathlib.Path) -> None:
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=plan["topology"])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
-    shutil.rmtree(directory / DUMPS, ignore_errors=True)  # Of a job that took its worker down.
+    shutil.rmtree(directory / DUMPS, ignore_errors=True)  # Left by a job that crashed its worker.
     for job in plan["jobs"]:
         folder = directory / str(job["index"])
         folder.mkdir()
@@ -81,13 +81,13 @@ def main(directory: pathlib.Path) -> None:
 
 
 def _compile(job: dict[str, Any], mesh: Any, folder: pathlib.Path) -> None:
-    """Writes the compiled program's text, and the grids of the kernels in it."""
+    """Writes the compiled program's text and the grids of its kernels to `folder`."""
     import jax
 
     function, arguments = _load(job["build"])(**job["keywords"])
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    with jax.set_mesh(mesh):  # So that kernels can ask which TPU they are for.
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with jax.set_mesh(mesh):  # Kernels read the TPU generation from the mesh in context.
         traced = jax.jit(function).trace(*arguments)
         compiled = traced.lower().compile()
     (folder / "grids.json").write_text(json.dumps(list(_grids(traced.jaxpr.jaxpr))))
@@ -107,7 +107,7 @@ def _load(name: str) -> Any:
 
 
 def _grids(jaxpr: Any) -> Iterator[tuple[str, int]]:
-    """Name and steps of the Pallas kernels in a jaxpr and those inside it."""
+    """(name, number of grid steps) of the Pallas kernels in a jaxpr, including nested jaxprs."""
     import jax
 
     for equation in jaxpr.eqns:

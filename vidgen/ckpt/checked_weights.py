@@ -1,4 +1,4 @@
-"""Weights files with a digest of each array in their header, so that damage is found when they are loaded."""
+"""Weights files with a digest of each array in the header, verified on load."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ _KEY = "vidgen.digests"
 
 
 def save_checked_weights(path: pathlib.Path | str, tree: PyTree) -> None:
-    """`ckpt.weights.save_weights` under the dotted names of `tree`, with digests in the header.
+    """Saves `tree` with `ckpt.weights.save_weights`, with digests in the header.
 
     With several processes all of them must call this; process 0 writes.
     """
@@ -27,21 +27,21 @@ def save_checked_weights(path: pathlib.Path | str, tree: PyTree) -> None:
 
 
 def verify_weights(path: pathlib.Path | str, tree: PyTree, *, remedy: str) -> None:
-    """Compares arrays that were loaded from a file with the digests in its header.
+    """Verifies loaded arrays against the digests in the file's header.
 
-    A file of an earlier version, which has none, is not checked. With several processes all of them must call
+    A file of an older version without digests is not verified. With several processes all of them must call
     this.
 
     Args:
-      tree: as loaded from the file; an array of another type than that of the file is read again.
-      remedy: what to do, for the error.
+      tree: as loaded from the file; an array with another dtype than in the file is read again.
+      remedy: what to do, for the error message.
 
     Raises:
-      WeightsError: arrays are not what was written; they are named.
+      WeightsError: arrays differ from what was written; the message names them.
     """
     files = TensorFiles(path)
     if _KEY not in files.metadata:
-        _log.info("%s is from before weights had digests: it is not checked", path)
+        _log.info("%s is from before weights had digests: it is not verified", path)
         return
     try:
         digests: Any = json.loads(files.metadata[_KEY])

@@ -1,4 +1,4 @@
-"""One checkpoint, read and compared with its manifest: the same verdict on every process."""
+"""One checkpoint, read and verified against its manifest, with the same verdict on every process."""
 
 import dataclasses
 import pathlib
@@ -26,19 +26,22 @@ _Result = TypeVar("_Result")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used or written; the message says where, what is wrong and what to do."""
+    """A checkpoint cannot be used or written; the message says where, what is wrong and what to do."""
 
 
 class Damaged(Exception):
-    """A checkpoint is not as it was saved; says how, in one line, on every process."""
+    """A checkpoint differs from what was saved: raised on every process, with the difference in one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """The checkpoint in a folder. With several processes all of them must call each method.
 
-    Every method raises `Damaged` where the checkpoint is not as it was saved, and `CheckpointError` where it
+    Every method raises `Damaged` if the checkpoint differs from what was saved, and `CheckpointError` if it
     cannot be read for another reason.
+
+    Attributes:
+      where: the folder.
     """
 
     where: pathlib.Path
@@ -46,28 +49,28 @@ class Checkpoint:
     def load(
         self, abstract_state: PyTree, parts: tuple[str, ...] = (), *, partial: bool = False
     ) -> tuple[PyTree, dict[str, Any]]:
-        """The state and the JSON parts; see `CheckpointManager.restore`.
+        """State and JSON parts; see `CheckpointManager.restore`.
 
         Raises:
-          CheckpointError: it is of another model, too.
+          CheckpointError: also for a checkpoint of another model.
         """
         where = self.where
         stored = self.stored()
         manifest = self._manifest()
         saved = {plain_name(name): array for name, array in stored.items()}
         if manifest is not None:
-            there = {name: (array.shape, array.dtype) for name, array in manifest.arrays.items()}
-            if there != {name: (array.shape, array.dtype) for name, array in saved.items()}:
-                raise Damaged("the list of its arrays is not the one that was saved")
+            recorded = {name: (array.shape, array.dtype) for name, array in manifest.arrays.items()}
+            if recorded != {name: (array.shape, array.dtype) for name, array in saved.items()}:
+                raise Damaged("the list of its arrays differs from the saved one")
         missing = [name for name in parts if not (where / name).is_dir()]
         if missing and (manifest is None or manifest.parts.keys() >= set(missing)):
             raise Damaged(f"it lacks {', '.join(missing)}")
         if missing:
             raise CheckpointError(
-                f"{where} lacks {', '.join(missing)}: it is no checkpoint of a training run"
+                f"{where} lacks {', '.join(missing)}: it is not a checkpoint of a training run"
             )
         self._check(abstract_state, saved, where, partial)
-        # Digests are of the arrays as they were saved: casts come last.
+        # Digests cover the arrays in the saved dtypes: casts come last.
         as_saved = jax.tree.unflatten(
             jax.tree.structure(abstract_state),
             [_as_saved(leaf, saved[plain_name(name)]) for name, leaf in named_leaves(abstract_state).items()],
@@ -75,20 +78,20 @@ class Checkpoint:
         loaded = self._read({STATE: as_saved, **dict.fromkeys(parts)}, partial=partial)
         values = {name: loaded[name] for name in parts}
         if manifest is None:
-            _log.info("%s is from before checkpoints had digests: its arrays are not checked", where)
+            _log.info("%s is from before checkpoints had digests: its arrays are not verified", where)
         else:
             arrays = {plain_name(name): array for name, array in named_leaves(loaded[STATE]).items()}
             changed = manifest.changed(arrays, values)
             if not processes.all_agree(not changed):
-                shown = ", ".join(changed[:3] + ["..."] * (len(changed) > 3)) or "seen by another process"
+                shown = ", ".join(changed[:3] + ["..."] * (len(changed) > 3)) or "found by another process"
                 raise Damaged(f"{len(changed)} of {len(arrays)} arrays are not what was saved: {shown}")
         return jax.tree.map(_cast, loaded[STATE], abstract_state), values
 
     def stored(self) -> dict[str, StoredArray]:
-        """What Orbax says of the arrays, by the names that it uses.
+        """Shapes and dtypes of the stored arrays, by Orbax's names.
 
         Raises:
-          Damaged: it cannot be read.
+          Damaged: the list of arrays cannot be read.
         """
 
         def read() -> dict[str, StoredArray]:
@@ -102,25 +105,25 @@ class Checkpoint:
                 for name, leaf in named_leaves(metadata).items()
             }
 
-        return self._whole(read)
+        return self._agreed(read)
 
     def _manifest(self) -> Manifest | None:
-        """None for a checkpoint of a version that wrote none.
+        """The manifest; None for a checkpoint of an older version without one.
 
         Raises:
-          Damaged: it cannot be read, or is not as it was written.
+          Damaged: the manifest cannot be read, or differs from what was written.
         """
         if not processes.all_agree((self.where / MANIFEST).is_dir()):
             return None
         values = self._read({MANIFEST: None})[MANIFEST]
-        return self._whole(lambda: Manifest.from_json(values))
+        return self._agreed(lambda: Manifest.from_json(values))
 
     def _read(self, wanted: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
-        # The context is made here, not at construction: it holds for this load alone.
+        # The context is made here, not at construction: it applies to this load only.
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         if jax.process_count() > 1:
-            # Each process reads by itself, and then they agree: where one of them fails, none waits for it.
+            # Each process reads independently and they agree afterwards: none waits for one that failed.
             me = jax.process_index()
             context.multiprocessing.primary_host = me
             context.multiprocessing.active_processes = {me}
@@ -130,14 +133,14 @@ class Checkpoint:
             with context, without_noise():
                 return ocp.load_checkpointables(str(self.where), wanted)
 
-        return self._whole(read)
+        return self._agreed(read)
 
-    def _whole(self, read: Callable[[], _Result]) -> _Result:
-        """What `read` gives; all processes raise where it fails on one.
+    def _agreed(self, read: Callable[[], _Result]) -> _Result:
+        """Result of `read`; raises on all processes if it fails on one.
 
         Raises:
           Damaged: the checkpoint is at fault.
-          CheckpointError: the disk or the rights to it are.
+          CheckpointError: the disk or its permissions are at fault.
         """
         try:
             result, failure = read(), None
@@ -164,8 +167,8 @@ class Checkpoint:
             plain_name(name): _stored_shape(leaf) for name, leaf in named_leaves(abstract_state).items()
         }
         problems = [f"{name}: missing in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
-        left_over = () if partial else sorted(saved.keys() - wanted.keys())
-        problems += [f"{name}: only in the checkpoint" for name in left_over]
+        unexpected = () if partial else sorted(saved.keys() - wanted.keys())
+        problems += [f"{name}: only in the checkpoint" for name in unexpected]
         problems += [
             f"{name}: shape {tuple(saved[name])} in the checkpoint, {wanted[name]} expected"
             for name in sorted(wanted.keys() & saved.keys())
@@ -180,7 +183,7 @@ class Checkpoint:
 
 
 def plain_name(name: str) -> str:
-    """Stored names end in `.value` where the tree's have a variable."""
+    """`name` without the suffix `.value`, which stored names of variables have."""
     return name.removesuffix(".value")
 
 

@@ -1,4 +1,4 @@
-"""Values of config.json files of other programs, each checked where it is read."""
+"""Values from other programs' config.json files, validated on access."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 _REQUIRED: Any = object()
 _MARGIN = 4
-"""Of a model that is a little too large, the tensors that are missing say more."""
+"""Below this factor the list of missing tensors is the better error."""
 
 
 class ConfigValues:
-    """The values of a config; each error names the file and the key.
+    """Values of a config; each error names the file and the key.
 
     Attributes:
-      values: of the file.
-      where: the file, for messages.
+      values: contents of the file.
+      where: path of the file, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -30,13 +30,13 @@ class ConfigValues:
         self.where = where
 
     def number(self, key: str, limit: Limit, default: Any = _REQUIRED) -> Any:
-        """A number in the range of `limit`.
+        """Number in the range of `limit`.
 
         Args:
-          default: for a key that is missing or null; where none is given the key must be there.
+          default: value for a key that is missing or null; without it the key is required.
 
         Raises:
-          UserError: it is missing, no number or out of range.
+          UserError: the value is missing, not a number or out of range.
         """
         value = self._value(key, default)
         if value is None and default is None:
@@ -44,25 +44,25 @@ class ConfigValues:
         return limit.check(value, f"{self.where}: {key}")
 
     def numbers(self, key: str, limit: Limit, lengths: Sequence[int]) -> tuple[Any, ...]:
-        """Numbers in the range of `limit`, as many as `lengths` allows.
+        """Numbers in the range of `limit`, with a count in `lengths`.
 
         Raises:
-          UserError: it is missing, no list of such numbers or of another length.
+          UserError: the value is missing, not a list of such numbers or of another length.
         """
         return tuple(limit.check(item, f"{self.where}: {key}") for item in self._list(key, lengths))
 
     def flags(self, key: str, lengths: Sequence[int]) -> tuple[bool, ...]:
-        """As `numbers`, true or false each."""
+        """Booleans, with a count in `lengths`; raises as `numbers` does."""
         found = self._list(key, lengths)
         if not all(isinstance(item, bool) for item in found):
             raise self._wrong(key, found, "a list of true and false")
         return tuple(found)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; `default` where the key is missing or null.
+        """Boolean; `default` if the key is missing or null.
 
         Raises:
-          UserError: it is something else.
+          UserError: the value is not a boolean.
         """
         value = self._value(key, default)
         if not isinstance(value, bool):
@@ -70,10 +70,10 @@ class ConfigValues:
         return value
 
     def choice(self, key: str, choices: Sequence[Any], default: Any = _REQUIRED) -> Any:
-        """One of `choices`; `default` where the key is missing or null.
+        """One of `choices`; `default` if the key is missing or null.
 
         Raises:
-          UserError: it is missing, or something else.
+          UserError: the value is missing or not one of `choices`.
         """
         value = self._value(key, default)
         for choice in choices:
@@ -83,10 +83,10 @@ class ConfigValues:
         raise self._wrong(key, value, expected, "is not supported; ")
 
     def make(self, cls: Callable[..., T], **options: Any) -> T:
-        """`cls(**options)`, whose errors name the file.
+        """Returns `cls(**options)`; its errors name the file.
 
         Raises:
-          UserError: the options do not go together.
+          UserError: `cls` rejects the options.
         """
         try:
             return cls(**options)
@@ -107,7 +107,7 @@ class ConfigValues:
         if default is not _REQUIRED:
             return default
         kind = "is null" if key in self.values else "is missing"
-        raise UserError(f"{self.where}: {key} {kind}: take the file from where the weights are from")
+        raise UserError(f"{self.where}: {key} {kind}: use the config.json that belongs to the weights")
 
     def _wrong(self, key: str, value: Any, expected: str, found: str = "") -> UserError:
         shown = repr(value)
@@ -116,18 +116,18 @@ class ConfigValues:
 
 
 def check_size(needed: int, shapes: Mapping[str, Sequence[int]], *, config: str, weights: str) -> None:
-    """Refuses a model that is far larger than all tensors of its weights together, before it is built.
+    """Rejects a model far larger than all tensors of its weights together, before it is built.
 
     Args:
-      needed: a lower bound of the numbers that the model's arrays hold.
-      shapes: of the tensors.
+      needed: lower bound of the number of elements in the model's arrays.
+      shapes: shapes of the tensors.
 
     Raises:
       WeightsError: names both files.
     """
-    there = sum(math.prod(shape) for shape in shapes.values())
-    if needed > _MARGIN * there:
+    available = sum(math.prod(shape) for shape in shapes.values())
+    if needed > _MARGIN * available:
         raise WeightsError(
-            f"{config} describes a model of {needed:,} numbers or more, {weights} holds {there:,}: they do "
-            "not belong together"
+            f"{config} describes a model of {needed:,} numbers or more, {weights} holds {available:,}: "
+            "they do not belong together"
         )

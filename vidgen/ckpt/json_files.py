@@ -1,4 +1,4 @@
-"""JSON files that appear whole."""
+"""JSON files that are written atomically."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ __all__ = ["write_json"]
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a file, which appears whole; process 0 does."""
+    """Writes a JSON file atomically, on process 0."""
     if not processes.is_main_process():
         return
     with replacing(path) as temporary:

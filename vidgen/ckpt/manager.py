@@ -1,4 +1,4 @@
-"""Checkpoints of a run: asynchronous, atomic, checked, for any mesh. Only `ckpt` knows Orbax."""
+"""Checkpoints of a run: asynchronous, atomic, verified, for any mesh. Only `ckpt` uses Orbax."""
 
 import contextlib
 import pathlib
@@ -30,9 +30,9 @@ _Result = TypeVar("_Result")
 class CheckpointManager:
     """The checkpoints below one directory, one folder per step.
 
-    A save is written in the background to a temporary name and renamed when it is complete: a folder that
-    carries a step's number is whole. Saving again, `wait` and `close` wait for it. Each checkpoint has a
-    manifest with digests of its arrays, which `restore` compares. A context manager.
+    A save is written in the background to a temporary name and renamed when complete, so a folder named after
+    a step is always complete. The next save, `wait` and `close` wait for it. Each checkpoint has a manifest
+    with digests of its arrays, which `restore` verifies. A context manager.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class CheckpointManager:
         keep_every: int | None = None,
         cleanup: bool = False,
     ):
-        """Makes the directory where it is missing.
+        """Creates the directory if it is missing.
 
         Args:
-          every: steps between saves, as `should_save` answers.
-          keep: how many of the newest checkpoints stay.
+          every: steps between saves, for `should_save`.
+          keep: number of newest checkpoints that stay.
           keep_every: checkpoints at multiples of this stay too; None keeps the newest only.
-          cleanup: removes what killed saves left behind, and renames damaged checkpoints to `<step>.damaged`.
-            For the one run that writes here, never for readers.
+          cleanup: deletes leftovers of killed saves, and renames damaged checkpoints to `<step>.damaged`. For
+            the one run that writes here, never for readers.
 
         Raises:
-          CheckpointError: what Orbax reads first of each checkpoint is damaged in one of them.
+          CheckpointError: the metadata file that Orbax reads first is damaged in one of the checkpoints.
         """
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(keep)]
+        preserved: list[Any] = [policies.LatestN(keep)]
         if keep_every is not None:
-            kept.append(policies.EveryNSteps(keep_every))
+            preserved.append(policies.EveryNSteps(keep_every))
         self.directory = pathlib.Path(directory).absolute()
-        # Any: the annotations of Orbax's policies do not fit its own protocols.
+        # Any: the annotations of Orbax's policies do not match Orbax's protocols.
         decision: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
-        preservation: Any = policies.AnyPreservationPolicy(kept)
+        preservation: Any = policies.AnyPreservationPolicy(preserved)
         try:
             check_directory(self.directory)
         except UserError as error:
@@ -78,27 +78,27 @@ class CheckpointManager:
         self._saving: tuple[int, Any] | None = None
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint, or None."""
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, oldest first."""
+        """Steps of all complete checkpoints, oldest first."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     def should_save(self, step: int) -> bool:
-        """Whether `step` is one of those that are saved on schedule."""
+        """Whether a save is scheduled after `step`."""
         return step % self._every == 0
 
     def save(self, step: int, state: PyTree, parts: Mapping[str, Any] | None = None) -> None:
-        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there stays.
+        """Starts a save; returns once the arrays may be overwritten. An existing checkpoint stays as it is.
 
         Args:
-          state: a tree of arrays.
-          parts: JSON-able values that belong to the same step, by name.
+          state: a pytree of arrays.
+          parts: JSON-able values to save with the step, by name.
 
         Raises:
-          CheckpointError: this save, or the one before, could not be written; the disk is full, say.
+          CheckpointError: this save or the previous one could not be written, e.g. because the disk is full.
         """
         self.wait()
         if step in self.steps():
@@ -106,8 +106,8 @@ class CheckpointManager:
         parts = dict(parts or {})
         manifest = Manifest.of({plain_name(name): leaf for name, leaf in named_leaves(state).items()}, parts)
         context = ocp.Context()
-        # What lies on several devices is cut, for each of them to write a part, by a program per shape; for
-        # less than this it takes longer to compile than to write.
+        # Orbax slices replicated arrays so that each device writes a part, with one program per shape. Below
+        # this size compilation takes longer than writing.
         context.array.saving.min_slice_bytes_for_replica_parallel = 2**22
         saved = {STATE: state, MANIFEST: manifest.to_json(), **parts}
         try:
@@ -124,47 +124,46 @@ class CheckpointManager:
         *,
         partial: bool = False,
     ) -> tuple[int, PyTree, dict[str, Any]]:
-        """The state of a checkpoint, and the JSON values asked for.
+        """Step, state and requested JSON values of a checkpoint.
 
-        Where the newest is damaged, the one before is taken, with a warning. Arrays of another type than the
-        one asked for are cast, after their digests were compared. With several processes all of them must
-        call this; they take the same step.
+        If the newest checkpoint is damaged, the previous one is restored, with a warning. Arrays are cast to
+        the requested dtypes after their digests were compared. With several processes all of them must call
+        this; they restore the same step.
 
         Args:
-          abstract_state: `jax.ShapeDtypeStruct`s with the shardings that the arrays shall have.
-          step: which; None is the newest that is whole.
-          parts: names as given to `save`.
-          partial: reads only the arrays that `abstract_state` has, and leaves the others alone.
+          abstract_state: `jax.ShapeDtypeStruct`s with the shardings of the restored arrays.
+          step: step to restore; None is the newest undamaged one.
+          parts: names passed to `save`.
+          partial: reads only the arrays in `abstract_state` and ignores the others.
 
         Raises:
-          CheckpointError: no such checkpoint, none that is whole, or one of another model: the arrays that
-            differ are named.
+          CheckpointError: no such checkpoint, all are damaged, or it is of another model; the message names
+            the arrays that differ.
         """
-        return self._newest_whole(
+        return self._newest_intact(
             step, lambda step: (step, *self._at(step).load(abstract_state, parts, partial=partial))
         )
 
     def shapes(self, step: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The shape of each saved array by dotted name; of the newest checkpoint where `step` is None.
+        """Shape of each saved array by dotted name; of the newest checkpoint if `step` is None.
 
         Raises:
           CheckpointError: no such checkpoint, or none that can be read.
         """
-        stored = self._newest_whole(step, lambda step: self._at(step).stored())
+        stored = self._newest_intact(step, lambda step: self._at(step).stored())
         return {plain_name(name): array.shape for name, array in stored.items()}
 
     def restore_named(
         self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None
     ) -> tuple[int, dict[str, jax.Array]]:
-        """The step, and those arrays of its checkpoint that are wanted, by the names that `shapes` gives.
+        """Step, and the `wanted` arrays of its checkpoint, by the names in `shapes`.
 
         Args:
-          wanted: modules' arrays; what an optimizer keeps, which is in tuples, cannot be had by name.
-          step: which; None is the newest that is whole.
+          wanted: arrays of modules; optimizer state is stored in tuples and cannot be requested by name.
+          step: step to restore; None is the newest undamaged one.
 
         Raises:
-          CheckpointError: no such checkpoint, none that is whole, or arrays that are missing or of another
-            shape.
+          CheckpointError: no such checkpoint, all are damaged, or arrays are missing or of another shape.
         """
 
         def load(step: int) -> tuple[int, PyTree]:
@@ -178,19 +177,20 @@ class CheckpointManager:
                 node[last] = leaf
             return step, self._at(step).load(tree, partial=True)[0]
 
-        step, loaded = self._newest_whole(step, load)
+        step, loaded = self._newest_intact(step, load)
         return step, {plain_name(name): array for name, array in named_leaves(loaded).items()}
 
     def wait(self) -> None:
-        """Returns when the save that is under way is complete; SIGTERM and SIGINT take effect only then.
+        """Waits until the current save is complete; defers SIGTERM and SIGINT until then.
 
         Raises:
-          CheckpointError: it could not be written; the disk is full, say. The checkpoints before are whole.
+          CheckpointError: the save could not be written, e.g. because the disk is full. Earlier checkpoints
+            are intact.
         """
         if self._saving is None:
             return
         step, response = self._saving
-        # jax's own handler of SIGTERM stays where several processes agree on a step to stop after.
+        # With several processes JAX's SIGTERM handler stays: through it they agree on a step to stop after.
         several = jax.process_count() > 1
         numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
         with deferred_signals(f"the checkpoint of step {step}", numbers), without_noise():
@@ -202,7 +202,7 @@ class CheckpointManager:
             self._saving = None
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the background threads."""
+        """Waits for the current save like `wait`, then ends the background threads."""
         try:
             self.wait()
         finally:
@@ -219,23 +219,25 @@ class CheckpointManager:
         return Checkpoint(self.directory / str(step))
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
-        """The error of a save that failed, whose half-written folder is removed to make room."""
+        """Error of a failed save; deletes its partial folder to free disk space."""
         with contextlib.suppress(Exception):
-            self._orbax.wait()  # An error of Orbax's threads is raised once in each thread that waits.
+            self._orbax.wait()  # Orbax raises an error of its threads once per waiting thread.
         if self._writes and processes.is_main_process():
             for folder in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(folder, ignore_errors=True)
-        whole = [s for s in self.steps() if s != step]
+        intact = [s for s in self.steps() if s != step]
         before = (
-            f"the newest whole checkpoint is that of step {whole[-1]}" if whole else "there is none before"
+            f"the newest intact checkpoint is that of step {intact[-1]}"
+            if intact
+            else "there is no earlier one"
         )
         return CheckpointError(
             f"{self.directory / str(step)} could not be written ({in_one_line(error)}); {before}. Make room "
-            "on the disk, or mend what is wrong with it, and run the same command again"
+            "on the disk, or repair it, and run the same command again"
         )
 
-    def _newest_whole(self, step: int | None, load: Callable[[int], _Result]) -> _Result:
-        """What `load` gives of `step`, or of the newest step where it does not raise `Damaged`."""
+    def _newest_intact(self, step: int | None, load: Callable[[int], _Result]) -> _Result:
+        """Result of `load` for `step`, or for the newest step for which it does not raise `Damaged`."""
         self.wait()
         reasons: dict[int, str] = {}
         for candidate in self._candidates(step):
@@ -245,7 +247,7 @@ class CheckpointManager:
                 reasons[candidate] = str(damaged)
                 continue
             if reasons:
-                self._pass_over(reasons, candidate)
+                self._skip_damaged(reasons, candidate)
             return result
         listed = "; ".join(
             f"{self.directory / str(s)} is damaged ({reason})" for s, reason in reasons.items()
@@ -253,12 +255,12 @@ class CheckpointManager:
         if step is not None:
             raise CheckpointError(f"{listed}: choose another of the steps {self.steps()}")
         raise CheckpointError(
-            f"no checkpoint is whole: {listed}. Bring one back from a copy, or begin again in another workdir"
+            f"no checkpoint is whole: {listed}. Restore one from a copy, or start again in another workdir"
         )
 
     def _candidates(self, step: int | None) -> list[int]:
-        """The steps to try, newest first; the same on every process."""
-        # Process 0 decides: others may look at a shared folder a little later.
+        """Steps to try, newest first; equal on every process."""
+        # Process 0 decides: on a shared file system the others may see an older listing.
         text = processes.broadcast_text(",".join(map(str, self.steps())))
         steps = [int(s) for s in text.split(",") if s]
         if not steps:
@@ -271,8 +273,8 @@ class CheckpointManager:
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
         return [step]
 
-    def _pass_over(self, reasons: Mapping[int, str], step: int) -> None:
-        """Says that damaged checkpoints are not used; the run that writes here moves them out of the way."""
+    def _skip_damaged(self, reasons: Mapping[int, str], step: int) -> None:
+        """Warns about damaged checkpoints; the run that writes here also renames them."""
         main = processes.is_main_process()
         warn = _log.warning if main else _log.debug
         for damaged, reason in reasons.items():
@@ -285,11 +287,11 @@ class CheckpointManager:
         processes.sync("damaged checkpoints were read")
         if main:
             for damaged in reasons:
-                # When the run comes to that step again, its checkpoint must not be taken for this one.
+                # A later save of the same step must not find this folder.
                 target = self.directory / f"{damaged}.damaged"
                 shutil.rmtree(target, ignore_errors=True)
                 (self.directory / str(damaged)).rename(target)
         processes.sync("damaged checkpoints were renamed")
         self._orbax.reload()
         names = ", ".join(f"{damaged}.damaged" for damaged in reasons)
-        warn("going on from step %d, to repeat %s; what is damaged was renamed (%s)", step, steps, names)
+        warn("going on from step %d, to repeat %s; damaged checkpoints were renamed (%s)", step, steps, names)

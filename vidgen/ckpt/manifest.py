@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: types, shapes and digests of its arrays, and of its JSON parts."""
+"""Manifest of a checkpoint: dtypes, shapes and digests of its arrays, checksums of its JSON parts."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ __all__ = ["Manifest", "StoredArray"]
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """Shape, name of the type, and digest of an array as it is stored ("" where there is none)."""
+    """Shape, dtype name and digest ("" if there is none) of a stored array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -25,14 +25,14 @@ class StoredArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The arrays of a checkpoint, and the checksums of its JSON parts, by name."""
+    """The arrays of a checkpoint and the checksums of its JSON parts, by name."""
 
     arrays: Mapping[str, StoredArray]
     parts: Mapping[str, int]
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], parts: Mapping[str, Any]) -> "Manifest":
-        """The manifest of what is about to be saved; with several processes all of them must call this."""
+        """Manifest of arrays and parts to be saved; with several processes all of them must call this."""
         digests = array_digests(arrays)
         return cls(
             arrays={name: StoredArray(*_stored_as(x), digests[name]) for name, x in arrays.items()},
@@ -40,7 +40,7 @@ class Manifest:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON-able values, with a checksum of their own."""
+        """JSON-able values, with a checksum of the manifest."""
         values = {
             "arrays": {name: [list(x.shape), x.dtype, x.digest] for name, x in self.arrays.items()},
             "parts": dict(self.parts),
@@ -49,14 +49,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """What `to_json` gave.
+        """Inverse of `to_json`.
 
         Raises:
-          ValueError: the values are not what it gave.
+          ValueError: the values do not match their checksum.
         """
         rest = {name: value for name, value in values.items() if name != "checksum"}
         if values.get("checksum") != _checksum(rest):
-            raise ValueError("its manifest is not the one that was saved")
+            raise ValueError("its manifest differs from the saved one")
         arrays = {
             name: StoredArray(tuple(shape), dtype, digest)
             for name, (shape, dtype, digest) in rest["arrays"].items()
@@ -64,7 +64,7 @@ class Manifest:
         return cls(arrays=arrays, parts=rest["parts"])
 
     def changed(self, arrays: Mapping[str, Any], parts: Mapping[str, Any]) -> list[str]:
-        """The names of the arrays and parts that are not what was saved; all processes must call this."""
+        """Names of the arrays and parts that differ from what was saved; all processes must call this."""
         found = array_digests(arrays)
         names = [name for name in found if found[name] != self.arrays[name].digest]
         return names + [name for name in parts if _checksum(parts[name]) != self.parts[name]]

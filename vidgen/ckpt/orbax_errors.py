@@ -1,4 +1,4 @@
-"""Errors of Orbax and TensorStore: in one line, and without what their threads print of them on the way."""
+"""Errors of Orbax and TensorStore: shortened to one line, without output from background threads."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ __all__ = ["in_one_line", "is_of_the_machine", "without_noise"]
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error in one line; of Orbax's errors, the one that they were raised from."""
+    """Message of an error's root cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split(" [tensorstore_spec")[0].split())
@@ -18,7 +18,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether an error is one of the machine (its rights, its memory, its disk), not of the file."""
+    """Whether the machine (permissions, memory, disk) caused an error, not the file."""
     missing = FileNotFoundError | NotADirectoryError | IsADirectoryError
     if isinstance(error, OSError) and not isinstance(error, missing):
         return True
@@ -27,10 +27,10 @@ def is_of_the_machine(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[None]:
-    """Keeps from stderr what Orbax's threads say of an error on its way: it is raised, and told once."""
+    """Suppresses what Orbax's threads print about an error that is raised anyway."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
-        logger.addFilter(_of_others)
+        logger.addFilter(_is_not_orbax_warning)
     unraisable = sys.unraisablehook
     sys.unraisablehook = lambda event: None if _is_late(event) else unraisable(event)
     try:
@@ -38,13 +38,13 @@ def without_noise() -> Iterator[None]:
     finally:
         sys.unraisablehook = unraisable
         for logger in loggers:
-            logger.removeFilter(_of_others)
+            logger.removeFilter(_is_not_orbax_warning)
 
 
-def _of_others(record: logging.LogRecord) -> bool:
+def _is_not_orbax_warning(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno < logging.WARNING
 
 
 def _is_late(event: "sys.UnraisableHookArgs") -> bool:
-    """A read that ended after another had failed, and with it the event loop."""
+    """Whether a read ended after another had failed and closed the event loop."""
     return isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"

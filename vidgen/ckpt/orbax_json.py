@@ -1,7 +1,7 @@
-"""The JSON files of Orbax's checkpoints, looked at before Orbax reads them.
+"""Validation of the JSON files in Orbax checkpoints, before Orbax reads them.
 
-What Orbax (0.12) makes of damaged ones is an error of any type, in its own threads; of one that is nested too
-deep, an interpreter whose recursion limit stays used up.
+On damaged files Orbax (0.12) raises errors of any type, in background threads. A file that is nested too
+deeply leaves the interpreter with its recursion limit used up.
 """
 
 import json
@@ -15,8 +15,8 @@ __all__ = ["check_checkpoint", "check_directory"]
 
 _REMEDY = "it is not as Orbax wrote it"
 _MAX_LEVELS = 64
-_OF_A_STEP = "_CHECKPOINT_METADATA"
-_INSIDE = ("*/_METADATA", "*/_sharding", "*/_strings.json", "*/array_metadatas/process_*")
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_ARRAY_METADATA = ("*/_METADATA", "*/_sharding", "*/_strings.json", "*/array_metadatas/process_*")
 _TYPES = {
     "item_handlers": dict | str | None,
     "metrics": dict | None,
@@ -28,14 +28,14 @@ _TYPES = {
 
 
 def check_directory(directory: pathlib.Path) -> None:
-    """Checks the JSON file of each checkpoint that Orbax reads when the directory is opened.
+    """Validates the JSON file of each checkpoint that Orbax reads on opening the directory.
 
-    Nothing is lost with it: Orbax passes over one that is missing or no JSON.
+    A file that is missing or not JSON passes: Orbax ignores it.
 
     Raises:
-      UserError: one is JSON, and not what Orbax takes.
+      UserError: a file is JSON, but not in Orbax's format.
     """
-    for path in sorted(directory.glob(f"*/{_OF_A_STEP}")):
+    for path in sorted(directory.glob(f"*/{_STEP_METADATA}")):
         try:
             values = json.loads(path.read_bytes())
         except ValueError:
@@ -50,12 +50,12 @@ def check_directory(directory: pathlib.Path) -> None:
 
 
 def check_checkpoint(folder: pathlib.Path) -> None:
-    """Checks what else there is of JSON in a checkpoint's folder.
+    """Validates the other JSON files in a checkpoint's folder.
 
     Raises:
       UserError: a file is damaged.
     """
-    for pattern in _INSIDE:
+    for pattern in _ARRAY_METADATA:
         for path in sorted(folder.glob(pattern)):
             values = read_json(path, remedy=_REMEDY)
             leaves = values.get("tree_metadata", {})
@@ -64,6 +64,6 @@ def check_checkpoint(folder: pathlib.Path) -> None:
 
 
 def _is_leaf(leaf: Any) -> bool:
-    """Whether an entry gives a place in a tree, of which Orbax builds every level."""
+    """Whether an entry has a path of limited depth: Orbax builds every level of it."""
     keys = leaf.get("key_metadata") if isinstance(leaf, dict) else None
     return isinstance(keys, list) and 0 < len(keys) <= _MAX_LEVELS

@@ -1,4 +1,4 @@
-"""Modules out of folders that hold config.json and weights, as other programs write them."""
+"""Modules loaded from folders with config.json and weights, as written by other programs."""
 
 import pathlib
 import re
@@ -31,17 +31,17 @@ def load_module(
     keep_dtypes: bool = False,
     remedy: str = "use the weights that belong to this config.json",
 ) -> Module:
-    """The module that `make` would give, with the arrays of a file; nothing is computed for it.
+    """Module like `make()` with the arrays of a file; `make` is traced, not computed.
 
     Args:
-      mesh: over which the arrays are laid; None is one device.
-      names: from our names to those of the program that wrote the file.
-      bf16_pattern: regular expression of the names of arrays that are kept in bfloat16.
+      mesh: mesh over which the arrays are sharded; None places them on one device.
+      names: maps native array names to the tensors of the external file.
+      bf16_pattern: regular expression of the names of arrays to load as bfloat16.
       ignore, keep_dtypes, remedy: as in `load_weights`.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      WeightsError: names every tensor that is missing, unexpected or of another shape.
     """
     graphdef, state = nnx.split(nnx.eval_shape(make), graph=False)
     if bf16_pattern is not None:
@@ -65,10 +65,10 @@ def check_module(
     ignore: str | None = None,
     remedy: str = "use the weights that belong to this config.json",
 ) -> None:
-    """Checks that `load_module` would find what it needs; reads the headers only.
+    """Checks that `load_module` would find all tensors; reads the headers only.
 
     Raises:
-      FileNotFoundError, WeightsError: as `load_module`.
+      FileNotFoundError, WeightsError: as in `load_module`.
     """
     _, state = nnx.split(nnx.eval_shape(make), graph=False)
     table = None if names is None else names(named_leaves(state))

@@ -1,4 +1,4 @@
-"""Weights kept as 8-bit floats with a scale beside each, as in ComfyUI's `fp8_scaled` files."""
+"""Weights stored as 8-bit floats with a scale each, as in ComfyUI's `fp8_scaled` files."""
 
 import pathlib
 import re
@@ -14,22 +14,22 @@ __all__ = ["ScaledTensors"]
 
 _SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale)")
 _UNUSED = re.compile(r"(?:.*\.)?scaled_fp8|.+\.(?:scale_input|input_scale|comfy_quant)")
-"""A mark of the format, and what ComfyUI multiplies in 8 bits by: products are of more bits here."""
+"""The format's marker, and ComfyUI's scales for 8-bit products: products have a higher precision here."""
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class ScaledTensors(TensorFiles):
-    """As `TensorFiles`; a weight that has a scale is its product with it, in float32.
+    """`TensorFiles` in which a weight with a scale is their product, in float32.
 
-    A scale is one number, or one for each row of a matrix. Files without scales are as they are.
+    A scale is one number, or one per row of a matrix. Tensors without a scale are unchanged.
     """
 
     def __init__(self, path: pathlib.Path | str):
         """Reads the headers.
 
         Raises:
-          WeightsError: a scale belongs to nothing, or to what is not kept as 8-bit floats; the rest is as in
+          WeightsError: a scale has no weight, or its weight is not stored as 8-bit floats; otherwise as in
             `TensorFiles`.
         """
         super().__init__(path)
@@ -40,7 +40,7 @@ class ScaledTensors(TensorFiles):
         self.dtypes |= dict.fromkeys(self._scales, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of that name, which must not be written to."""
+        """Tensor `name`, read-only."""
         if name not in self._scales:
             return super().read(name)
         scale, dtype = self._scales[name]
@@ -48,7 +48,7 @@ class ScaledTensors(TensorFiles):
         return stored.astype(np.float32) * scale
 
     def _scaled(self) -> Iterator[tuple[str, tuple[np.ndarray, np.dtype]]]:
-        """Weights with their scale, which multiplies rows, and the type in which they are kept."""
+        """Yields each scaled weight with its scale, broadcastable over rows, and its stored dtype."""
         for name in list(self.shapes):
             if (match := _SCALE.fullmatch(name)) is None:
                 continue
@@ -74,10 +74,10 @@ class ScaledTensors(TensorFiles):
             )
 
     def _check_format(self, name: str) -> None:
-        """Of weights that say in which format they are kept."""
+        """Checks the format of a weight that declares one."""
         if not name.endswith(".comfy_quant"):
             return
-        said = parse_json(super().read(name).tobytes()[:4096], f"{self.path}: {name}")
-        kind = said.get("format") if isinstance(said, dict) else None
+        declared = parse_json(super().read(name).tobytes()[:4096], f"{self.path}: {name}")
+        kind = declared.get("format") if isinstance(declared, dict) else None
         if kind not in _FORMATS:
             raise WeightsError(f"{self.path}: {name} is of format {kind!r}; expected one of {_FORMATS}")

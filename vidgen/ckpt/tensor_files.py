@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, one by one: read from the disk when asked for, written as they come."""
+"""Tensors of safetensors files, one at a time: read on demand, written as they are produced."""
 
 import dataclasses
 import json
@@ -17,12 +17,12 @@ from vidgen.core.files import parse_json, read_json, replacing
 __all__ = ["PICKLES", "TensorFiles", "TensorSpec", "WeightsError", "is_plain_name", "write_tensors"]
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
-"""How names of files end that can run any code when they are loaded; they are never loaded here."""
+"""Suffixes of pickles, which can run any code when loaded; they are never loaded here."""
 
 _MAX_FILE_NAME = 255
-"""Bytes that file systems take."""
+"""Bytes that file systems allow."""
 _MAX_HEADER_BYTES = 16 << 20
-"""A header has some 100 bytes for each tensor; models of thousands of tensors have less than 1 MB."""
+"""A header has about 100 bytes per tensor; models with thousands of tensors have less than 1 MB."""
 
 _MAX_NAME = 500
 
@@ -49,32 +49,32 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightsError(UserError):
-    """A file of weights that does not fit the model; the message names every tensor concerned."""
+    """Weights that do not fit the model; the message names every tensor concerned."""
 
 
 class TensorFiles:
-    """The tensors of one file, or of several that `NAME.index.json` lists (Hugging Face's layout).
+    """Tensors of one file, or of several listed in `NAME.index.json` (Hugging Face's layout).
 
-    Arrays are views of the files, mapped into memory: what is not looked at is not read. (The library's own
-    reader for numpy, 0.8, knows neither bfloat16 nor 8-bit floats.) Files may be symbolic links, as those of
-    Hugging Face's cache are, to regular files; an index names files of its own folder only.
+    Arrays are views of memory-mapped files: data that is not accessed is not read. (The NumPy reader of
+    safetensors 0.8 supports neither bfloat16 nor 8-bit floats.) Files may be symbolic links to regular files,
+    as in Hugging Face's cache; an index may only name files in its folder.
 
     Attributes:
-      path: of the file, or of the index.
-      files: of which it is made.
-      shapes: of the tensors, by name.
-      dtypes: as `shapes`.
-      metadata: strings of the header; of several files, of all headers together.
+      path: the file, or the index.
+      files: paths of the safetensors files.
+      shapes: shape of each tensor, by name.
+      dtypes: dtype of each tensor, by name.
+      metadata: strings in the header, or in all headers if there are several files.
     """
 
     def __init__(self, path: pathlib.Path | str):
         """Reads the headers.
 
         Raises:
-          FileNotFoundError: there is neither the file nor an index of that name, or a file that it lists.
-          WeightsError: a file is not whole, no safetensors file, or does not hold what the index says.
-          UserError: the index is no JSON file of its kind, or names a file outside its folder; there are
-            only pickles.
+          FileNotFoundError: neither the file nor an index of that name exists, or a listed file is missing;
+            the message mentions pickles found instead.
+          WeightsError: a file is incomplete, not a safetensors file, or does not hold what the index lists.
+          UserError: the index is not a valid JSON index, or names a file outside its folder.
         """
         path = pathlib.Path(path)
         index = path.with_name(path.name + ".index.json")
@@ -89,38 +89,44 @@ class TensorFiles:
             self._open(file, expected)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of that name, which must not be written to."""
+        """Tensor `name`, read-only."""
         return self._places[name].view(self.dtypes[name]).reshape(self.shapes[name])
 
     def _open(self, path: pathlib.Path, expected: set[str] | None) -> None:
         header, begin = _header(path)
         self.metadata |= header.pop("__metadata__", {})
         if expected is not None and (missing := sorted(expected - header.keys())):
-            raise WeightsError(f"{path} lacks {missing[:10]}, which {self.path.name} says it holds")
+            raise WeightsError(f"{path} lacks {missing[:10]}, which {self.path.name} lists for it")
         if twice := sorted(self.shapes.keys() & header.keys()):
             raise WeightsError(f"{path} holds {twice[:10]}, which another file of {self.path.name} holds too")
         data = np.memmap(path, np.uint8, mode="r", offset=begin) if header else np.zeros(0, np.uint8)
         for name, entry in header.items():
             if len(name) > _MAX_NAME or not name.isprintable():
-                raise WeightsError(f"{path}: {name[:80]!r} ({len(name)} characters) is no name of a tensor")
+                raise WeightsError(
+                    f"{path}: {name[:80]!r} ({len(name)} characters) is not a valid tensor name"
+                )
             if entry["dtype"] not in _DTYPES:
-                raise WeightsError(f"{path}: {name} is of type {entry['dtype']}; known are {sorted(_DTYPES)}")
+                raise WeightsError(
+                    f"{path}: {name} is of type {entry['dtype']}; expected one of {sorted(_DTYPES)}"
+                )
             start, end = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             if not end - start == math.prod(shape) * dtype.itemsize:
-                raise WeightsError(f"{path}: {name} has {end - start} bytes for {shape} of {dtype}")
+                raise WeightsError(
+                    f"{path}: {name} has {end - start} bytes, which do not match {shape} of {dtype}"
+                )
             self._places[name], self.shapes[name], self.dtypes[name] = data[start:end], shape, dtype
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether `name`, which another file gives, is that of a file in the same folder, and nothing else."""
+    """Whether `name`, taken from another file, names a file in the same folder and nothing else."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False
     return len(name.encode(errors="surrogatepass")) <= _MAX_FILE_NAME
 
 
 def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
-    """The header of a file, checked by the library, and the byte at which the tensors begin."""
+    """Header of a file, validated by safetensors, and the byte offset of the first tensor."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: expected weights in safetensors format{_beside(path)}")
     if not path.is_file():
@@ -128,13 +134,13 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
     again = "write it again, or download it again"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        # Before the library reads it: a length in a damaged file may be anything.
+        # Checked before safetensors reads it: in a damaged file the length may be anything.
         if length > _MAX_HEADER_BYTES:
             raise WeightsError(f"{path} is no safetensors file (a header of {length:,} bytes): {again}")
         text = file.read(length)
     try:
         with safe_open(path, framework="numpy"):
-            pass  # It checks that the file is whole: sizes, and that offsets neither overlap nor leave gaps.
+            pass  # Validates sizes, and that offsets neither overlap nor leave gaps.
     except SafetensorError as error:
         raise WeightsError(f"{path} is no complete safetensors file ({str(error)[:300]}): {again}") from error
     try:
@@ -145,7 +151,7 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
 
 
 def _beside(path: pathlib.Path) -> str:
-    """What to say of pickles that are where a file is missing."""
+    """Remark on pickles found next to a missing file; empty if there are none."""
     pickles = [p.name for p in path.parent.glob("*") if p.suffix in PICKLES] if path.parent.is_dir() else []
     if not pickles:
         return ""
@@ -157,7 +163,7 @@ def _beside(path: pathlib.Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Shape and type of a tensor."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -174,16 +180,16 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file tensor by tensor, so that one of them is in memory at a time; the file appears whole.
+    """Writes a file tensor by tensor, with one of them in memory at a time; the file appears atomically.
 
-    (The library's own writer takes all of them at once.)
+    (The writer of safetensors takes all tensors at once.)
 
     Args:
-      specs: by name, in the order in which they come.
+      specs: by name, in the order of `tensors`.
       metadata: strings for the header.
 
     Raises:
-      OSError: the disk is full, say; what was there before is still there.
+      OSError: e.g. the disk is full; an existing file is unchanged.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -202,11 +208,11 @@ def write_tensors(
 
 def _listed(index: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
     remedy = "download it again"
-    places = read_json(index, remedy=remedy).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{index}: weight_map is no mapping from tensors to files: {remedy}")
+    weight_map = read_json(index, remedy=remedy).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map is not a mapping from tensors to files: {remedy}")
     files: dict[pathlib.Path, set[str] | None] = {}
-    for name, file in places.items():
+    for name, file in weight_map.items():
         if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise UserError(
                 f"{index}: {name} is said to be in {str(file)[:200]!r}; expected the name of a safetensors "

@@ -1,4 +1,4 @@
-"""Weights as safetensors: a tree of arrays by dotted names, without optimizer and without pickle."""
+"""Weights as safetensors: pytrees of arrays by dotted name, without optimizer state or pickle."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ from vidgen.parallel import processes
 __all__ = ["WeightsError", "check_weights", "load_weights", "save_weights", "tensor_shapes"]
 
 _SHOWN = 60
-"""Tensors that do not fit are named up to so many; of another model nothing fits."""
+"""Number of mismatched tensors that an error lists; with the wrong model, all mismatch."""
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Beyond this size weights are written in several files, as other programs do."""
+"""Larger weights are split into several files, as other programs do."""
 
 
 def save_weights(
@@ -38,36 +38,36 @@ def save_weights(
     metadata: Mapping[str, str] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the arrays of `tree` under their dotted names; no file is there before it is whole.
+    """Writes the arrays of `tree` under their dotted names; each file appears atomically.
 
-    Host memory holds one tensor at a time, of one layer. With several processes all of them must call this;
+    Host memory holds one tensor of one layer at a time. With several processes all of them must call this;
     process 0 writes.
 
     Args:
-      path: of the file; where there is more than `max_file_bytes`, files `NAME-00001-of-00002.safetensors`
-        and so on, and an index `NAME.safetensors.index.json` that is written last.
-      names: for another program: its name and layout of each array.
+      path: path of the file; more than `max_file_bytes` go to files `NAME-00001-of-00002.safetensors` and so
+        on, with an index `NAME.safetensors.index.json` that is written last.
+      names: for an external format: name and layout of each array.
       metadata: strings for the header of each file.
     """
     path = pathlib.Path(path)
     parts = _parts(tree, names)
-    files = _divided({part.name: part.spec for part in parts}, max_file_bytes)
+    files = _split_by_size({part.name: part.spec for part in parts}, max_file_bytes)
     numbered = f"{path.stem}-{{:05}}-of-{len(files):05}{path.suffix}"
     paths = [path] if len(files) == 1 else [path.with_name(numbered.format(n + 1)) for n in range(len(files))]
-    coming = iter(parts)
+    remaining = iter(parts)
     for file, specs in zip(paths, files, strict=True):
-        tensors = (part.read() for part in itertools.islice(coming, len(specs)))
+        tensors = (part.read() for part in itertools.islice(remaining, len(specs)))
         if processes.is_main_process():
             write_tensors(file, specs, tensors, metadata=metadata)
         else:
-            for _ in tensors:  # Every process gives its parts.
+            for _ in tensors:  # Reading is a collective of all processes.
                 pass
     index = path.with_name(path.name + ".index.json")
     if len(files) > 1:
         size = sum(spec.num_bytes for specs in files for spec in specs.values())
         where = {name: file.name for file, specs in zip(paths, files, strict=True) for name in specs}
         write_json(index, {"metadata": {"total_size": size}, "weight_map": where})
-    # What an earlier call may have left would be read in the place of this.
+    # Files of an earlier call would be read instead of the new ones.
     if processes.is_main_process():
         (index if len(files) == 1 else path).unlink(missing_ok=True)
 
@@ -81,19 +81,19 @@ def load_weights(
     keep_dtypes: bool = False,
     remedy: str = "use the config of its run",
 ) -> PyTree:
-    """The arrays of a file in a tree like `abstract_tree`.
+    """Arrays of a file, as a pytree like `abstract_tree`.
 
     Args:
-      abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read); where they have a
-        sharding the arrays are laid out by it. Floating point numbers are cast to the type asked for.
-      names: of a file by another program: its name and layout of each array.
-      ignore: regular expression for whole names of tensors that the file may hold and nobody needs.
-      keep_dtypes: the arrays have the types of the file, whatever is asked for.
-      remedy: what to do about tensors that do not fit, for the error.
+      abstract_tree: `jax.ShapeDtypeStruct`s (or arrays, whose values are not read). Arrays get their
+        shardings, if they have any; floating point numbers are cast to their dtypes.
+      names: for an external format: name and layout of each array.
+      ignore: regular expression for the full names of tensors in the file that are not needed.
+      keep_dtypes: the arrays have the file's dtypes, not those of `abstract_tree`.
+      remedy: what to do about tensors that do not fit, for the error message.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: tensors are missing, left over, of another shape or type; names them.
+      WeightsError: tensors are missing, unexpected, or of another shape or type; the message names them.
     """
     files = ScaledTensors(path)
     leaves = named_leaves(abstract_tree)
@@ -102,7 +102,7 @@ def load_weights(
     if keep_dtypes:
         leaves = {name: _as_stored(files, mappings[name], leaf) for name, leaf in leaves.items()}
     arrays = [
-        _placed(functools.partial(_read, files, mappings[name], leaf), leaf) for name, leaf in leaves.items()
+        _place(functools.partial(_read, files, mappings[name], leaf), leaf) for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays)
 
@@ -115,10 +115,10 @@ def check_weights(
     ignore: str | None = None,
     remedy: str = "use the config of its run",
 ) -> None:
-    """Checks that `load_weights` would find what it needs; reads the headers only.
+    """Checks that `load_weights` would find all tensors; reads the headers only.
 
     Raises:
-      FileNotFoundError, WeightsError: as `load_weights`.
+      FileNotFoundError, WeightsError: as in `load_weights`.
     """
     leaves = named_leaves(abstract_tree)
     mappings = {name: _mapping(names, name, leaf) for name, leaf in leaves.items()}
@@ -126,11 +126,11 @@ def check_weights(
 
 
 def tensor_shapes(path: pathlib.Path | str) -> dict[str, tuple[int, ...]]:
-    """The names of a file's tensors with their shapes; reads the header only.
+    """Shape of each tensor in a file, by name; reads the header only.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: it is no safetensors file.
+      WeightsError: it is not a safetensors file.
     """
     return ScaledTensors(path).shapes
 
@@ -147,7 +147,7 @@ def _check(
     ignore: str | None,
     remedy: str,
 ) -> None:
-    """Compares names, shapes and types of a file's tensors with those that are needed."""
+    """Compares names, shapes and dtypes of a file's tensors with the required ones."""
     wanted: dict[str, tuple[int, ...]] = {}
     kinds: dict[str, np.dtype] = {}
     for name, leaf in leaves.items():
@@ -157,7 +157,7 @@ def _check(
     found = {name: shape for name, shape in files.shapes.items() if not re.fullmatch(ignore or "", name)}
     problems = list(_problems(wanted, found))
     for name in sorted(wanted.keys() & found.keys()):
-        if not _holds(files.dtypes[name], kinds[name]):
+        if not _same_kind(files.dtypes[name], kinds[name]):
             problems.append(f"{name}: of type {files.dtypes[name]} in the file, expected {kinds[name]}")
     if problems:
         more = len(problems) - _SHOWN
@@ -167,11 +167,11 @@ def _check(
         )
 
 
-def _holds(stored: np.dtype, wanted: np.dtype) -> bool:
-    """Whether numbers of one type stand for those of the other: floating point for floating point."""
+def _same_kind(stored: np.dtype, wanted: np.dtype) -> bool:
+    """Whether both dtypes are of one kind: floating point, signed, unsigned or boolean."""
     kinds = (np.floating, np.signedinteger, np.unsignedinteger, np.bool_)
-    of = lambda dtype: [kind for kind in kinds if jax.numpy.issubdtype(dtype, kind)]  # noqa: E731
-    return of(stored) == of(wanted)
+    kinds_of = lambda dtype: [kind for kind in kinds if jax.numpy.issubdtype(dtype, kind)]  # noqa: E731
+    return kinds_of(stored) == kinds_of(wanted)
 
 
 def _problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -191,7 +191,7 @@ def _as_stored(files: TensorFiles, mapping: TensorMapping, leaf: Any) -> jax.Sha
 
 
 def _read(files: TensorFiles, mapping: TensorMapping, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of one of our arrays, layer by layer."""
+    """Slice `index` of a native array, read layer by layer."""
     shape = tuple(leaf.shape)
     if not mapping.stacked:
         return np.array(mapping.to_native(files.read(mapping.external_name), shape)[index], dtype=leaf.dtype)
@@ -202,8 +202,8 @@ def _read(files: TensorFiles, mapping: TensorMapping, leaf: Any, index: tuple[sl
     return np.stack(layers, dtype=leaf.dtype, casting="unsafe")
 
 
-def _placed(read: Callable[[tuple[slice, ...]], np.ndarray], leaf: Any) -> jax.Array:
-    """An array laid out as `leaf` asks; no more of it is on the host at a time than one device's part."""
+def _place(read: Callable[[tuple[slice, ...]], np.ndarray], leaf: Any) -> jax.Array:
+    """Array with the sharding of `leaf`; the host holds one device's shard at a time."""
     sharding = getattr(leaf, "sharding", None)
     # Under `jax.set_mesh`, `eval_shape` gives shardings over an abstract mesh, which has no devices.
     if sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh):
@@ -219,7 +219,7 @@ def _placed(read: Callable[[tuple[slice, ...]], np.ndarray], leaf: Any) -> jax.A
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A tensor to be written: of another program's name and layout."""
+    """A tensor to write, with its external name and layout."""
 
     name: str
     spec: TensorSpec
@@ -230,18 +230,18 @@ def _parts(tree: PyTree, names: Mapping[str, TensorMapping] | None) -> list[_Par
     parts = []
     for name, leaf in named_leaves(tree).items():
         mapping = _mapping(names, name, leaf)
-        for layer, (theirs, shape) in enumerate(mapping.external_shapes(tuple(leaf.shape)).items()):
-            read = functools.partial(_theirs, mapping, leaf, layer)
-            parts.append(_Part(theirs, TensorSpec(shape, np.dtype(leaf.dtype)), read))
+        for layer, (external_name, shape) in enumerate(mapping.external_shapes(tuple(leaf.shape)).items()):
+            read = functools.partial(_external_tensor, mapping, leaf, layer)
+            parts.append(_Part(external_name, TensorSpec(shape, np.dtype(leaf.dtype)), read))
     return parts
 
 
-def _theirs(mapping: TensorMapping, leaf: Any, layer: int) -> np.ndarray:
+def _external_tensor(mapping: TensorMapping, leaf: Any, layer: int) -> np.ndarray:
     return mapping.to_external(_on_host(leaf, layer) if mapping.stacked else _on_host(leaf))
 
 
-def _divided(specs: Mapping[str, TensorSpec], largest: int) -> list[dict[str, TensorSpec]]:
-    """The tensors of each file, in order."""
+def _split_by_size(specs: Mapping[str, TensorSpec], largest: int) -> list[dict[str, TensorSpec]]:
+    """Splits tensors into files of at most `largest` bytes, in order; a larger tensor gets its own file."""
     files: list[dict[str, TensorSpec]] = [{}]
     room = largest
     for name, spec in specs.items():
@@ -254,13 +254,13 @@ def _divided(specs: Mapping[str, TensorSpec], largest: int) -> list[dict[str, Te
 
 
 def _on_host(leaf: Any, layer: int | None = None) -> np.ndarray:
-    """An array, or one layer of it, gathered from the devices that have its parts."""
+    """An array, or one layer of it, gathered to the host."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf if layer is None else leaf[layer], tiled=True)
     if layer is None or not isinstance(leaf, jax.Array):
         return np.asarray(leaf if layer is None else leaf[layer])
-    whole = np.empty(leaf.shape[1:], leaf.dtype)
+    gathered = np.empty(leaf.shape[1:], leaf.dtype)
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
-            whole[shard.index[1:]] = np.asarray(shard.data[layer - (shard.index[0].start or 0)])
-    return whole
+            gathered[shard.index[1:]] = np.asarray(shard.data[layer - (shard.index[0].start or 0)])
+    return gathered

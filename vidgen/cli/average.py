@@ -1,4 +1,4 @@
-"""`vidgen average`: a run's weights averaged over another length, found after training."""
+"""`vidgen average`: averages a run's weights over another length, after training."""
 
 import argparse
 import shutil
@@ -17,9 +17,9 @@ examples:
   vidgen average --checkpoint runs/dit --sigma-rel 0.15 --out runs/dit-0.15
   vidgen sample --checkpoint runs/dit-0.15 --prompt "a red circle moving left" --out a.mp4
 
-The run has kept averages of two widths (run.power_law); snapshots of these give those of any width (arXiv
-2312.02696). What is written is the folder of a run to sample from, to evaluate, or to start others from
-(run.init_from); it has no optimizer state to go on with.
+The run stores snapshots of averages of two widths (run.power_law); an average of any width is computed from
+them (arXiv 2312.02696). The output is a workdir to sample from, to evaluate, or to initialize other runs from
+(run.init_from). It has no optimizer state, so training cannot resume from it.
 """
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.out.exists():
         raise UserError(f"--out {arguments.out} is there already: name a folder that is not")
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     import optax
 
     from vidgen.ckpt.manager import CheckpointManager
@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     experiment = load_experiment(arguments.checkpoint)
     if experiment.task.kind != "text_to_video":
         raise UserError(
-            f"{arguments.checkpoint} is a run of kind {experiment.task.kind!r}, whose weights are read from "
-            "its vae folder; averages are made for runs of kind 'text_to_video'"
+            f"{arguments.checkpoint} is a run of kind {experiment.task.kind!r}; only runs of kind "
+            "'text_to_video' can be averaged (a VAE's weights are in its run's folder `vae`)"
         )
     abstract, _ = abstract_state(experiment.task, optax.identity(), MeshOptions().build())
     step, params = averaged_weights(
@@ -71,14 +71,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, type=path_option, help="workdir of a training run")
-    parser.add_argument("--out", required=True, type=path_option, help="folder to be made")
+    parser.add_argument("--out", required=True, type=path_option, help="a new folder")
     parser.add_argument(
         "--sigma-rel",
         required=True,
         type=float,
-        help="width of the average, relative to the steps until then: 0.05 is short, 0.25 long",
+        help="width of the average relative to the number of steps so far: 0.05 is short, 0.25 long",
     )
-    parser.add_argument("--step", type=int, help="of a snapshot; the newest where not given")
+    parser.add_argument("--step", type=int, help="step of the snapshot (default: the newest)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`vidgen config`: every option of an experiment with its value, type and meaning."""
+"""`vidgen config`: lists every option of an experiment with its value, type and meaning."""
 
 import argparse
 import sys
@@ -16,8 +16,8 @@ _EPILOG = """\
 examples:
   vidgen config show experiments/dit/sprites.py:tiny
   vidgen config show experiments/vae/folder.py --docs --config.data.path=my_clips --config.run.batch_size=16
-  vidgen config fields                (what an experiment has)
-  vidgen config fields task.dit       (what there is below config.task.dit, with defaults)
+  vidgen config fields                (the fields of an experiment)
+  vidgen config fields task.dit       (the fields below config.task.dit, with defaults)
 """
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if overrides and arguments.action == "fields":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.train.experiment import Experiment
 
     if arguments.action == "show":
@@ -64,11 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="every option of an experiment", allow_abbrev=False)
-    show.add_argument("config", metavar="FILE[:ARG]", help="the experiment, as vidgen train takes it")
-    show.add_argument("--docs", action="store_true", help="with the meaning of each")
-    fields = actions.add_parser("fields", help="what may be given, with defaults", allow_abbrev=False)
-    fields.add_argument("place", nargs="?", default="", metavar="PLACE", help="as task.dit or run")
+    show = actions.add_parser(
+        "show", help="list every option of an experiment with its value", allow_abbrev=False
+    )
+    show.add_argument("config", metavar="FILE[:ARG]", help="the experiment, as for `vidgen train`")
+    show.add_argument("--docs", action="store_true", help="print the meaning of each option too")
+    fields = actions.add_parser(
+        "fields", help="list the fields that can be set, with defaults", allow_abbrev=False
+    )
+    fields.add_argument("place", nargs="?", default="", metavar="PLACE", help="such as task.dit or run")
     return parser
 
 

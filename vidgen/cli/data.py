@@ -1,4 +1,4 @@
-"""`vidgen data`: checks a folder of videos, or writes clips, or latents of them, as ArrayRecord files.
+"""`vidgen data`: checks a folder of videos, or writes clips or their latents as ArrayRecord files.
 
 Examples:
   vidgen data check clips --num-frames 17 --fps 8
@@ -33,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs `vidgen data`.
 
     Args:
-      argv: the arguments after `data`.
+      argv: arguments after `data`.
 
     Returns:
-      0; 1 if no clip is left to use; 2 where the command is wrong, or its folder missing.
+      0; 1 if no clip can be used; 2 if the arguments are wrong or the folder is missing.
     """
     parser = _parser()
     try:
@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="vidgen data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    check = commands.add_parser("check", help="list every file that is used, and why the others are not")
+    check = commands.add_parser(
+        "check", help="list every file that is used, and the reason for each that is not"
+    )
     _add_folder_options(check)
     check.add_argument(
         "--bucket",
@@ -67,16 +69,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_bucket,
         metavar="FRAMESxHEIGHTxWIDTH",
-        help="one of several sizes, each for the files that suit it; in the place of the three options above",
+        help="a clip size, for the files that suit it; repeat for several sizes; replaces --num-frames, "
+        "--height and --width",
     )
     check.add_argument(
-        "--decode", action="store_true", help="decode every file to its end, to find damage inside"
+        "--decode", action="store_true", help="decode every file to its end, to find damage anywhere in it"
     )
     check.add_argument(
         "--max-bytes",
         type=limits.TOKENS,
         metavar="N",
-        help="name captions longer than a byte encoder with task.text.max_bytes=N takes: training cuts them",
+        help="list the captions that training would truncate with task.text.max_bytes=N",
     )
     check.set_defaults(run=_check)
     build = commands.add_parser(
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout-every",
         type=limits.HELDOUT_EVERY,
         metavar="SECONDS",
-        help="write a split `heldout` too: clips that touch the last of every so many seconds",
+        help="also write a split `heldout`: the clips that overlap the last second of every SECONDS seconds",
     )
     _add_build_options(folder, encoding="h264")
     folder.set_defaults(run=_build_folder)
@@ -101,13 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         "--num-clips", type=limits.COUNT, default=1000, help="clips for training (default 1000)"
     )
     sprites.add_argument(
-        "--num-heldout", type=limits.NUM_CLIPS, default=0, help="clips of a split `heldout` (default none)"
+        "--num-heldout", type=limits.NUM_CLIPS, default=0, help="clips in a split `heldout` (default none)"
     )
-    sprites.add_argument("--seed", type=limits.SEED, default=0, help="of the clips (default 0)")
+    sprites.add_argument("--seed", type=limits.SEED, default=0, help="random seed of the clips (default 0)")
     _add_build_options(sprites, encoding="lossless")
     sprites.set_defaults(run=_build_sprites)
     latents = commands.add_parser(
-        "latents", help="write the clips of an experiment as latents, for training on clips of any sizes"
+        "latents",
+        help="encode the clips of an experiment as latents, for training on packed clips of any size",
     )
     add_latents_options(latents)
     latents.set_defaults(run=write_latents)
@@ -116,23 +120,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_clip_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-frames", type=limits.NUM_FRAMES, default=17, help="frames of a clip (default 17)"
+        "--num-frames", type=limits.NUM_FRAMES, default=17, help="frames per clip (default 17)"
     )
-    parser.add_argument("--fps", type=limits.FPS, default=8.0, help="frames per second of a clip (default 8)")
+    parser.add_argument(
+        "--fps", type=limits.FPS, default=8.0, help="frames per second of the clips (default 8)"
+    )
     parser.add_argument("--height", type=limits.SIDE, default=64, help="pixels (default 64)")
     parser.add_argument("--width", type=limits.SIDE, default=64, help="pixels (default 64)")
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "dir", type=path_option, metavar="DIR", help="the folder; those below it are searched too"
-    )
+    parser.add_argument("dir", type=path_option, metavar="DIR", help="the folder; it is searched recursively")
     _add_clip_options(parser)
     parser.add_argument("--stride", type=limits.SECONDS, help="seconds between clips (default: end to end)")
     parser.add_argument(
-        "--captions", type=path_option, metavar="FILE", help="a .jsonl or .csv with the captions of all files"
+        "--captions",
+        type=path_option,
+        metavar="FILE",
+        help="a .jsonl or .csv file with the captions of all files",
     )
-    parser.add_argument("--require-captions", action="store_true", help="leave out files without a caption")
+    parser.add_argument("--require-captions", action="store_true", help="skip files without a caption")
 
 
 def _add_build_options(parser: argparse.ArgumentParser, *, encoding: str) -> None:
@@ -141,7 +148,7 @@ def _add_build_options(parser: argparse.ArgumentParser, *, encoding: str) -> Non
         "--encoding",
         choices=("lossless", "h264"),
         default=encoding,
-        help=f"how frames are kept: every pixel as it is, or compressed (default {encoding})",
+        help=f"how frames are stored: exactly, or compressed as H.264 (default {encoding})",
     )
 
 
@@ -196,7 +203,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.max_bytes is not None:
         sizes_of = {name: len(file.caption.encode()) for name, file in sorted(used.items())}
         long = [f"{name} ({size} bytes)" for name, size in sizes_of.items() if size > options.max_bytes]
-        print(f"{len(long)} captions are cut in training at {options.max_bytes} bytes", *long, sep="\n  ")
+        print(f"{len(long)} captions are truncated to {options.max_bytes} bytes", *long, sep="\n  ")
     empty = [size for size, report in zip(sizes, reports, strict=True) if not report.used]
     for size in empty:
         where = f" for the bucket {size}" if data.buckets else ""
@@ -205,7 +212,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _without_damage(reports: Sequence[FolderReport], *, full: bool) -> list[FolderReport]:
-    """The reports after decoding the files once: those with damage are moved to the rejected ones."""
+    """The reports with damaged files moved to `rejected`; decodes each file once."""
     files = list({file.name: file for report in reports for file in report.used}.values())
     with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
         found = pool.map(lambda file: find_damage(file.path, file.info, full=full), files)
@@ -268,9 +275,9 @@ def _build_sprites(options: argparse.Namespace) -> int:
 
 
 def _build(sources: Mapping[str, ClipSource], options: argparse.Namespace) -> int:
-    from vidgen.data.tfds_builder import build_records  # a second of imports that `check` does not need
+    from vidgen.data.tfds_builder import build_records  # imports take a second, and `check` needs none
 
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress, and speaks of downloads
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress to stdout
         report = build_records(sources, options.out, fps=options.fps, encoding=options.encoding)
     for name, reason in report.broken.items():
         print(f"LEFT OUT  {name}: {reason}")

@@ -1,4 +1,4 @@
-"""`vidgen data latents`: the clips of an experiment as latents, for training on rows of any sizes."""
+"""`vidgen data latents`: encodes the clips of an experiment, for training on packed clips of any size."""
 
 import argparse
 import collections
@@ -14,34 +14,34 @@ __all__ = ["add_latents_options", "write_latents"]
 
 
 def add_latents_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
+    """Adds the options of `vidgen data latents`."""
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE[:ARG]",
-        help="the experiment whose clips are encoded, each of its buckets as a size",
+        help="the experiment whose clips are encoded; each of its buckets is one clip size",
     )
     parser.add_argument(
         "--vae",
         type=path_option,
         required=True,
         metavar="WORKDIR",
-        help="of a run that trained or used a VAE",
+        help="workdir of a run that trained or used the VAE",
     )
     parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--num-clips",
         type=int,
-        help="clips over all buckets, shared as steps of training are, by weight (default: all there are)",
+        help="clips over all buckets, divided by the buckets' weights as training steps are (default: all)",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="clips encoded at a time (default 16)")
 
 
 def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Runs the command.
+    """Runs `vidgen data latents`.
 
     Args:
-      overrides: `--config.section.key=value`.
+      overrides: `--config.section.key=value` arguments.
     """
     if options.num_clips is not None:
         limits.COUNT.check(options.num_clips, "--num-clips")

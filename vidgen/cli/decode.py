@@ -1,4 +1,4 @@
-"""`vidgen decode`: latents back to a video, group by group, whatever its duration."""
+"""`vidgen decode`: decodes latents to a video of any duration, group by group."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ _EPILOG = """\
 example:
   vidgen decode clip.safetensors --out clip_decoded.mp4
 
-The VAE is the one that `vidgen encode` used, unless another is given. Frames have the size and number of the
-video that was encoded; an MP4 whose sides are odd gets one row or column more, as H.264's 4:2:0 wants.
+The default VAE is the one that `vidgen encode` used. The output has as many frames as the encoded video, of
+the same size; an MP4 with an odd side gets one more row or column, because H.264's 4:2:0 needs even sides.
 """
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {arguments.out}: use one of {', '.join(suffixes)}")
     check_target(arguments.out)
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     import jax.numpy as jnp
     from tqdm import tqdm
 
@@ -56,17 +56,17 @@ def main(argv: Sequence[str]) -> int:
     if found != expected:
         raise UserError(
             f"{arguments.latents} has (spatial factor, temporal factor, channels) {found}, the VAE in "
-            f"{folder} {expected}: give the one that made them with --vae"
+            f"{folder} {expected}: give the VAE of these latents with --vae"
         )
 
-    cut = tiles(arguments, vae.config.spatial_factor)
+    frame_tiles = tiles(arguments, vae.config.spatial_factor)
 
-    def frames(spread: VideoVAE) -> Iterator[np.ndarray]:
+    def frames(sharded: VideoVAE) -> Iterator[np.ndarray]:
         count = 0
         starts = range(1, len(latents), arguments.group)
         blocks = map(jnp.asarray, np.split(latents[None], starts, axis=1))
         with tqdm(total=info.num_frames, unit="frame", dynamic_ncols=True, file=sys.stderr) as bar:
-            for block in decode_stream(spread, blocks, num_frames=info.num_frames, tiles=cut):
+            for block in decode_stream(sharded, blocks, num_frames=info.num_frames, tiles=frame_tiles):
                 finite = np.asarray(jnp.isfinite(block).all((0, 2, 3, 4)))
                 if not finite.all():
                     raise UserError(
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
                 count += len(finite)
 
     made_by = {"latents": str(arguments.latents), "vae": str(folder)}
-    with on_all_devices(vae, *latents.shape[1:3]) as spread:
-        save_frames(arguments.out, frames(spread), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})
+    with on_all_devices(vae, *latents.shape[1:3]) as sharded:
+        save_frames(arguments.out, frames(sharded), fps=info.fps, metadata={"vidgen": json.dumps(made_by)})
     print(arguments.out)
     return 0
 
@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("latents", type=path_option, help="what `vidgen encode` wrote (.safetensors)")
-    parser.add_argument("--vae", type=path_option, help="a run, or a diffusers checkpoint")
+    parser.add_argument("latents", type=path_option, help="file written by `vidgen encode` (.safetensors)")
+    parser.add_argument("--vae", type=path_option, help="workdir of a run, or a diffusers checkpoint")
     parser.add_argument("--out", required=True, type=path_option, help=".mp4, .gif or .png")
     add_frame_options(parser)
     return parser

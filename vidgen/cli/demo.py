@@ -1,4 +1,4 @@
-"""`vidgen demo`: trains a tiny VAE and a tiny transformer on the sprite world, and samples a prompt."""
+"""`vidgen demo`: trains a tiny VAE and a tiny transformer on the sprite world, then samples a prompt."""
 
 import argparse
 import json
@@ -22,9 +22,11 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
     """
     parser = argparse.ArgumentParser(prog="vidgen demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", type=path_option, default=pathlib.Path("demo"), help="folder of the demo")
+    parser.add_argument(
+        "--out", type=path_option, default=pathlib.Path("demo"), help="folder for the runs and the video"
+    )
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--arg", default="demo", help="argument of the two experiments sprites.py")
+    parser.add_argument("--arg", default="demo", help="argument for both sprites.py experiments")
     arguments = parser.parse_args(argv)
 
     images, vae, dit = (arguments.out / name for name in ("vae_images", "vae", "dit"))

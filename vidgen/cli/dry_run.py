@@ -1,4 +1,4 @@
-"""`vidgen train --dry-run`: what would stop a run, found before it begins; nothing is written."""
+"""`vidgen train --dry-run`: finds errors that would stop a run before it begins; writes nothing."""
 
 import math
 import pathlib
@@ -33,16 +33,16 @@ def dry_run(
     mesh: Mesh,
     open_clips: Callable[[], Loader],
 ) -> None:
-    """Reads the first batch and what the task does not train, shapes the model, and looks at the disk.
+    """Reads the first batch and the frozen modules, traces the model's shapes and checks the disk.
 
-    Sizes and the config.json of `workdir` have been checked. Prints what the run would be.
+    The caller has checked sizes and `workdir`'s config.json. Prints a summary of the run.
 
     Args:
-      task: the experiment's, which may read its VAE from elsewhere.
-      open_clips: opens a loader of the training clips from the beginning.
+      task: the experiment's task, with the path of the VAE that the run would use.
+      open_clips: opens a loader at the first training clip.
 
     Raises:
-      UserError, OSError: names what would stop the run.
+      UserError, OSError: names the error that would stop the run.
     """
     run = experiment.run
     check_target(workdir / "config.json")
@@ -58,7 +58,7 @@ def dry_run(
     state, _ = abstract_state(task, rule, mesh)
     sizes = [math.prod(leaf.shape) for leaf in named_leaves(state.params).values()]
     arrays = named_leaves(state).values()
-    # Of a key array, whose type is none of NumPy's, the size does not matter.
+    # A key array's dtype is no NumPy dtype and has no itemsize; its size does not matter.
     saved = sum(math.prod(a.shape) * getattr(a.dtype, "itemsize", 8) for a in arrays)
     free = check_disk(workdir, saved * (run.keep + 1))
     print(f"model: {sum(sizes):,} parameters; mesh {dict(mesh.shape)}")
@@ -68,7 +68,7 @@ def dry_run(
 
 
 def _check_source(path: str) -> None:
-    """Refuses an `init_from` that is not there; whether its arrays fit is found when they are read."""
+    """Raises UserError for a missing `init_from`; its arrays are checked only when they are read."""
     folder = pathlib.Path(path)
     transformers = (folder / "config.json", folder / "transformer" / "config.json")
     if not (
@@ -81,16 +81,16 @@ def _check_source(path: str) -> None:
 
 
 def check_disk(workdir: pathlib.Path, needed: int) -> int:
-    """Free bytes where `workdir` is or would be.
+    """Free bytes on the disk of `workdir`, which need not exist.
 
     Raises:
-      UserError: fewer than the `needed` ones.
+      UserError: fewer than `needed` bytes are free.
     """
-    place = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
+    existing = next(parent for parent in (workdir, *workdir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{workdir}: {free / _GIB:.1f} GiB are free, but checkpoints, kept and being written, "
+            f"{workdir}: {free / _GIB:.1f} GiB are free, but checkpoints, stored and being written, "
             f"take {needed / _GIB:.1f} GiB: free some, give another --workdir or lower config.run.keep"
         )
     return free

@@ -1,4 +1,4 @@
-"""`vidgen encode`: a video to the latents of a VAE, group by group, whatever its duration."""
+"""`vidgen encode`: encodes a video of any duration as latents of a VAE, group by group."""
 
 import argparse
 import itertools
@@ -21,9 +21,9 @@ examples:
   vidgen encode clip.mp4 --vae runs/vae --out clip.safetensors
   vidgen encode clip.mp4 --vae Wan2.1-T2V-1.3B-Diffusers --height 480 --width 832 --out clip.safetensors
 
-Sides that the VAE does not divide are filled by repeating the last row and column, and a last group that
-is not whole by repeating the last frame; `vidgen decode` crops them again. clip.json says what the latents
-are of.
+A height or width that is no multiple of the VAE's factor is padded by repeating the last row or column, and
+an incomplete last group by repeating the last frame; `vidgen decode` crops the padding. clip.json describes
+the video and the VAE.
 """
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     check_target(arguments.out)
     check_target(arguments.out.with_suffix(".json"))
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from tqdm import tqdm
 
     from vidgen.data.latents_file import LatentsInfo, require_finite, save_latents
@@ -55,11 +55,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(str(error)) from error
     frames = read_frames(arguments.video, fps=arguments.fps, height=arguments.height, width=arguments.width)
     vae = load_vae(arguments.vae)
-    factor, cut = vae.config.spatial_factor, tiles(arguments, vae.config.spatial_factor)
+    factor, frame_tiles = vae.config.spatial_factor, tiles(arguments, vae.config.spatial_factor)
     fps = arguments.fps or info.fps or 1.0
     num_frames, height, width = 0, 0, 0
 
-    def prepared() -> Iterator[np.ndarray]:
+    def padded_frames() -> Iterator[np.ndarray]:
         nonlocal num_frames, height, width
         total = max(1, round(info.duration * fps))
         for frame in tqdm(frames, total=total, unit="frame", dynamic_ncols=True, file=sys.stderr):
@@ -73,12 +73,12 @@ def main(argv: Sequence[str]) -> int:
             yield fill_sides(frame, factor)[None].astype(np.float32) / 127.5 - 1.0
 
     try:
-        filled = prepared()
-        first = next(filled)
+        padded = padded_frames()
+        first = next(padded)
         latent_size = (first.shape[1] // factor, first.shape[2] // factor)
-        with on_all_devices(vae, *latent_size) as spread:
-            frames_of_all = itertools.chain([first], filled)
-            stream = encode_stream(spread, frames_of_all, group=arguments.group, tiles=cut)
+        with on_all_devices(vae, *latent_size) as sharded:
+            all_frames = itertools.chain([first], padded)
+            stream = encode_stream(sharded, all_frames, group=arguments.group, tiles=frame_tiles)
             blocks = [np.asarray(block[0]) for block in stream]
     except BrokenClip as error:
         raise UserError(str(error)) from error
@@ -108,13 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("video", type=path_option, help="a video or an image")
-    parser.add_argument("--vae", required=True, type=path_option, help="a run, or a diffusers checkpoint")
-    parser.add_argument("--out", required=True, type=path_option, help="file of latents (.safetensors)")
     parser.add_argument(
-        "--fps", type=limits.FPS, help="frames per second to take; the file's own where not given"
+        "--vae", required=True, type=path_option, help="workdir of a run, or a diffusers checkpoint"
     )
-    parser.add_argument("--height", type=limits.SIDE, help="pixels; the file's own where not given")
-    parser.add_argument("--width", type=limits.SIDE)
+    parser.add_argument("--out", required=True, type=path_option, help="file for the latents (.safetensors)")
+    parser.add_argument(
+        "--fps", type=limits.FPS, help="frames per second to encode (default: the video's frame rate)"
+    )
+    parser.add_argument("--height", type=limits.SIDE, help="pixels (default: the video's height)")
+    parser.add_argument("--width", type=limits.SIDE, help="pixels (default: the video's width)")
     add_frame_options(parser)
     return parser
 

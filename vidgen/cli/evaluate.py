@@ -1,4 +1,4 @@
-"""`vidgen evaluate`: what a VAE makes of videos; whether a video model does what prompts say."""
+"""`vidgen evaluate`: scores a VAE's reconstructions, or a video model's agreement with its prompts."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from vidgen.core.paths import path_option
 __all__ = ["main"]
 
 _PROMPTS = 200
-_OF_VAES = ("videos", "fps", "height", "width", "lpips", "i3d", "side_by_side")
-"""Options that make sense of a VAE only."""
+_VAE_OPTIONS = ("videos", "fps", "height", "width", "lpips", "i3d", "side_by_side")
+"""Options that apply to a VAE only."""
 
 _EPILOG = """\
 examples:
@@ -30,12 +30,12 @@ examples:
 
 Clips and prompts are held out: sprites show pairs of colour and shape that no training clip has.
 
-Of a VAE: PSNR (dB), SSIM, and flicker, by how many 8-bit levels pixels change from frame to frame otherwise
-than in the original, each a mean over all frames of whole videos. LPIPS and rFVD (the Frechet video distance
-of reconstructions from originals) need the weights of their networks: docs/evaluation.md says how to write
-them. Files that cannot be read are named and skipped.
+Scores of a VAE: PSNR (dB), SSIM and flicker, the difference (in 8-bit levels) between the frame-to-frame
+changes of the reconstruction and of the original. Each is a mean over all frames of whole videos. LPIPS and
+rFVD (the Frechet video distance of reconstructions from originals) need the weights of their networks;
+docs/evaluation.md says how to write them. Files that cannot be read are listed and skipped.
 
-Of a video model: `real` are the same detectors on real clips of the same scenes, the best that it can reach.
+Scores of a video model: `real` runs the same detectors on real clips of the same scenes, an upper bound.
 """
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check(arguments)
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.cli.evaluate_vae import evaluate_vae, video_files
     from vidgen.models.video_vae.model import VideoVAE
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if isinstance(model, VideoVAE):
         scores = evaluate_vae(model, experiment, arguments)
     else:
-        given = [name for name in _OF_VAES if getattr(arguments, name) is not None]
+        given = [name for name in _VAE_OPTIONS if getattr(arguments, name) is not None]
         if given:
             raise UserError(
                 f"{arguments.checkpoint} is no VAE: {_option(given[0])} is for a VAE's reconstructions"
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for options that cannot be."""
+    """Raises UserError for options that contradict each other or the files."""
     if arguments.json is not None:
         check_target(arguments.json)
     beside = arguments.side_by_side
@@ -88,10 +88,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("give both --height and --width, or none of them")
     for name in ("fps", "height", "width"):
         if getattr(arguments, name) is not None and not arguments.videos:
-            raise UserError(f"{_option(name)} is for --videos: held-out clips are those of the run")
+            raise UserError(
+                f"{_option(name)} is for --videos: the run's config sets the size of held-out clips"
+            )
     if arguments.side_by_side and arguments.videos:
         videos, beside = arguments.videos.resolve(), arguments.side_by_side.resolve()
-        # Files below a folder of videos would be among the videos of the next call.
+        # The next call would take files in the folder of videos for videos to score.
         if beside == videos.parent if videos.is_file() else beside.is_relative_to(videos):
             raise UserError(
                 f"--side-by-side {arguments.side_by_side} is among the videos: give another folder"
@@ -103,7 +105,7 @@ def _option(name: str) -> str:
 
 
 def _load(checkpoint: pathlib.Path):
-    """Experiment, step and model of a run; of a VAE alone, the model."""
+    """Experiment, step and model of a run; (None, None, model) for a VAE alone."""
     from vidgen.models.video_vae.diffusers_folder import is_diffusers
     from vidgen.parallel.mesh import MeshOptions
     from vidgen.train.restore import load_run
@@ -161,18 +163,22 @@ def _parser() -> argparse.ArgumentParser:
         help="workdir of a run, or a VAE in diffusers' layout",
     )
     parser.add_argument(
-        "--num-clips", type=limits.COUNT, help="how many clips or prompts (200), or files of --videos (all)"
+        "--num-clips",
+        type=limits.COUNT,
+        help="number of clips or prompts (default 200), or of files in --videos (default all)",
     )
-    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the scores there too")
-    vae = parser.add_argument_group("of a VAE")
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="write the scores to this file too")
+    vae = parser.add_argument_group("options for a VAE")
     vae.add_argument(
         "--videos", type=path_option, help="a folder or a file, instead of the run's held-out clips"
     )
     vae.add_argument(
-        "--fps", type=limits.FPS, help="frames per second to take of --videos; their own where not given"
+        "--fps", type=limits.FPS, help="frames per second read from --videos (default: each file's rate)"
     )
-    vae.add_argument("--height", type=limits.SIDE, help="pixels, of --videos; their own where not given")
-    vae.add_argument("--width", type=limits.SIDE)
+    vae.add_argument(
+        "--height", type=limits.SIDE, help="resize --videos to this many pixels (default: each file's height)"
+    )
+    vae.add_argument("--width", type=limits.SIDE, help="as --height")
     vae.add_argument(
         "--lpips", type=path_option, metavar="FILE", help="weights of VGG16-LPIPS (.safetensors)"
     )
@@ -180,21 +186,28 @@ def _parser() -> argparse.ArgumentParser:
         "--i3d", type=path_option, metavar="FILE", help="weights of I3D, for rFVD (.safetensors)"
     )
     vae.add_argument(
-        "--clip-frames", type=limits.NUM_FRAMES, default=16, help="of a clip of rFVD (16), at least 9"
+        "--clip-frames",
+        type=limits.NUM_FRAMES,
+        default=16,
+        help="frames per rFVD clip (default 16), at least 9",
     )
     vae.add_argument(
         "--side-by-side",
         type=path_option,
         metavar="DIR",
-        help="write each video beside its reconstruction there",
+        help="write each video next to its reconstruction to this folder",
     )
-    vae.add_argument("--group", type=limits.COUNT, default=1, help="latent frames computed at a time")
-    sampler = parser.add_argument_group("of a video model")
-    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=20, help="prompts at a time")
-    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS, help="of the sampler; by default the run's")
-    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="by default the run's")
+    vae.add_argument("--group", type=limits.COUNT, default=1, help="latent frames per call (default 1)")
+    sampler = parser.add_argument_group("options for a video model")
     sampler.add_argument(
-        "--seed", type=limits.SEED, default=0, help="of the first prompt; the next has one more"
+        "--batch-size", type=limits.BATCH_SIZE, default=20, help="prompts per batch (default 20)"
+    )
+    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS, help="sampler steps (default: the run's)")
+    sampler.add_argument(
+        "--guidance-scale", type=limits.GUIDANCE_SCALE, help="1 turns guidance off (default: the run's)"
+    )
+    sampler.add_argument(
+        "--seed", type=limits.SEED, default=0, help="seed of the first prompt; the next gets seed + 1"
     )
     return parser
 

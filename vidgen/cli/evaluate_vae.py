@@ -1,4 +1,4 @@
-"""The part of `vidgen evaluate` that measures a VAE by what it makes of videos."""
+"""The part of `vidgen evaluate` that scores a VAE's reconstructions of videos."""
 
 import argparse
 import dataclasses
@@ -29,15 +29,15 @@ __all__ = ["evaluate_vae", "video_files"]
 _log = get_logger(__name__)
 
 _HELD_OUT = 200
-"""How many clips of a run's data are taken, where no number is given."""
+"""Default number of clips from a run's data."""
 
 _LISTED = 5
-"""How many videos that cannot be read an error names."""
+"""Most videos that the error for unreadable videos lists."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A video about to be read: its name, frames per second, and frames uint8 [h w 3]."""
+    """An open video: name, frames per second, and an iterable of frames, uint8 [h w 3]."""
 
     name: str
     fps: float
@@ -45,37 +45,37 @@ class Opened:
 
 
 Open = tuple[str, Callable[[], Opened]]
-"""The name of a video, and what opens it or raises BrokenClip."""
+"""Name of a video, and a function that opens it or raises BrokenClip."""
 
 
 def evaluate_vae(
     vae: VideoVAE, experiment: Experiment | None, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Scores of the videos of a folder, or of the held-out clips of the run; prints them as a table.
+    """Scores the videos of a folder, or the run's held-out clips, and prints a table.
 
     Args:
-      experiment: the run's; None where there is only a VAE.
-      arguments: those of `vidgen evaluate`.
+      experiment: the run's experiment; None for a VAE without one.
+      arguments: the parsed arguments of `vidgen evaluate`.
 
     Returns:
-      `overall` of all videos, `rfvd` (None of fewer than two clips) and `rfvd_clips` where there is an I3D,
-      `skipped`, the videos that cannot be read with the reason, and `videos`, the scores of each.
+      The scores that `overall` computes from all videos; with an I3D `rfvd` (None for fewer than two clips)
+      and `rfvd_clips`; `skipped`, the reason for each video that cannot be read; `videos`, scores per video.
 
     Raises:
-      UserError: no video could be scored, there are none, or clips are too short for rFVD.
+      UserError: there are no videos, none could be scored, or clips are too short for rFVD.
     """
     length = experiment.data.num_frames if experiment and not arguments.videos else arguments.clip_frames
     if arguments.i3d and length < arguments.clip_frames:
         raise UserError(
-            f"held-out clips have {length} frames: rFVD takes --clip-frames of at most that and at least 9, "
-            "or longer --videos"
+            f"held-out clips have {length} frames: for rFVD set --clip-frames from 9 to that number, "
+            "or give longer --videos"
         )
     networks = FeatureNetworks(
         lpips=arguments.lpips and load_lpips(arguments.lpips),
         i3d=arguments.i3d and load_i3d(arguments.i3d),
         clip_frames=arguments.clip_frames,
     )
-    videos = list(_of_folder(arguments) if arguments.videos else _held_out(experiment, arguments))
+    videos = list(_from_folder(arguments) if arguments.videos else _held_out(experiment, arguments))
     scores: list[VideoScores] = []
     skipped: dict[str, str] = {}
     rfvd = RFVD()
@@ -90,7 +90,7 @@ def evaluate_vae(
             except (UserError, OSError) as error:
                 skipped[name] = str(error)
                 continue
-            except Exception as error:  # A defect, which must not cost the scores of the other videos.
+            except Exception as error:  # A defect must not lose the scores of the other videos.
                 _log.exception("%s", name)
                 skipped[name] = f"{type(error).__name__}: {error}"
                 continue
@@ -112,7 +112,7 @@ def evaluate_vae(
 
 
 def video_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The file `path`, or those of the folder `path`.
+    """The file `path`, or the files in the folder `path`.
 
     Raises:
       FileNotFoundError: there is no such file or folder.
@@ -147,7 +147,7 @@ def _score(
     return scorer
 
 
-def _of_folder(arguments: argparse.Namespace) -> Iterator[Open]:
+def _from_folder(arguments: argparse.Namespace) -> Iterator[Open]:
     root = arguments.videos if arguments.videos.is_dir() else arguments.videos.parent
     for path in video_files(arguments.videos)[: arguments.num_clips]:
         name = path.relative_to(root).as_posix()
@@ -157,10 +157,10 @@ def _of_folder(arguments: argparse.Namespace) -> Iterator[Open]:
 def _open_file(path: pathlib.Path, name: str, arguments: argparse.Namespace) -> Opened:
     fps = arguments.fps or probe(path).fps or 1.0
     frames = read_frames(path, fps=arguments.fps, height=arguments.height, width=arguments.width)
-    return Opened(name, fps, _of_one_size(path, frames))
+    return Opened(name, fps, _require_one_size(path, frames))
 
 
-def _of_one_size(path: pathlib.Path, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def _require_one_size(path: pathlib.Path, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     shape = None
     for frame in frames:
         shape = shape or frame.shape

@@ -1,4 +1,4 @@
-"""What a training run looks at while it goes, chosen by what it trains."""
+"""Evaluators of a training run, chosen by its task: previews on held-out clips."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ NUM_CLIPS = 9
 
 
 def evaluators(experiment: Experiment, *, mesh: Mesh) -> Sequence[Evaluator]:
-    """Previews on held-out clips every `run.eval_every` steps.
+    """Evaluators that write previews on held-out clips every `run.eval_every` steps.
 
     Args:
-      mesh: the run's.
+      mesh: the run's mesh.
     """
     data, every = experiment.data, experiment.run.eval_every
     clips = _first_clips(heldout_source(experiment), NUM_CLIPS)
@@ -41,9 +41,9 @@ def evaluators(experiment: Experiment, *, mesh: Mesh) -> Sequence[Evaluator]:
 def _samples(
     experiment: Experiment, task: TextToVideoTask, clips: Sequence[dict], mesh: Mesh
 ) -> Sequence[Evaluator]:
-    """Samples of the clips' captions, from their first frames where the model is given them."""
-    most = task.text.max_bytes if task.text_encoder is None else None
-    clips = [clip for clip in clips if most is None or len(clip["caption"].encode()) <= most]
+    """Previews sampled from the clips' captions, and from their first frames if the model takes images."""
+    limit = task.text.max_bytes if task.text_encoder is None else None
+    clips = [clip for clip in clips if limit is None or len(clip["caption"].encode()) <= limit]
     if not clips:
         return []
     prompts = tuple(clip["caption"] for clip in clips)
@@ -57,20 +57,20 @@ def _samples(
         )
         if task.images is None:
             return pipe(prompts)
-        made = [
+        videos = [
             pipe(prompt, image=clip["video"][0], seed=seed)
             for seed, (prompt, clip) in enumerate(zip(prompts, clips, strict=True))
         ]
-        return np.stack(made)
+        return np.stack(videos)
 
     return [SamplePreview(prompts=prompts, sample=sample, every=experiment.run.eval_every, fps=fps)]
 
 
 def heldout_source(experiment: Experiment) -> ClipSource:
-    """Clips that training never sees, where the experiment's data sets some aside; else its own clips."""
+    """The experiment's held-out clips; its training clips if the data has no held-out split."""
     data = clips_of(experiment.data)
-    sets_aside = isinstance(data, SpritesData) or (isinstance(data, FolderData) and data.split == "train")
-    return (dataclasses.replace(data, split="heldout") if sets_aside else data).source()
+    has_heldout = isinstance(data, SpritesData) or (isinstance(data, FolderData) and data.split == "train")
+    return (dataclasses.replace(data, split="heldout") if has_heldout else data).source()
 
 
 def _first_clips(source: ClipSource, count: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""`vidgen export`: a trained run, or a checkpoint, to files of other programs."""
+"""`vidgen export`: converts a trained run or a checkpoint to files for other programs."""
 
 import argparse
 import sys
@@ -14,11 +14,11 @@ _FORMATS = ("diffusers", "safetensors", "orbax", "lora", "stablehlo")
 
 _EPILOG = """\
 formats:
-  diffusers    a folder that diffusers' WanPipeline reads; vidgen.load and `run.init_from` read it too
-  safetensors  one file for each part, with the names of Wan's own checkpoints, as in ComfyUI
+  diffusers    a folder for diffusers' WanPipeline; vidgen.load and `run.init_from` read it too
+  safetensors  one file per model part, with the tensor names of Wan's own checkpoints, as ComfyUI reads them
   orbax        a pytree of arrays
-  lora         the updates of a run with task.lora, in one file
-  stablehlo    the sampler for one size as a program that a Python with only JAX runs, with its weights
+  lora         the LoRA weights of a run with task.lora, in one file
+  stablehlo    the sampler for one size as a program that needs only JAX, with its weights
 
 examples:
   vidgen export runs/dit --format diffusers --out models/mine
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     if arguments.format == "stablehlo":
         _export_sampler(arguments)
     else:
@@ -86,22 +86,27 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         metavar="WORKDIR",
         type=path_option,
-        help="of a run; or a checkpoint for diffusers",
+        help="workdir of a run, or a diffusers checkpoint",
     )
     parser.add_argument("--format", choices=_FORMATS, default="diffusers")
     parser.add_argument("--out", required=True, type=path_option, help="a new folder; for lora, a file")
-    parser.add_argument("--step", type=limits.STEP, help="which checkpoint of a run; by default the newest")
     parser.add_argument(
-        "--spelling", choices=("peft", "comfyui"), default="peft", help="of the names in a LoRA file"
+        "--step", type=limits.STEP, help="checkpoint of the run to export (default: the newest)"
     )
-    sampler = parser.add_argument_group("stablehlo", "what is fixed in the program")
+    parser.add_argument(
+        "--spelling",
+        choices=("peft", "comfyui"),
+        default="peft",
+        help="tensor names in a LoRA file (default peft)",
+    )
+    sampler = parser.add_argument_group("stablehlo", "values that the program fixes")
     sampler.add_argument("--num-frames", type=limits.NUM_FRAMES)
     sampler.add_argument("--height", type=limits.SIDE)
     sampler.add_argument("--width", type=limits.SIDE)
-    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=1, help="clips at a time")
+    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=1, help="clips per call (default 1)")
     sampler.add_argument("--steps", type=limits.SAMPLER_STEPS)
     sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE)
-    sampler.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
+    sampler.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of matrix products")
     return parser
 
 

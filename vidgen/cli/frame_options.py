@@ -1,4 +1,4 @@
-"""How `vidgen encode` and `vidgen decode` take frames: on all devices together, or tile by tile on one."""
+"""Options of `vidgen encode` and `vidgen decode`: frames sharded over all devices, or tiled on one device."""
 
 import argparse
 import contextlib
@@ -17,22 +17,24 @@ __all__ = ["add_frame_options", "check_frame_options", "on_all_devices", "tiles"
 
 def add_frame_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--group`, `--tile` and `--overlap`."""
-    parser.add_argument("--group", type=int, default=1, help="latent frames computed at a time")
+    parser.add_argument("--group", type=int, default=1, help="latent frames per call (default 1)")
     parser.add_argument(
         "--tile",
         type=limits.SIDE,
         metavar="PIXELS",
-        help="sides of tiles computed one after the other and blended, for a device with little memory; "
-        "without, frames are taken whole, by all devices together, which leaves no seams",
+        help="side of the tiles, computed one after another and blended, for a device with little memory; by "
+        "default frames are not tiled but sharded over all devices, which leaves no seams",
     )
-    parser.add_argument("--overlap", type=int, metavar="PIXELS", help="of tiles; a quarter of their sides")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PIXELS", help="overlap of tiles (default: a quarter of --tile)"
+    )
 
 
 def check_frame_options(arguments: argparse.Namespace) -> None:
-    """What can be known before anything is loaded.
+    """Checks the options that need no model.
 
     Raises:
-      UserError: names the option.
+      UserError: names the wrong option.
     """
     limits.NUM_FRAMES.check(arguments.group, "--group")
     if arguments.overlap is not None and arguments.tile is None:
@@ -40,20 +42,20 @@ def check_frame_options(arguments: argparse.Namespace) -> None:
 
 
 def tiles(arguments: argparse.Namespace, factor: int) -> "Tiles | None":
-    """The tiles asked for.
+    """Tiles, in latent pixels, from `--tile` and `--overlap` (pixels); None without `--tile`.
 
     Args:
-      factor: pixels per latent pixel.
+      factor: pixels per latent pixel, along height and width.
 
     Raises:
-      UserError: sizes that are not multiples of the factor, or leave nothing between overlaps.
+      UserError: a size is no multiple of the factor, or the overlap is too large for the tile.
     """
     from vidgen.models.video_vae.tiling import Tiles
 
     if arguments.tile is None:
         return None
-    given = {"tile": arguments.tile, "overlap": arguments.overlap}
-    for name, size in given.items():
+    sizes = {"tile": arguments.tile, "overlap": arguments.overlap}
+    for name, size in sizes.items():
         if size is not None and (size < 0 or size % factor):
             raise UserError(
                 f"--{name} {size}: give a multiple of {factor}, the VAE's pixels per latent pixel"
@@ -65,10 +67,10 @@ def tiles(arguments: argparse.Namespace, factor: int) -> "Tiles | None":
 
 @contextlib.contextmanager
 def on_all_devices(vae: "VideoVAE", height: int, width: int) -> Iterator["VideoVAE"]:
-    """The VAE on this machine's devices, which share each frame within this context.
+    """The VAE on this process's devices; within the context each frame is sharded over them.
 
     Args:
-      height, width: of the latents.
+      height, width: of the latents, in latent pixels.
     """
     import jax
 

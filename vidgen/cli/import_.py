@@ -1,4 +1,4 @@
-"""`vidgen import`: a checkpoint of another program to a folder that everything here reads."""
+"""`vidgen import`: converts a checkpoint of another program to diffusers' layout, which all commands read."""
 
 import argparse
 import sys
@@ -15,8 +15,8 @@ examples:
   vidgen import Wan2.1-T2V-1.3B-Diffusers --to models/wan
   vidgen import wan2.1_t2v_1.3B_bf16.safetensors --parts Wan2.1-T2V-1.3B-Diffusers --to models/wan
 
-What is written is diffusers' layout: vidgen.load, `vidgen sample --checkpoint`, `run.init_from` and `vidgen
-export` take it, and so does diffusers. Pickles (.pth, .bin) are refused, for loading one can run any code.
+The output has diffusers' layout: vidgen.load, `vidgen sample --checkpoint`, `run.init_from`, `vidgen export`
+and diffusers read it. Pickles (.pth, .bin) are refused, because loading one can run any code.
 """
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.parallel.mesh import MeshOptions
     from vidgen.pipeline.importing import import_checkpoint
 
@@ -55,16 +55,18 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         metavar="DIR_OR_FILE",
         type=path_option,
-        help="a checkpoint for diffusers or of Wan's authors, or a transformer in one safetensors file",
+        help="a checkpoint in diffusers' or Wan's own layout, or a transformer in one safetensors file",
     )
     parser.add_argument("--to", required=True, type=path_option, help="a new folder")
     parser.add_argument(
         "--parts",
         type=path_option,
-        help="a checkpoint for diffusers that VAE, text encoder, tokenizer and scheduler are taken from",
+        help="a diffusers checkpoint that provides the VAE, text encoder, tokenizer and scheduler",
     )
     parser.add_argument(
-        "--num-heads", type=limits.HEADS, help="of a transformer in one file whose heads are not 128 wide"
+        "--num-heads",
+        type=limits.HEADS,
+        help="attention heads, for a transformer in one file whose head dim is not 128",
     )
     return parser
 

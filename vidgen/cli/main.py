@@ -1,4 +1,4 @@
-"""`vidgen <command> ...`: finds the command's module and runs it."""
+"""`vidgen <command> ...`: imports the command's module and runs it."""
 
 import contextlib
 import difflib
@@ -19,36 +19,37 @@ from vidgen.core.errors import UserError
 __all__ = ["main", "run"]
 
 _COMMANDS = {
-    "train": "train what an experiment config describes, or resume it",
+    "train": "train an experiment, or resume it",
     "config": "show every option of an experiment with its value, type and meaning",
-    "sample": "generate videos from prompts with a trained run",
+    "sample": "generate videos from prompts",
     "evaluate": "score a VAE on videos, or a video model on prompts",
     "average": "average a run's weights over another length, from its snapshots",
-    "encode": "turn a video into latents of a VAE",
-    "decode": "turn latents back into a video",
-    "import": "turn a checkpoint of Wan into a folder that everything here reads",
-    "export": "turn a run or a checkpoint into files of other programs",
-    "data": "check a folder of videos, or write clips or latents of them as records",
-    "preflight": "tell whether a run fits a TPU slice, without a TPU",
+    "encode": "encode a video as latents of a VAE",
+    "decode": "decode latents to a video",
+    "import": "convert a checkpoint of Wan to diffusers' layout, which all commands read",
+    "export": "convert a run or a checkpoint to files for other programs",
+    "data": "check a folder of videos, or write clips or their latents as records",
+    "preflight": "check, without a TPU, whether a run fits a TPU slice",
     "demo": "train a tiny model on the sprite world and sample from it",
 }
 _USER_ERRORS = (UserError, OSError, flags.Error)
 
 
 class _Terminated(BaseException):
-    """SIGTERM was received. No `Exception`, as KeyboardInterrupt is none: nothing on the way takes it."""
+    """SIGTERM was received. No `Exception`, like KeyboardInterrupt: `except Exception` does not catch it."""
 
 
 def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """The exit status of a command's `main`: 2, after one line on stderr, for errors that users can mend.
+    """Runs a command's `main` and returns its exit status; user errors print one line and return 2.
 
-    Those are a `UserError` (`ConfigError` and the like), an OSError (a missing file) and a wrong flag.
-    Anything else is a defect and keeps its traceback; VIDGEN_TRACEBACK=1 keeps every traceback. SIGINT and
-    SIGTERM end a command as exceptions, so that it removes what it has half written: 130 and 143.
+    User errors are `UserError` (`ConfigError` among them), OSError (a missing file) and a wrong flag. Any
+    other exception is a defect and propagates with its traceback; VIDGEN_TRACEBACK=1 shows every traceback.
+    SIGINT and SIGTERM are raised as exceptions, so that the command removes half-written files; they return
+    130 and 143.
 
     Args:
-      command: takes the arguments after the program's name; returns its exit status, None being 0.
-      argv: those arguments; the process's own where not given.
+      command: takes the arguments after the program's name; returns its exit status, None for 0.
+      argv: those arguments; `sys.argv[1:]` by default.
     """
     skip_absent_tpu()
     try:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `vidgen` program.
 
     Args:
-      argv: arguments after the program's name; the process's own where not given.
+      argv: arguments after the program's name; `sys.argv[1:]` by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""

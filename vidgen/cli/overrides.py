@@ -1,4 +1,4 @@
-"""Experiment configs from the command line: `--config=path.py:argument --config.section.key=value`."""
+"""Reads experiment configs from the command line: `--config=path.py:argument --config.section.key=value`."""
 
 import ast
 import hashlib
@@ -20,17 +20,18 @@ _WITHOUT_EQUALS = re.compile(r"--?config\.[\w.]+")
 
 
 def load_config(spec: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of `get_config` in a Python file, with the overrides put in; not checked against types yet.
+    """The values that `get_config` of a Python file returns, with overrides applied; types are not checked.
 
     Args:
-      spec: path of the file, and after a colon the argument of `get_config`, if it shall get one. A file that
-        is not there is looked for among the experiments that come with vidgen, `experiments/` being optional.
-      overrides: `--config.a.b=value`; values are Python literals, `true`, `false`, or else strings. Keys
-        that the file leaves out may be given.
+      spec: path of the file, optionally followed by a colon and the argument of `get_config`. A path that
+        does not exist is looked up among the experiments installed with vidgen, with or without
+        `experiments/`.
+      overrides: `--config.a.b=value`; values are Python literals, `true`, `false`, or otherwise strings.
+        They may set keys that the file leaves out.
 
     Raises:
-      ConfigError: the file is missing or wrong, or an override is no override.
-      UserError: the file is on another machine.
+      ConfigError: the file is missing or invalid, or an override has the wrong form.
+      UserError: the path is remote.
     """
     values = _from_file(spec)
     for index, override in enumerate(overrides):
@@ -52,10 +53,10 @@ def _from_file(spec: str) -> dict[str, Any]:
     name, _, argument = _split(spec)
     path = packaged(local_path(name, f"--config={spec}"))
     if not path.is_file():
-        own = packaged_experiments()
-        names = ", ".join(sorted(str(file.relative_to(own)) for file in own.glob("*/[a-z]*.py")))
+        installed = packaged_experiments()
+        names = ", ".join(sorted(str(file.relative_to(installed)) for file in installed.glob("*/[a-z]*.py")))
         raise ConfigError(
-            f"--config={spec}: there is no file {path}; expected FILE.py or FILE.py:ARGUMENT, of your own or "
+            f"--config={spec}: there is no file {path}; expected FILE.py or FILE.py:ARGUMENT, your file or "
             f"one of vidgen's: {names}"
         )
     module = _import(path, spec)
@@ -69,7 +70,7 @@ def _from_file(spec: str) -> dict[str, Any]:
 
 
 def _split(spec: str) -> tuple[str, str, str]:
-    """File, colon and argument; folders may have colons in their names."""
+    """Splits a spec into file, colon and argument; folder names may contain colons."""
     if ".py:" in spec:
         file, _, argument = spec.rpartition(".py:")
         return f"{file}.py", ":", argument
@@ -77,10 +78,10 @@ def _split(spec: str) -> tuple[str, str, str]:
 
 
 def _import(path: pathlib.Path, spec: str) -> types.ModuleType:
-    """The module in a file. `from . import other` in it takes other.py of its folder, and nothing else does.
+    """Imports a file as a module; `from . import other` in it imports other.py of the same folder.
 
-    The folder is a package of a name of its own, so that neither the current folder nor what is installed
-    takes its place, and files that changed are read again.
+    The folder becomes a package with a unique name, so that neither the current folder nor an installed
+    package shadows it. Files are read again on every call.
     """
     folder = path.resolve().parent
     package = f"_vidgen_config_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""`vidgen preflight`: whether a training run, or decoding a video, fits a TPU slice, before it is rented."""
+"""`vidgen preflight`: checks, without a TPU, whether a training run or decoding a video fits a TPU slice."""
 
 import argparse
 import re
@@ -20,10 +20,10 @@ examples:
   vidgen preflight --config=experiments/dit/sprites.py --config.task.vae=runs/vae --topology=v6e:2x2
   vidgen preflight --config=experiments/vae/wan.py --topology=v5e:2x4 --decode=1441x1080x1920
 
-The real training step is compiled for the slice by libtpu; no TPU, no weights and no clips are needed. Any
-value of the config is changed by --config.section.key=value: --config.mesh.data=2 --config.mesh.fsdp=8.
-With --decode, it is the VAE's decoder, streaming, frames cut over all devices, instead of the step.
-The last line is one JSON object. docs/tpu.md explains the numbers.
+libtpu compiles the real training step for the slice; no TPU, weights or clips are needed. Any value of the
+config can be changed with --config.section.key=value: --config.mesh.data=2 --config.mesh.fsdp=8. --decode
+compiles the VAE's streaming decoder, with frames sharded over all devices, instead of the step. The last line
+of the output is one JSON object. docs/tpu.md explains the numbers.
 """
 
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
 
     Returns:
-      0 when the step fits and its state lies on the devices as asked, 1 when not.
+      0 if the step fits and its state keeps the requested sharding, otherwise 1.
     """
     arguments, overrides = _parser().parse_known_args(argv)
-    prepare_environment()  # Before anything imports jax, which configs do.
+    prepare_environment()  # Before jax is imported; configs import it.
     values = load_config(arguments.config, overrides)
     vae = load_config(arguments.vae, []) if arguments.vae else None
     devices = topology_devices(arguments.topology)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     from vidgen.train.experiment import Experiment
 
     if "path" in values["data"]:
-        values["data"]["path"] = values["data"]["path"] or "unread"  # No clip is looked at.
+        values["data"]["path"] = values["data"]["path"] or "unread"  # No clip is read.
     experiment = resolve(Experiment, values)
     frozen = _vae_config(experiment, vae)
     if arguments.decode:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _vae_config(experiment: Any, values: dict[str, Any] | None) -> Any:
-    """The shape of the VAE that the task reads, from the config of its training or from its folder."""
+    """Config of the task's frozen VAE, from the VAE's experiment or its folder; None without a frozen VAE."""
     from vidgen.models.video_vae.config import VAEConfig
     from vidgen.train.text_to_video_task import TextToVideoTask
     from vidgen.train.vae_folder import has_vae, vae_config
@@ -76,8 +76,8 @@ def _vae_config(experiment: Any, values: dict[str, Any] | None) -> Any:
         return resolve(VAEConfig, values["task"]["model"], where="vae.task.model")
     if not has_vae(experiment.task.vae):
         raise ConfigError(
-            f"config.task.vae: {experiment.task.vae} holds no VAE. Correct it, or give the config that "
-            "the VAE is trained with: --vae=experiments/vae/wan.py"
+            f"config.task.vae: {experiment.task.vae} holds no VAE. Correct the path, or give the experiment "
+            "that trains the VAE: --vae=experiments/vae/wan.py"
         )
     return vae_config(experiment.task.vae)
 
@@ -98,24 +98,24 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="the experiment, as vidgen train takes it"
+        "--config", required=True, metavar="FILE[:ARG]", help="the experiment, as for `vidgen train`"
     )
     parser.add_argument(
         "--topology",
         required=True,
         metavar="NAME",
-        help="the slice, as v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1",
+        help="the slice, such as v5e:4x4, v5p:2x2x4, v6e:8x8 or tpu7x:2x2x1",
     )
     parser.add_argument(
         "--vae",
         metavar="FILE[:ARG]",
-        help="config of the frozen VAE's own training, where config.task.vae is not on this machine",
+        help="the experiment that trains the frozen VAE, if config.task.vae is not on this machine",
     )
     parser.add_argument(
         "--decode",
         type=_video,
         metavar="TxHxW",
-        help="frames, height and width of a video to decode, as 1441x1080x1920",
+        help="compile the decoder for a video of this size instead, such as 1441x1080x1920",
     )
     parser.add_argument("--json", action="store_true", help="print the JSON object only")
     return parser

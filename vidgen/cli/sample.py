@@ -1,4 +1,4 @@
-"""`vidgen sample`: videos from prompts, and images, by a trained run or a checkpoint of Wan."""
+"""`vidgen sample`: generates videos from prompts and images with a trained run or a checkpoint of Wan."""
 
 import argparse
 import json
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _STORED = ("guidance", "guidance_interval", "cache_threshold", "image", "last_image", "lora", "lora_scale")
-"""Options that are stored with the video where they were given."""
+"""Options that are stored with the video if they are set."""
 _EVERY = 10.0
-"""Seconds between lines of progress."""
+"""Seconds between progress lines."""
 
 _log = get_logger(__name__)
 
@@ -36,8 +36,8 @@ examples:
   vidgen sample --checkpoint runs/dit --prompt "a red circle moving left on a blue background" --out a.mp4
   vidgen sample --checkpoint runs/dit --prompt-file prompts.txt --out samples.mp4   (samples-000.mp4, ...)
 
-The file's ending chooses the format: .mp4 (H.264), .gif or .png. Everything that made a video is stored in it
-as JSON under "vidgen". What is going on is said on stderr; VIDGEN_LOG=warning keeps it quiet.
+The file's suffix selects the format: .mp4 (H.264), .gif or .png. All settings of a video are stored in it as
+JSON under "vidgen". Progress is logged to stderr; VIDGEN_LOG=warning silences it.
 """
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     targets = _targets(arguments.out, len(prompts))
     _check(arguments, len(prompts))
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.data.video_io import save_video
     from vidgen.pipeline import load
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     size = [d if g is None else g for g, d in zip(asked, pipeline.size, strict=True)]
     fps = arguments.fps or pipeline.fps
     settings: dict[str, Any] = {"num_frames": size[0], "height": size[1], "width": size[2]}
-    made_how = _made_how(pipeline, given, arguments) | {"fps": fps}
+    recorded = _recorded_options(pipeline, given, arguments) | {"fps": fps}
     for start in range(0, len(prompts), arguments.batch_size):
         start_time = time.monotonic()
         chunk = prompts[start : start + arguments.batch_size]
@@ -81,12 +81,12 @@ def main(argv: Sequence[str]) -> int:
             **given,
         )
         for index, video in enumerate(videos, start):
-            made_by = settings | made_how | {"prompt": prompts[index], "seed": arguments.seed + index}
-            save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(made_by, default=str)})
+            about = settings | recorded | {"prompt": prompts[index], "seed": arguments.seed + index}
+            save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(about, default=str)})
             print(targets[index], flush=True)
         frames, height, width = videos[0].shape[:3]
         _log.info(
-            "wrote %s (%d frames of %d x %d) %.1f s after its prompt",
+            "wrote %s (%d frames of %d x %d) in %.1f s",
             f"{targets[start]}" if len(chunk) == 1 else f"{len(chunk)} videos",
             frames,
             height,
@@ -97,31 +97,33 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Reporter:
-    """Says in lines how far the sampler is: at the first steps, then every ten seconds."""
+    """Logs the sampler's progress: at the first steps, then every ten seconds."""
 
-    def __init__(self, start: int, count: int, of: int):
-        """Of prompts `start` to `start + count` of `of`."""
-        self._what = "" if count == of else f"prompts {start + 1} to {start + count} of {of}: "
+    def __init__(self, start: int, count: int, total: int):
+        """Reports on prompts `start` to `start + count` out of `total`."""
+        self._prompts = "" if count == total else f"prompts {start + 1} to {start + count} of {total}: "
         self._begun = self._last = self._second = time.monotonic()
 
     def __call__(self, progress: "Progress") -> None:
         now, (stage, done, count) = time.monotonic(), progress
-        where = f"{self._what}step {done} of {count}"
+        where = f"{self._prompts}step {done} of {count}"
         if stage == "decoding":
             _log.info("%s; decoding", where)
         elif done == 0:
-            _log.info("%s; compiling, or reading what JAX_COMPILATION_CACHE_DIR keeps", where)
+            _log.info("%s; compiling, or reading the program from JAX_COMPILATION_CACHE_DIR", where)
         elif done == 1:
             self._second = self._last = now
             _log.info("%s after %.1f s, compiling included", where, now - self._begun)
         elif now - self._last >= _EVERY:
-            # The first step, which compiles, tells nothing of the others.
+            # The first step compiles, so its duration is left out of the mean.
             each, self._last = (now - self._second) / (done - 1), now
             _log.info("%s, %.2f s a step, %.0f s left", where, each, each * (count - done))
 
 
-def _made_how(pipeline: "Pipeline", given: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the videos are made, as arguments of the pipeline where it takes them."""
+def _recorded_options(
+    pipeline: "Pipeline", given: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Options to store with the videos, under the names of the pipeline's arguments where it has them."""
     images = ("image", "last_image")
     options = pipeline.with_options(**{name: x for name, x in given.items() if name not in images})
     made = {
@@ -138,7 +140,7 @@ def _made_how(pipeline: "Pipeline", given: dict[str, Any], arguments: argparse.N
 
 
 def _check(arguments: argparse.Namespace, count: int) -> None:
-    """Finds wrong options and files before anything is loaded."""
+    """Raises errors for wrong options and files before anything is loaded."""
     SEED.check(arguments.seed + count - 1, f"--seed of the last of {count} prompts")
     size = {name: getattr(arguments, name) for name in ("num_frames", "height", "width")}
     chosen = {name: value for name, value in size.items() if value is not None}
@@ -171,7 +173,7 @@ def _check_image(path: pathlib.Path) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the pipeline is called with, where it was given; wrong values are found before it is loaded."""
+    """Keyword arguments of the pipeline that were set; wrong values raise before the pipeline is loaded."""
     from vidgen.sampling.caching import TeaCache
     from vidgen.sampling.guidance import GUIDANCES
     from vidgen.sampling.options import SamplingOptions
@@ -200,7 +202,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _targets(out: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """`out` itself, or numbered names beside it; checked before anything is computed."""
+    """`out` for one video, otherwise numbered names in its folder; each is checked to be writable."""
     from vidgen.data.video_writer import SUPPORTED_SUFFIXES
 
     if out.suffix.lower() not in SUPPORTED_SUFFIXES:
@@ -226,60 +228,65 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         required=True,
         type=path_option,
-        help="workdir of a training run, or a checkpoint of Wan for diffusers",
+        help="workdir of a training run, or a checkpoint of Wan in diffusers' layout",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt")
-    what.add_argument("--prompt-file", type=path_option, help="one prompt per line")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    parser.add_argument("--out", required=True, type=path_option, help=".mp4, .gif or .png")
-    images = parser.add_argument_group("images", "for models that make videos of them")
-    images.add_argument("--image", type=path_option, help="the first frame")
-    images.add_argument("--last-image", type=path_option, help="the last frame")
-    size = parser.add_argument_group("size", "by default that of training")
-    size.add_argument("--num-frames", type=limits.NUM_FRAMES, help="1 + 4 n; 1 makes an image")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="text that describes the video")
+    prompts.add_argument("--prompt-file", type=path_option, help="text file with one prompt per line")
+    parser.add_argument("--negative-prompt", default="", help="text that guidance steers away from")
+    parser.add_argument("--out", required=True, type=path_option, help="file to write: .mp4, .gif or .png")
+    images = parser.add_argument_group("images", "for image-to-video models")
+    images.add_argument("--image", type=path_option, help="image file of the first frame")
+    images.add_argument("--last-image", type=path_option, help="image file of the last frame")
+    size = parser.add_argument_group("size", "default: the size of training")
+    size.add_argument("--num-frames", type=limits.NUM_FRAMES, help="1 + 4 n; 1 generates an image")
     size.add_argument("--height", type=limits.SIDE, help="pixels")
     size.add_argument("--width", type=limits.SIDE, help="pixels")
     size.add_argument("--fps", type=limits.FPS, help="frames per second written to the file")
     weights = parser.add_argument_group("weights")
-    weights.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
+    weights.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of matrix products")
     weights.add_argument(
-        "--lora", type=path_option, action="append", help="safetensors, of PEFT or ComfyUI; may be repeated"
+        "--lora",
+        type=path_option,
+        action="append",
+        help="LoRA file (.safetensors) with PEFT's or ComfyUI's names; may be repeated",
     )
-    weights.add_argument("--lora-scale", type=limits.LORA_SCALE, help="of the updates; default 1")
-    weights.add_argument("--text-cache", type=path_option, help="folder that keeps features of prompts")
-    sampler = parser.add_argument_group("sampler", "by default as the model was published or trained")
-    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS)
-    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="1 is none")
+    weights.add_argument("--lora-scale", type=limits.LORA_SCALE, help="scale of the LoRA weights (default 1)")
+    weights.add_argument("--text-cache", type=path_option, help="folder that caches prompt features")
+    sampler = parser.add_argument_group("sampler", "default: as the model was published or trained")
+    sampler.add_argument("--steps", type=limits.SAMPLER_STEPS, help="sampler steps")
+    sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="1 turns guidance off")
     sampler.add_argument(
         "--guidance-scale-2",
         type=limits.GUIDANCE_SCALE,
-        help="of the transformer for little noise, for models with two; else that of --guidance-scale",
+        help="scale for the low-noise transformer of a model with two (default: --guidance-scale)",
     )
-    sampler.add_argument("--guidance", choices=("cfg", "cfg_zero_star", "apg"), help="default cfg")
+    sampler.add_argument(
+        "--guidance", choices=("cfg", "cfg_zero_star", "apg"), help="guidance rule (default cfg)"
+    )
     sampler.add_argument(
         "--guidance-interval",
         nargs=2,
         type=limits.TIMESTEP,
         metavar=("LOW", "HIGH"),
-        help="timesteps, from 0 (data) to 1 (noise), with guidance; elsewhere a step costs half; default 0 1",
+        help="timesteps, from 0 (data) to 1 (noise), with guidance; a step outside costs half (default 0 1)",
     )
     sampler.add_argument(
         "--cache-threshold",
         type=limits.NON_NEGATIVE,
-        help="of TeaCache, which skips most of the transformer in steps like the last; 0.1 is a start",
+        help="threshold of TeaCache, which skips the transformer's blocks in similar steps; try 0.1",
     )
-    sampler.add_argument("--shift", type=limits.SHIFT, help="of timesteps towards noise; 1 is none")
-    sampler.add_argument("--stepper", choices=("dpm_solver", "unipc", "heun", "euler"))
+    sampler.add_argument("--shift", type=limits.SHIFT, help="shift of timesteps towards noise; 1 is none")
+    sampler.add_argument("--stepper", choices=("dpm_solver", "unipc", "heun", "euler"), help="solver")
     sampler.add_argument(
         "--convention",
         choices=("even", "unipc", "wan", "flow_match_euler"),
-        help="of the timesteps: evenly spaced, those of diffusers' schedulers, or of Wan's own program",
+        help="timesteps: evenly spaced, as in diffusers' schedulers, or as in Wan's own program",
     )
     sampler.add_argument(
-        "--seed", type=limits.SEED, default=0, help="of the first prompt; the next has seed + 1"
+        "--seed", type=limits.SEED, default=0, help="seed of the first prompt; the next gets seed + 1"
     )
-    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=8, help="prompts at a time")
+    sampler.add_argument("--batch-size", type=limits.BATCH_SIZE, default=8, help="prompts per batch")
     return parser
 
 

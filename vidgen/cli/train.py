@@ -1,4 +1,4 @@
-"""`vidgen train`: trains what an experiment config describes, or goes on where it stopped."""
+"""`vidgen train`: trains an experiment, or resumes it."""
 
 import argparse
 import dataclasses
@@ -25,9 +25,9 @@ examples:
   vidgen train --config=experiments/dit/sprites.py --workdir=runs/dit --config.task.vae=runs/vae
   vidgen train --config=experiments/vae/sprites.py --workdir=runs/vae --config.run.batch_size=16
 
-Any value of the config is changed by --config.section.key=value; config.json in the workdir shows them all.
-The same command again resumes exactly where the run stopped. SIGTERM and Ctrl-C save before they stop.
-Environment: JAX_COMPILATION_CACHE_DIR keeps compiled programs between runs.
+Any value of the config can be changed with --config.section.key=value; config.json in the workdir lists them
+all. The same command resumes a stopped run bit-exactly. SIGTERM and Ctrl-C save a checkpoint, then stop.
+Environment: JAX_COMPILATION_CACHE_DIR is a folder that caches compiled programs between runs.
 """
 
 
@@ -38,13 +38,13 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments after the command's name.
 
     Returns:
-      0 when the run is complete or was stopped by a signal and saved, 1 when the loss is not finite, 130 or
-      143 when a signal came before the first step.
+      0 if the run is complete, or was stopped by a signal and saved; 1 if the loss is not finite; 130 or 143
+      if a signal came before the first step.
     """
     arguments, overrides = _parser().parse_known_args(argv)
     values = load_config(arguments.config, overrides)
 
-    # What needs jax is imported late: --help and wrong options answer at once.
+    # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.parallel import processes
     from vidgen.train.experiment import Experiment
 
@@ -117,7 +117,7 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
         return 128 + stopped.number
     if loader.broken:
         _log.warning(
-            "%d files or records could not be decoded; their clips were left out or replaced: %s",
+            "%d files or records could not be decoded; their clips were skipped or replaced: %s",
             len(loader.broken),
             loader.broken,
         )
@@ -125,7 +125,7 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
 
 
 def _clips(experiment, index: int, count: int) -> Callable[[], Any]:
-    """What opens a loader of the training clips from the beginning: part `index` of `count` of each batch."""
+    """A function that opens a loader at the first clip; it reads part `index` of `count` of each batch."""
     from vidgen.data.buckets import training_clips
     from vidgen.data.latents_data import LatentsData
     from vidgen.data.loader import Loader
@@ -158,18 +158,27 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config(ARG)"
+        "--config", required=True, metavar="FILE[:ARG]", help="Python file that defines get_config(ARG)"
     )
     parser.add_argument(
-        "--workdir", required=True, type=path_option, help="folder of the run: config, checkpoints, metrics"
+        "--workdir",
+        required=True,
+        type=path_option,
+        help="folder for the run's config, checkpoints and metrics",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the config, the data, the weights and the disk, and end"
+        "--dry-run",
+        action="store_true",
+        help="check the config, the data, the weights and the disk, then exit",
     )
-    several = parser.add_argument_group("several processes", "or from the environment, see launch/local.py")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help='of process 0, or "auto" on a cluster')
-    several.add_argument("--num-processes", type=int)
-    several.add_argument("--process-id", type=int)
+    processes = parser.add_argument_group(
+        "several processes", "or set the environment variables of launch/local.py"
+    )
+    processes.add_argument(
+        "--coordinator", metavar="HOST:PORT", help='address of process 0, or "auto" on a cluster'
+    )
+    processes.add_argument("--num-processes", type=int, help="processes in total")
+    processes.add_argument("--process-id", type=int, help="index of this process, from 0")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What jax looks for when it starts, where nothing can be found."""
+"""Skips JAX's search for a TPU on machines without one."""
 
 import glob
 import importlib.util
@@ -9,9 +9,9 @@ from collections.abc import Callable, MutableMapping, Sequence
 __all__ = ["skip_absent_tpu"]
 
 _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-"""Of TPUs up to v4, and since v5."""
-_NOT_OF_A_TPU = ("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL")
-"""Variables that jax sets for the programs that it starts, and compiling for a TPU, where none is."""
+"""Device files of TPUs: up to v4, and from v5 on."""
+_UNRELATED_VARIABLES = ("TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL")
+"""TPU variables that need no TPU: JAX sets them for child processes and for compilation without a device."""
 
 
 def skip_absent_tpu(
@@ -20,18 +20,18 @@ def skip_absent_tpu(
     devices: Sequence[str] = _DEVICES,
     installed: Callable[[str], bool] = lambda name: importlib.util.find_spec(name) is not None,
 ) -> None:
-    """Sets JAX_PLATFORMS to cpu where jax would find CPUs only, and libtpu would print errors about it first.
+    """Sets JAX_PLATFORMS=cpu if JAX would find CPUs only, after errors printed by libtpu.
 
-    That is where libtpu is installed, to compile for TPUs that are elsewhere, and no plugin for other devices
-    is; there is no device of a TPU, no variable names one, and JAX_PLATFORMS is not set. jax may have been
-    imported already, but not used.
+    Applies if libtpu is installed (to compile for TPUs on other machines) and no plugin for other devices is,
+    there is no TPU device file, no environment variable names a TPU, and JAX_PLATFORMS is unset. JAX may
+    already be imported, but not used.
 
     Args:
-      devices: patterns of the files that stand for a TPU.
-      installed: whether there is a package of a name.
+      devices: glob patterns of TPU device files.
+      installed: whether a package of the given name is installed.
     """
     named = [name for name in environment if name.startswith(("TPU_", "CLOUD_TPU_", "JAX_FORCE_TPU_INIT"))]
-    if "JAX_PLATFORMS" in environment or set(named) - set(_NOT_OF_A_TPU):
+    if "JAX_PLATFORMS" in environment or set(named) - set(_UNRELATED_VARIABLES):
         return
     if not installed("libtpu") or installed("jax_plugins") or any(glob.glob(pattern) for pattern in devices):
         return

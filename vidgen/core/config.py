@@ -1,7 +1,7 @@
-"""From nested mappings, as experiments and commands give them, to frozen dataclasses, and back.
+"""Conversion of nested mappings, from experiments and commands, to frozen dataclasses and back.
 
-A `ConfigDict` ends where `resolve` is called. Behind it every option is a typed field, so a misspelt key or
-a value of the wrong type is found before anything is built.
+`resolve` is the last function that sees a `ConfigDict`. After it every option is a typed field, so a misspelt
+key or a value of the wrong type is an error before anything is built.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ _MAPPINGS = (dict, Mapping)
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the key, what was found and what is expected."""
+    """An invalid configuration; the message names the key, what was found and what is expected."""
 
 
 def resolve(cls: type[T] | Any, values: Any, where: str = "config") -> T:
-    """An instance of `cls` with its fields taken from `values`.
+    """Instance of `cls` built from the fields in `values`.
 
-    Accepted: an int for a float, a list for a tuple, None for an optional field, and an instance that is
-    already of the right class. A field whose type is a union of dataclasses takes the one whose `kind`
-    (a field `kind: Literal["x"] = "x"`) the mapping names.
+    Accepted: an int for a float, a list for a tuple, None for an optional field, and an instance that already
+    has the right class. In a union of dataclasses, the mapping's `kind` selects the member by its field
+    `kind: Literal["x"] = "x"`.
 
     Args:
       cls: a dataclass, or a union of dataclasses.
@@ -49,16 +49,16 @@ def resolve(cls: type[T] | Any, values: Any, where: str = "config") -> T:
 
 
 def to_dict(obj: Any) -> Any:
-    """What `resolve` would need to build `obj` again, made of dicts, lists and JSON scalars only.
+    """Inverse of `resolve`: `obj` as dicts, lists and JSON scalars.
 
     Raises:
-      ConfigError: a value that JSON cannot hold.
+      ConfigError: a value that JSON cannot represent.
     """
     return _plain(obj, "config")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """A sentence about the member of `names` closest to `name`, and what else there is."""
+    """Sentence that suggests the member of `names` closest to `name` and lists the valid ones."""
     if not names:
         return "none are valid here"
     closest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
@@ -160,7 +160,7 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if classes and _is_mapping(value):
         chosen = classes[0] if len(classes) == 1 else _choose(classes, value, where)
         return _convert(chosen, value, where)
-    # The member of exactly this type goes first: `float | int` keeps an int.
+    # Try the value's exact type first: `float | int` keeps an int.
     others = sorted(
         (m for m in members if m not in classes and m is not types.NoneType),
         key=lambda m: m is not type(value),
@@ -169,14 +169,14 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
         try:
             return _convert(member, value, where)
         except ConfigError:
-            # A number that the only member for numbers refuses is out of its range.
+            # With a single candidate its own message is better: it names the range.
             if len(others) == 1 and (not classes or isinstance(value, int | float)):
                 raise
     raise _wrong(where, value, " or ".join(_name(m) for m in members))
 
 
 def _choose(classes: Sequence[Any], values: Any, where: str) -> Any:
-    """The dataclass whose `kind` the mapping names."""
+    """The union member with the `kind` given in the mapping."""
     by_kind = {kind: cls for cls in classes for kind in _kinds(cls)}
     if "kind" not in values:
         raise ConfigError(f'{where}: missing key "kind"; expected one of {", ".join(sorted(by_kind))}')
@@ -226,7 +226,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
-    """ConfigDict is no `Mapping`, but it has keys and items like one."""
+    """True also for a ConfigDict, which has keys and items but is not a `Mapping`."""
     return isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__"))
 
 
@@ -249,6 +249,6 @@ def _wrong(where: str, value: Any, expected: str) -> ConfigError:
 
 
 def _remedy(where: str) -> str:
-    """How a value is given on the command line, where `where` is a place that can be given there."""
+    """The command-line option that sets the value; empty if `where` is not a config key."""
     kind = "DIR" if where.endswith("path") else "VALUE"
     return f": give --{where}={kind}" if re.fullmatch(r"config(\.\w+)+", where) else ""

@@ -1,4 +1,4 @@
-"""The fields of frozen dataclasses with their types, defaults and meaning, for people."""
+"""Fields of frozen dataclasses with their types, defaults and documentation, for display."""
 
 import dataclasses
 import inspect
@@ -18,10 +18,10 @@ class Field:
     """One option.
 
     Attributes:
-      name: its dotted place, or its name in its class.
-      type: as it is annotated, with the range of numbers.
-      value: what it has, or its default; `REQUIRED` where it has none.
-      doc: its line of the class's docstring; empty where that has none.
+      name: dotted path of the option, or the field's name in its class.
+      type: the annotation, with the range of a number.
+      value: current value or default; `REQUIRED` if there is none.
+      doc: entry in the class's docstring; empty if there is none.
     """
 
     name: str
@@ -34,7 +34,7 @@ REQUIRED = "(to be given)"
 
 
 def fields_of(cls: Any) -> list[Field]:
-    """The fields of a dataclass, with their defaults."""
+    """Fields of a dataclass, with their defaults."""
     docs, hints = _docs(cls), typing.get_type_hints(cls, include_extras=True)
     fields = []
     for field in dataclasses.fields(cls):
@@ -49,10 +49,10 @@ def fields_of(cls: Any) -> list[Field]:
 
 
 def list_values(obj: Any, where: str) -> Iterator[Field]:
-    """Every option below `obj`, an instance of a dataclass, in the order of the fields.
+    """Yields every option below `obj`, a dataclass instance, in field order.
 
     Args:
-      where: the place of `obj`, which begins the names.
+      where: dotted path of `obj`, the prefix of the names.
     """
     docs, hints = _docs(type(obj)), typing.get_type_hints(type(obj), include_extras=True)
     for field in dataclasses.fields(obj):
@@ -68,10 +68,10 @@ def list_values(obj: Any, where: str) -> Iterator[Field]:
 
 
 def find_classes(cls: Any, place: str) -> list[Any]:
-    """The dataclasses that may stand at a dotted place below `cls`, in each member of its unions.
+    """Dataclasses that a dotted path below `cls` may hold, across all members of unions.
 
     Raises:
-      ConfigError: there is no such place, or it has a value alone; names what there is.
+      ConfigError: the path does not exist (the message lists the valid names), or holds a plain value.
     """
     found = [cls]
     seen = ""
@@ -93,12 +93,12 @@ def _dataclasses(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
     if typing.get_origin(hint) is typing.Annotated:
-        return _dataclasses(hint.__origin__)  # a limit beside it is no field's value
+        return _dataclasses(hint.__origin__)  # `get_args` also returns the limit, itself a dataclass
     return [found for part in typing.get_args(hint) for found in _dataclasses(part)]
 
 
 def _docs(cls: Any) -> dict[str, str]:
-    """From the names in the section "Attributes" of the docstring to what it says of them."""
+    """Field names and their entries in the docstring's section "Attributes"."""
     section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", inspect.getdoc(cls) or "", re.M | re.S)
     docs: dict[str, str] = {}
     if section is None:

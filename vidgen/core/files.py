@@ -1,4 +1,4 @@
-"""Files of users: text and JSON that are read with their limits, and files and folders that appear whole."""
+"""User files: bounded reads of text and JSON, atomic writes of files and folders."""
 
 import contextlib
 import json
@@ -24,27 +24,27 @@ __all__ = [
 ]
 
 _MAX_BYTES = 64 << 20
-"""Of a text or JSON file; the largest that are met are tokenizers, of some 20 MB."""
+"""Size limit of a text or JSON file; the largest in use are tokenizers of about 20 MB."""
 _MAX_DEPTH = 64
-"""Of mappings and lists within each other."""
+"""Nesting limit of mappings and lists."""
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES, with_nul: bool = False) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Text of a UTF-8 file, without a byte order mark.
 
     Args:
-      with_nul: NUL characters are kept, for the caller to find whose they are.
+      with_nul: accepts NUL characters, so that the caller can report their position.
 
     Raises:
-      UserError: it is longer than `max_bytes`, not UTF-8, or holds NUL characters, as binary files do.
-      OSError: it cannot be read; names it.
+      UserError: the file is longer than `max_bytes`, not UTF-8, or has NUL characters (a binary file).
+      OSError: the file cannot be read; the message names it.
     """
     path = pathlib.Path(path)
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise UserError(f"{path}: longer than {max_bytes:,} bytes, the most that is read as text")
+        raise UserError(f"{path}: longer than {max_bytes:,} bytes, the limit for text files")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -53,54 +53,54 @@ def read_text(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES, with_nul
 
 
 def require_text(text: str, where: str) -> str:
-    """`text` itself, which can be written as UTF-8 and shown.
+    """Returns `text` if it can be written as UTF-8 and displayed.
 
     Raises:
-      UserError: it holds a NUL character or half of a surrogate pair; begins with `where`.
+      UserError: it has a NUL character or an unpaired surrogate; the message begins with `where`.
     """
     found = _NO_TEXT.search(text)
     if found:
         kind = "a NUL character" if found[0] == "\0" else "half of a surrogate pair"
-        raise UserError(f"{where}: character {found.start()} is {kind}, which is no text: remove it")
+        raise UserError(f"{where}: character {found.start()} is {kind}, which is not text: remove it")
     return text
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of `text`, which end in \n, \r\n or \r alone.
+    r"""Lines of `text`, split at \n, \r\n and \r only.
 
-    `str.splitlines` also splits at vertical tabs, form feeds, U+0085, U+2028 and U+2029, which are characters
-    of a line in text files, CSV and JSON lines.
+    `str.splitlines` also splits at vertical tabs, form feeds, U+0085, U+2028 and U+2029, which are ordinary
+    characters in text files, CSV and JSON lines.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_lines(path: pathlib.Path | str, *, max_bytes: int = _MAX_BYTES) -> list[str]:
-    """The lines of a UTF-8 text file, without their ends; see `split_lines`.
+    """Lines of a UTF-8 text file, without line terminators; see `split_lines`.
 
     Raises:
-      UserError, OSError: as `read_text`.
+      UserError, OSError: as in `read_text`.
     """
     return split_lines(read_text(path, max_bytes=max_bytes))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value that JSON text stands for.
+    """Value of a JSON text.
 
     Args:
-      text: UTF-8 where it is bytes.
-      where: the file, and the line or part of it, that error messages begin with.
+      text: bytes are decoded as UTF-8.
+      where: file, and line or part of it, with which error messages begin.
 
     Raises:
-      UserError: it is not JSON; a key stands twice in a mapping; a number is not finite; mappings and lists
-        are nested deeper than 64.
+      UserError: the text is not JSON; a mapping has a duplicate key; a number is not finite; mappings and
+        lists are nested deeper than 64 levels.
     """
     try:
         value = json.loads(
             text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_without_duplicates
         )
     except RecursionError as error:
-        raise UserError(f"{where}: nested deeper than {_MAX_DEPTH}, which no file of its kind is") from error
+        raise UserError(f"{where}: nested deeper than {_MAX_DEPTH} levels, which is not supported") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
         raise UserError(f"{where}: not JSON ({error})") from error
     level = [value]
@@ -113,24 +113,24 @@ def parse_json(text: str | bytes, where: str) -> Any:
         ]
         if not level:
             return value
-    raise UserError(f"{where}: nested deeper than {_MAX_DEPTH}, which no file of its kind is")
+    raise UserError(f"{where}: nested deeper than {_MAX_DEPTH} levels, which is not supported")
 
 
 def read_json(path: pathlib.Path | str, *, remedy: str, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
-    """The mapping that a JSON file holds.
+    """Mapping stored in a JSON file.
 
     Args:
-      remedy: what to do where the file is missing or wrong; ends the message.
+      remedy: what to do if the file is missing or invalid; the message ends with it.
 
     Raises:
-      FileNotFoundError: it is missing.
-      UserError: it is no regular file, longer than `max_bytes`, not UTF-8, not JSON as `parse_json` takes it,
-        or no mapping.
+      FileNotFoundError: the file is missing.
+      UserError: it is not a regular file, longer than `max_bytes`, not UTF-8, rejected by `parse_json`, or
+        not a mapping.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {remedy}")
-    if not path.is_file():  # A pipe would be waited for without end.
+    if not path.is_file():  # Reading a pipe may block forever.
         raise UserError(f"{path} is no regular file: {remedy}")
     try:
         value = parse_json(read_text(path, max_bytes=max_bytes), str(path))
@@ -142,14 +142,14 @@ def read_json(path: pathlib.Path | str, *, remedy: str, max_bytes: int = _MAX_BY
 
 
 def check_target(path: pathlib.Path | str, *, folder: bool = False) -> None:
-    """Finds out, before the work, what would stop a file or folder from being written.
+    """Checks that a file or folder can be written, before the work that produces it.
 
     Args:
-      folder: the target is a folder, which may exist where it is empty.
+      folder: the target is a folder; an existing one must be empty.
 
     Raises:
-      UserError: it exists and is of the other kind, or is a folder that is not empty; its name is too long;
-        the folder that it goes to is none, or nothing can be written there.
+      UserError: the target exists and is of the other kind, or is a folder that is not empty; its name is too
+        long; its parent is not a folder or not writable.
     """
     path = pathlib.Path(path)
     try:
@@ -166,18 +166,18 @@ def check_target(path: pathlib.Path | str, *, folder: bool = False) -> None:
     if not parent.is_dir():
         raise UserError(f"{path} cannot be written: {parent} is no folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: nothing may be written in {parent}")
+        raise UserError(f"{path} cannot be written: no permission to write in {parent}")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path | str, *, folder: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary file or folder beside `path` that takes its place at the end, or vanishes on any failure.
+    """Temporary file or folder beside `path`: replaces `path` on success, is deleted on failure.
 
-    Its name is new, so nothing else is touched; it has the mode that a file or folder made by other programs
-    would have. An existing file is replaced; an existing folder only where it is empty.
+    The temporary name is new, so nothing else is touched; the mode is that of a newly created file or folder.
+    An existing file is replaced; an existing folder only if it is empty.
 
     Raises:
-      UserError: as `check_target`.
+      UserError: as in `check_target`.
     """
     path = pathlib.Path(path)
     check_target(path, folder=folder)
@@ -209,7 +209,7 @@ def _umask() -> int:
 
 
 def _not_finite(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:

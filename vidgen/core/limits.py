@@ -1,8 +1,8 @@
-"""The ranges of numbers that come from command lines, configs and files: one table for all of them.
+"""Ranges of the numbers in command lines, configs and files, in one table.
 
-A `Limit` is the type of an option of a command (`add_argument("--fps", type=limits.FPS)`), the annotation of
-a field of a config (`fps: Annotated[float, limits.FPS]`, checked by `core.config.resolve` and `check_fields`)
-and a check of any other number (`limits.FPS.check(value, "clip.json: fps")`).
+A `Limit` is the type of a command's option (`add_argument("--fps", type=limits.FPS)`), the annotation of a
+config field (`fps: Annotated[float, limits.FPS]`, checked by `core.config.resolve` and `check_fields`) and a
+check of any other number (`limits.FPS.check(value, "clip.json: fps")`).
 """
 
 import argparse
@@ -22,11 +22,11 @@ class Limit:
     """A range of finite numbers.
 
     Attributes:
-      low: the smallest.
-      high: the largest.
-      whole: only integers.
-      above: `low` itself is outside.
-      unit: of the numbers, for messages.
+      low: smallest value.
+      high: largest value.
+      whole: integers only.
+      above: excludes `low` itself.
+      unit: unit of the numbers, for messages.
     """
 
     low: int | float
@@ -47,20 +47,20 @@ class Limit:
         kind = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return False
-        # An int of any length is compared exactly.
+        # Ints are finite and compare exactly; `isfinite` overflows on huge ones.
         if not isinstance(value, int) and not math.isfinite(value):
             return False
         number: Any = value
         return bool((self.low < number if self.above else self.low <= number) and number <= self.high)
 
     def check(self, value: Any, where: str) -> Any:
-        """`value` itself.
+        """Returns `value` if it is in the range.
 
         Args:
-          where: the option, or the file and key, that the message begins with.
+          where: option, or file and key, with which the message begins.
 
         Raises:
-          UserError: it is no number, not finite, not whole or out of range.
+          UserError: `value` is not a number, not finite, not an integer or out of range.
         """
         if not self.holds(value):
             shown = repr(value)
@@ -70,10 +70,10 @@ class Limit:
         return value
 
     def __call__(self, text: str) -> Any:
-        """The number that an argument of a command stands for.
+        """Number parsed from a command-line argument.
 
         Raises:
-          ArgumentTypeError: as `check`; argparse names the option.
+          ArgumentTypeError: as in `check`; argparse names the option.
         """
         try:
             value = int(text) if self.whole else float(text)
@@ -87,13 +87,13 @@ class Limit:
 def check_fields(obj: Any, where: str = "") -> None:
     """Checks every field of a dataclass that is annotated with a `Limit`, for use in `__post_init__`.
 
-    None passes where the annotation allows it; of tuples and mappings each item is checked.
+    None passes if the annotation allows it; each item of a tuple or mapping is checked.
 
     Args:
-      where: the place of the object, which stands before the names of its fields.
+      where: path of the object, the prefix of its field names in messages.
 
     Raises:
-      UserError: names the field.
+      UserError: a field is out of range; the message names it.
     """
     for name, hint in typing.get_type_hints(type(obj), include_extras=True).items():
         _check(hint, getattr(obj, name), f"{where}.{name}" if where else name)
@@ -114,7 +114,7 @@ def _check(hint: Any, value: Any, where: str) -> None:
         for key, inner in value.items():
             _check(arguments[-1], inner, f"{where}.{key}")
     elif typing.get_origin(hint) is not typing.Annotated:
-        # A union: a number has at most one member with a range, and an object may be of another member.
+        # A union: at most one member has a range for numbers, and a dataclass belongs to another member.
         if dataclasses.is_dataclass(value):
             return
         for member in arguments:

@@ -1,7 +1,7 @@
-"""Loggers of the standard library, set up once for the whole package.
+"""Standard-library loggers, configured once for the whole package.
 
-The level comes from the environment variable VIDGEN_LOG (default INFO). With more than one process each line
-carries the process index.
+The environment variable VIDGEN_LOG sets the level (default INFO). With several processes each line begins
+with the process index.
 """
 
 import logging
@@ -34,10 +34,10 @@ class _Formatter(logging.Formatter):
 
 
 def get_logger(name: str = _PACKAGE) -> logging.Logger:
-    """The logger `name`, below "vidgen".
+    """Logger `name`, below "vidgen".
 
-    The first call sets the level, and installs a handler where the application has none: on the root
-    logger, so that no library puts a second one there and every line comes once.
+    The first call sets the level. It also installs a handler on the root logger if the application has none,
+    so that no library adds a second one there and every line is printed once.
 
     Raises:
       UserError: VIDGEN_LOG is not the name of a level.
@@ -64,7 +64,7 @@ def _level() -> int:
 
 
 def _process_prefix() -> str:
-    """With several processes, "[2/8] "; read from jax only where jax has been imported."""
+    """Prefix such as "[2/8] " if there are several processes, else empty; never imports JAX."""
     distributed = sys.modules.get("jax._src.distributed")
     state = getattr(distributed, "global_state", None)
     count = getattr(state, "num_processes", None) or 1

@@ -1,4 +1,4 @@
-"""Paths that users give: on this machine's file systems, or among the files that come with vidgen."""
+"""Paths given by users: on this machine's file systems, or among the files packaged with vidgen."""
 
 import argparse
 import importlib.resources
@@ -11,15 +11,15 @@ from vidgen.core.errors import UserError
 __all__ = ["hub_remedy", "local_path", "packaged", "packaged_experiments", "path_option", "require_local"]
 
 _REMOTE = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|(?:gs|gcs|s3|hdfs|https?|hf|abfss?|wasbs?|az|file):/)")
-"""The second is what `pathlib.Path` makes of the first."""
+"""Addresses of buckets and servers; the second form is what `pathlib.Path` makes of the first."""
 _FOLDER = "experiments"
 
 
 def require_local(path: str, where: str) -> str:
-    """`path` itself.
+    """Returns `path` if it is local.
 
     Raises:
-      UserError: it is the address of a bucket or a server; begins with `where`.
+      UserError: `path` is the address of a bucket or a server; the message begins with `where`.
     """
     if _REMOTE.match(path):
         scheme = path.partition(":")[0]
@@ -34,13 +34,13 @@ def local_path(path: pathlib.Path | str, where: str = "path") -> pathlib.Path:
     """`path` as a `Path`.
 
     Raises:
-      UserError: as `require_local`.
+      UserError: as in `require_local`.
     """
     return pathlib.Path(require_local(os.fspath(path), where))
 
 
 def hub_remedy(path: pathlib.Path | str) -> str:
-    """What to do, in a sentence, where `path` is missing and looks like `owner/name` of a hub; else empty."""
+    """Remedy for a missing `path` that looks like `owner/name` on a hub; otherwise empty."""
     name = os.fspath(path)
     if os.path.exists(name) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return ""
@@ -52,10 +52,10 @@ def hub_remedy(path: pathlib.Path | str) -> str:
 
 
 def path_option(text: str) -> pathlib.Path:
-    """The path that an argument of a command stands for (`add_argument("--out", type=path_option)`).
+    """Path parsed from a command-line argument (`add_argument("--out", type=path_option)`).
 
     Raises:
-      ArgumentTypeError: as `require_local`; argparse names the option.
+      ArgumentTypeError: as in `require_local`; argparse names the option.
     """
     try:
         return local_path(text)
@@ -64,18 +64,19 @@ def path_option(text: str) -> pathlib.Path:
 
 
 def packaged_experiments() -> pathlib.Path:
-    """The folder of the experiments that come with vidgen, wherever it is installed."""
+    """Folder of the experiments packaged with vidgen."""
     return pathlib.Path(str(importlib.resources.files(f"vidgen.{_FOLDER}")))
 
 
 def packaged(path: pathlib.Path | str) -> pathlib.Path:
-    """`path` where it exists or is none of vidgen's own; else the file or folder that came with vidgen.
+    """`path` if it exists or is not packaged with vidgen; otherwise the packaged file or folder.
 
-    So `experiments/weights/sprites_vae` is found from any folder, and one's own of that name goes first.
+    So `experiments/weights/sprites_vae` is found from any folder, and a user's file of that name takes
+    precedence.
     """
     path = pathlib.Path(path)
     if path.exists() or path.is_absolute():
         return path
     parts = path.parts[1:] if path.parts[:1] == (_FOLDER,) else path.parts
-    own = packaged_experiments().joinpath(*parts)
-    return own if parts and ".." not in parts and own.exists() else path
+    bundled = packaged_experiments().joinpath(*parts)
+    return bundled if parts and ".." not in parts and bundled.exists() else path

@@ -1,4 +1,4 @@
-"""Roles that more than one layer speaks of."""
+"""Protocols shared by several layers of the package."""
 
 from typing import Protocol, runtime_checkable
 
@@ -7,8 +7,8 @@ from vidgen.core.typing import Array, Float, Latents
 
 @runtime_checkable
 class VelocityNetwork(Protocol):
-    """A network as diffusion and sampling see it: everything but latents and timestep is bound already."""
+    """A network with all inputs bound except latents and timestep, for diffusion and sampling."""
 
     def __call__(self, latents: Latents, timestep: Float[Array, "b"], /) -> Latents:
-        """Velocity, noise - clean latents, for noisy latents at `timestep` in [0, 1] (1 is noise)."""
+        """Velocity (noise - clean latents) of noisy latents at `timestep` in [0, 1] (1 is noise)."""
         ...

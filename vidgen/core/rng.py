@@ -1,4 +1,4 @@
-"""Random streams by name and step, so that adding one use of randomness does not change the others."""
+"""Random streams by name and step: adding one use of randomness does not change the others."""
 
 import zlib
 
@@ -10,13 +10,13 @@ __all__ = ["stream"]
 
 
 def stream(key: Key[Array, ""], name: str, step: int | Int[Array, ""] | None = None) -> Key[Array, ""]:
-    """The key of the stream `name`, at `step` where one is given.
+    """Key of the stream `name`, folded with `step` if given.
 
-    The same on every process and in every run: the name goes in by its CRC-32, not by Python's salted hash.
+    Equal on every process and in every run: the name is hashed with CRC-32, not with Python's salted hash.
 
     Args:
       key: a typed key (`jax.random.key`).
-      name: what the stream is for, such as "noise".
+      name: purpose of the stream, such as "noise".
       step: training step or layer index, at least 0; may be traced.
     """
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))

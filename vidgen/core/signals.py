@@ -1,4 +1,4 @@
-"""Work that SIGINT and SIGTERM must not break off."""
+"""Deferral of SIGINT and SIGTERM during work that they must not interrupt."""
 
 import contextlib
 import signal
@@ -14,13 +14,13 @@ _log = get_logger(__name__)
 
 @contextlib.contextmanager
 def deferred_signals(what: str, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
-    """Signals that arrive within the block take effect at its end; a second SIGINT raises KeyboardInterrupt.
+    """Defers signals to the end of the block; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread, and for signals whose handler is not Python's, nothing changes.
+    Has no effect outside the main thread, or on signals whose handler was not installed from Python.
 
     Args:
-      what: the work, for the log line that says why nothing seems to happen.
-      numbers: the signals.
+      what: description of the work, for the log line about the delay.
+      numbers: signals to defer.
     """
     received: list[int] = []
 
@@ -29,7 +29,7 @@ def deferred_signals(what: str, numbers: Sequence[int] = (signal.SIGINT, signal.
             raise KeyboardInterrupt
         received.append(number)
         name = signal.Signals(number).name
-        _log.warning("%s takes effect when %s is done; a second Ctrl-C gives it up", name, what)
+        _log.warning("%s takes effect when %s is done; a second Ctrl-C aborts it", name, what)
 
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.getsignal(number) for number in (numbers if main else ())}

@@ -11,22 +11,22 @@ __all__ = ["count", "named_leaves", "num_bytes"]
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of `tree` by dotted path, in tree order: `{"blocks.attention.q.kernel": array, ...}`.
+    """Leaves of `tree` by dotted path, in tree order: `{"blocks.attention.q.kernel": array, ...}`.
 
-    Works for dicts, sequences, dataclass pytrees, `nnx.State` and `nnx.Module`; a last level `value`, which a
-    `nnx.Variable` adds, is left out.
+    Works for dicts, sequences, dataclass pytrees, `nnx.State` and `nnx.Module`. The trailing `value` of an
+    `nnx.Variable` is omitted.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_dotted(path): leaf for path, leaf in leaves}
 
 
 def count(tree: PyTree) -> int:
-    """How many numbers the arrays of `tree` hold; shapes are enough (`jax.ShapeDtypeStruct`)."""
+    """Number of elements in the arrays of `tree`; shapes suffice (`jax.ShapeDtypeStruct`)."""
     return sum(math.prod(leaf.shape) for leaf in _arrays(tree))
 
 
 def num_bytes(tree: PyTree) -> int:
-    """How many bytes the arrays of `tree` take, unsharded."""
+    """Total bytes of the arrays of `tree`, unsharded."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
 
 

@@ -1,4 +1,4 @@
-"""Array types and the shape aliases that signatures share.
+"""Array types and the shape aliases used in signatures.
 
 Axis letters: `b` batch, `t` frames, `h` height, `w` width, `c` channels, `s` tokens, `n` heads, `k` head dim,
 `d` model dim, `f` feed-forward dim, `l` text tokens.
@@ -30,7 +30,7 @@ Video: TypeAlias = Float[Array, "b t h w c"]
 """Pixels in [-1, 1]."""
 
 Latents: TypeAlias = Float[Array, "b tz hz wz z"]
-"""Latents, normalised to zero mean and unit variance per channel, on a coarser grid than pixels."""
+"""Latents on a coarser grid than pixels, normalised to zero mean and unit variance per channel."""
 
 Tokens: TypeAlias = Float[Array, "b s d"]
 

@@ -1,7 +1,7 @@
-"""Training on clips of several sizes at once: images and videos, short and long, high and wide.
+"""Training on clips of several sizes: images and videos, short and long, tall and wide.
 
-A bucket is a size, with a share of the training steps. Every step takes its whole batch from one bucket, so
-that each size is compiled once.
+A bucket is a clip size with a share of the training steps. Every step takes its whole batch from one bucket,
+so that each size is compiled once.
 """
 
 import dataclasses
@@ -27,24 +27,25 @@ __all__ = [
 D = TypeVar("D")
 
 _CROPPED_ALIKE = 0.05
-"""Sizes that keep as much of a picture as the best one, but for this share, are as good in shape."""
+"""Sizes count as nearest in shape if cropping keeps the best size's share of a picture, less at most
+this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Clips of one size.
+    """A clip size with its share of the training steps.
 
     Attributes:
       num_frames: frames; 1 is for images.
       height: pixels.
       width: pixels.
-      batch_size: clips per step over all devices and processes; None is `run.batch_size`.
-      weight: share of the steps, relative to that of the other buckets.
-      first_step, last_step: the steps, counted from 0, among which it has its share; None is to the end. So
-        one run goes from images and small, short clips to larger and longer ones.
+      batch_size: clips per step over all devices and processes; None uses `run.batch_size`.
+      weight: share of the steps, relative to the other buckets.
+      first_step, last_step: first and last step, counted from 0, at which the bucket is active; None has no
+        end. One run can go from images and small, short clips to larger and longer ones.
 
     Raises:
-      UserError: a number is not possible.
+      UserError: a number is out of range.
     """
 
     num_frames: Annotated[int, limits.NUM_FRAMES] = 1
@@ -60,7 +61,7 @@ class Bucket:
         if self.first_step < 0 or (self.last_step is not None and self.last_step < self.first_step):
             raise UserError(
                 f"bucket {self}: first_step is {self.first_step} and last_step {self.last_step}; expected "
-                "0 or more, and not the first after the last"
+                "0 <= first_step <= last_step"
             )
 
     def __str__(self) -> str:
@@ -68,10 +69,10 @@ class Bucket:
 
 
 def stage_starts(buckets: Sequence[Bucket]) -> tuple[int, ...]:
-    """The steps at which the buckets that take part change, the first of them 0.
+    """Steps at which the set of active buckets changes; the first is 0.
 
     Raises:
-      UserError: there is a step without any.
+      UserError: no bucket is active at some step.
     """
     starts = {0} | {bucket.first_step for bucket in buckets}
     starts |= {bucket.last_step + 1 for bucket in buckets if bucket.last_step is not None}
@@ -82,28 +83,28 @@ def stage_starts(buckets: Sequence[Bucket]) -> tuple[int, ...]:
 
 
 def takes_part(bucket: Bucket, step: int) -> bool:
-    """Whether batches of the bucket may be those of `step`."""
+    """Whether the bucket is active at `step`."""
     return bucket.first_step <= step and (bucket.last_step is None or step <= bucket.last_step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What a `Loader` draws from, bucket by bucket.
+    """Clips of several buckets, as input of `Loader`.
 
     Attributes:
-      parts: each bucket, with its clips.
+      parts: (bucket, its clips) for each bucket.
     """
 
     parts: tuple[tuple[Bucket, ClipSource], ...]
 
     def __len__(self) -> int:
-        """Clips of all buckets."""
+        """Number of clips over all buckets."""
         return sum(len(source) for _, source in self.parts)
 
 
 @runtime_checkable
 class BucketedData(Protocol):
-    """Options of data that may have buckets."""
+    """Data options that may have buckets."""
 
     @property
     def num_frames(self) -> int: ...
@@ -118,40 +119,41 @@ class BucketedData(Protocol):
     def buckets(self) -> tuple[Bucket, ...]: ...
 
     def source(self) -> ClipSource:
-        """Clips of `num_frames`, `height` and `width`."""
+        """Clips of size `num_frames` x `height` x `width`."""
         ...
 
     def bucket_sources(self) -> tuple[ClipSource, ...]:
         """Clips of each bucket.
 
         Raises:
-          UserError: there is none for a bucket, which the message names.
+          UserError: a bucket has no clips; the message names the bucket.
         """
         ...
 
 
 def training_clips(data: BucketedData) -> ClipSource | Mixture:
-    """What training draws from: the clips of the buckets, or those of the one size where there are none."""
+    """Clips for training: a mixture of the buckets, or the source of one size if there are none."""
     if not data.buckets:
         return data.source()
     return Mixture(tuple(zip(data.buckets, data.bucket_sources(), strict=True)))
 
 
 def training_sizes(data: BucketedData, batch_size: int) -> tuple[Bucket, ...]:
-    """The sizes of training's batches: the buckets, or the one size of the data.
+    """Sizes of the training batches: the buckets, or the one size of the data.
 
     Args:
-      batch_size: of those that have none of their own.
+      data: data options.
+      batch_size: for buckets without a `batch_size`.
     """
-    alone = Bucket(num_frames=data.num_frames, height=data.height, width=data.width)
+    single = Bucket(num_frames=data.num_frames, height=data.height, width=data.width)
     return tuple(
         dataclasses.replace(bucket, batch_size=bucket.batch_size or batch_size)
-        for bucket in data.buckets or (alone,)
+        for bucket in data.buckets or (single,)
     )
 
 
 def with_size(data: D, bucket: Bucket) -> D:
-    """Options of data, a dataclass, for clips of the size of one bucket alone."""
+    """Copy of data options (a dataclass) with the clip size of one bucket and without buckets."""
     options: Any = data
     size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
     return dataclasses.replace(options, buckets=(), **size)
@@ -160,22 +162,22 @@ def with_size(data: D, bucket: Bucket) -> D:
 def fitting_sizes(
     shown: tuple[float | int, float | int], sizes: Sequence[tuple[int, int]]
 ) -> tuple[int, ...]:
-    """Which sizes a picture is good for: those nearest in shape for which it need not be enlarged.
+    """Sizes that suit a picture: nearest in shape, and not larger than the picture where possible.
 
-    Nearest in shape are the sizes that keep most of it when it is cropped, give or take 5 %. Where each of
-    these would enlarge it, the one that enlarges it least is taken.
+    Nearest in shape are the sizes that keep most of the picture after cropping, give or take 5 %. If all of
+    these would enlarge it, the one that enlarges it least is chosen.
 
     Args:
-      shown: height and width of the picture, in square pixels.
+      shown: height and width of the displayed picture, in square pixels.
       sizes: heights and widths, at least one.
 
     Returns:
-      Their indices, in order; at least one.
+      Indices into `sizes`, ascending; at least one.
     """
     aspect = shown[1] / shown[0]
     ratios = [width / height / aspect for height, width in sizes]
-    kept = [min(ratio, 1 / ratio) for ratio in ratios]
-    near = [index for index, share in enumerate(kept) if share >= max(kept) - _CROPPED_ALIKE]
+    shares = [min(ratio, 1 / ratio) for ratio in ratios]
+    near = [index for index, share in enumerate(shares) if share >= max(shares) - _CROPPED_ALIKE]
     scales = {index: max(sizes[index][0] / shown[0], sizes[index][1] / shown[1]) for index in near}
     limit = max(1.0, min(scales.values()))
     return tuple(index for index in near if scales[index] <= limit)

@@ -1,4 +1,4 @@
-"""The captions of a folder of videos: a text file beside each, or one list for all."""
+"""Captions of a folder of videos: a text file beside each clip, or one list for the folder."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from vidgen.core.files import parse_json, read_text, require_text, split_lines
 __all__ = ["CAPTION_SUFFIXES", "FolderCaptions"]
 
 CAPTION_SUFFIXES = frozenset({".txt", ".jsonl", ".csv"})
-"""Files that are captions, never clips."""
+"""Suffixes of caption files, which are never clips."""
 
 _LISTS = ("captions.jsonl", "captions.csv")
 _FILE_KEYS = ("file", "file_name", "path")
@@ -25,14 +25,14 @@ _MAX_LIST_BYTES = 4 << 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderCaptions:
-    """Captions by file.
+    """Captions of the files in a folder.
 
     Attributes:
-      listed: the captions of one list for the whole folder, by absolute path, symbolic links kept.
-      unusable: files whose caption in the list is no text, with the reason.
-      nameless: lines of the list whose file name is no text, as (place, reason).
-      list_file: where they come from, or None where there is no such list.
-      beside: text files, by the absolute path of the clip without its ending.
+      listed: captions from the folder's list, by absolute path; symbolic links are not resolved.
+      unusable: listed files whose caption is not valid text, with the reason.
+      nameless: lines of the list whose file name is not valid text, as (place, reason).
+      list_file: path of the list, or None if there is no list.
+      beside: caption text files, by the absolute path of the clip without its suffix.
     """
 
     listed: Mapping[pathlib.Path, str]
@@ -45,22 +45,22 @@ class FolderCaptions:
     def load(
         cls, root: pathlib.Path, list_file: str | None, texts: Iterable[pathlib.Path] = ()
     ) -> "FolderCaptions":
-        """Reads the list of captions of a folder.
+        """Reads the list of captions of a folder, and indexes its text files.
 
-        A `.jsonl` list has an object per line, a `.csv` list a row per clip under a line of column names. The
-        clip's path, relative to the list or absolute, is under `file` (or `file_name` or `path`), its caption
-        under `caption` (or `text`).
+        A `.jsonl` list has one object per line; a `.csv` list has a line of column names, then one row per
+        clip. `file` (or `file_name` or `path`) is the path of the clip, absolute or relative to the list;
+        `caption` (or `text`) is its caption.
 
         Args:
           root: the folder.
           list_file: path of the list; None looks for `captions.jsonl` and `captions.csv` in the folder.
-          texts: the folder's caption files; those that end in `.txt`, in letters of any case, are the
-            captions of the clips beside them.
+          texts: caption files of the folder; each `.txt` (in any case) belongs to the clip of the same name
+            beside it.
 
         Raises:
           UserError: there are two lists, or one cannot be read, has other columns, or gives a file two
             different captions; the message names the line.
-          FileNotFoundError: the list that is asked for does not exist.
+          FileNotFoundError: `list_file` does not exist.
         """
         beside = {_stem(text): text for text in sorted(texts) if text.suffix.lower() == ".txt"}
         if list_file is None:
@@ -79,13 +79,12 @@ class FolderCaptions:
         return _read_list(path, beside)
 
     def of(self, clip: pathlib.Path) -> str:
-        """The caption of a file: from the list, else of the `.txt` of the same name beside it, else empty.
+        """Caption of a file: from the list, else from the `.txt` of the same name beside it, else empty.
 
-        Two links to one file are two clips, each with its own caption; a list may also name the file that a
-        link points to.
+        Two links to one file are two clips with separate captions; a list may also name the target of a link.
 
         Raises:
-          UserError: the text file is not in UTF-8, or the caption holds characters that are no text.
+          UserError: the text file is not UTF-8, or the caption has characters that are not text.
           OSError: the text file cannot be read.
         """
         path = _absolute(clip)
@@ -102,11 +101,11 @@ class FolderCaptions:
     def without_clip(
         self, clips: Iterable[pathlib.Path], texts: Iterable[pathlib.Path]
     ) -> list[tuple[pathlib.Path | str, str]]:
-        """What has a caption but is no clip of the folder, each with the reason.
+        """Captions without a clip in the folder, as (path or place, reason).
 
         Args:
-          clips: files of the folder that are not captions.
-          texts: its caption files.
+          clips: files of the folder that are not caption files.
+          texts: caption files of the folder.
         """
         clips = list(clips)
         names = {_absolute(clip) for clip in clips}
@@ -118,19 +117,19 @@ class FolderCaptions:
             for path in absent
             if _target(path) not in targets
         ]
-        alone: list[tuple[pathlib.Path | str, str]] = []
+        unmatched: list[tuple[pathlib.Path | str, str]] = []
         for text in texts:
             if text.suffix.lower() != ".txt":
                 continue
             if _stem(text) not in stems:
-                alone.append((text, "a caption with no video or image of the same name beside it"))
+                unmatched.append((text, "a caption with no video or image of the same name beside it"))
             elif (used := self.beside.get(_stem(text), text)) != text:
-                alone.append((text, f"a caption of the same clip as {used.name}, which is used"))
-        return [*missing, *alone, *self.nameless]
+                unmatched.append((text, f"a caption of the same clip as {used.name}, which is used"))
+        return [*missing, *unmatched, *self.nameless]
 
     @functools.cached_property
     def _by_target(self) -> dict[str, str | None]:
-        """Captions by the file that a path leads to; None where they differ."""
+        """Captions by resolved path; None for a target whose links have different captions."""
         found: dict[str, str | None] = {}
         for path, caption in self.listed.items():
             target = _target(path)
@@ -196,8 +195,8 @@ def _csv_rows(path: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield reader.line_num, dict(zip(columns, fields, strict=True))
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: not CSV ({error}): a text within double quotes ends with "
-            "one, and has two in the place of each of its own"
+            f"{path}, line {reader.line_num}: not CSV ({error}): a quoted text must end with a double "
+            "quote, and double quotes inside it must be doubled"
         ) from error
 
 
@@ -218,7 +217,7 @@ def _tidy(text: str) -> str:
 
 
 def _absolute(path: pathlib.Path) -> pathlib.Path:
-    """Without links resolved: each of two links to one file is a clip."""
+    """Absolute path with links unresolved: each of two links to one file is a clip."""
     return pathlib.Path(os.path.abspath(path))
 
 

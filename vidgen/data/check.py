@@ -1,4 +1,4 @@
-"""Finding damage in media files before a training run does."""
+"""Detection of damaged media files before a training run."""
 
 import pathlib
 
@@ -9,20 +9,19 @@ from vidgen.data.video_file import VideoFile, VideoInfo
 __all__ = ["find_damage"]
 
 _NEAR_END = 1.0
-"""Seconds before the end to which the quick check seeks."""
+"""The quick check seeks to this many seconds before the end."""
 
 _FIRST_FRAMES = 3
 
 
 def find_damage(path: pathlib.Path, info: VideoInfo, *, full: bool) -> str | None:
-    """What is wrong with a file that `probe` could read, or None.
+    """Reason why a file that `probe` accepted is damaged, or None if no damage is found.
 
     Args:
-      path: the file.
-      info: as `probe` gave it.
-      full: whether every frame is decoded and counted; otherwise the first ones, and those near the end
-        after a seek. A flipped bit may still decode to a wrong picture: nothing short of a checksum finds
-        that.
+      path: a video or image file.
+      info: result of `probe` for the file.
+      full: decode and count all frames; otherwise decode the first frames and, after a seek, those near the
+        end. Neither detects a flipped bit that decodes to a wrong picture; only a checksum would.
     """
     try:
         if is_image(path):
@@ -39,7 +38,7 @@ def _decode_all(video: VideoFile, info: VideoInfo) -> str | None:
     for frame in video.frames_from(0.0):
         count, end = count + 1, frame.end
     if info.num_frames is not None and count < info.num_frames:
-        return f"{count} of its {info.num_frames} frames decode, to {end:.2f} s"
+        return f"only {count} of {info.num_frames} frames decode, up to {end:.2f} s"
     return _ends_early(end, info)
 
 
@@ -54,7 +53,7 @@ def _decode_ends(video: VideoFile, info: VideoInfo) -> str | None:
 
 
 def _ends_early(end: float, info: VideoInfo) -> str | None:
-    """A file whose last two frames are missing is cut off; one may be a matter of counting."""
+    """Reason if frames end more than two frame durations early; less may be a matter of counting."""
     if info.duration - end > 2 / max(info.fps, 1.0):
-        return f"cut off: its frames end at {end:.2f} s, it should last {info.duration:.2f} s"
+        return f"truncated: its frames end at {end:.2f} s, expected {info.duration:.2f} s"
     return None

@@ -1,4 +1,4 @@
-"""The one door to the decoders of media files: which formats are read, and what a failure becomes."""
+"""Single entry point to all media decoders: accepted formats, and errors converted to `BrokenClip`."""
 
 import contextlib
 import errno
@@ -19,14 +19,14 @@ RAW_FORMATS = frozenset((
     "apv", "av1", "avs2", "avs3", "cavsvideo", "dirac", "evc", "h261", "h263", "h264", "hevc", "m4v", "mjpeg",
     "mjpeg_2000", "mpegvideo", "obu", "vc1", "vvc",
 ))
-"""FFmpeg's names of coded video without a container: no times, and no frame rate that can be relied on."""
+"""FFmpeg's names of elementary streams without a container: no timestamps, no reliable frame rate."""
 
 _CONTAINERS = (
     "apng", "asf", "avi", "dv", "flv", "gif", "gxf", "ivf", "jpegxl_anim", "matroska", "mov", "mpeg",
     "mpegts", "mxf", "nsv", "nut", "nuv", "ogg", "rm", "swf", "tty", "webm", "wtv", "yuv4mpegpipe",
 )
-"""Formats that hold all of their data in the one file. Playlists, manifests and patterns of names (hls, dash,
-concat, sdp, image2) are none of them; tty is text, which is refused by its name."""
+"""Formats that hold all data in one file. Playlists, manifests and filename patterns (hls, dash, concat, sdp,
+image2) are excluded; tty is plain text, listed so that `VideoFile` can reject it by name."""
 
 _PICTURES = (
     "bmp", "dds", "dpx", "exr", "gem", "hdr", "j2k", "jpeg", "jpegls", "jpegxl", "jpegxs", "pam", "pbm",
@@ -40,40 +40,40 @@ _FORMATS = ",".join([*_CONTAINERS, *sorted(RAW_FORMATS), *(f"{name}_pipe" for na
 
 @contextlib.contextmanager
 def broken_clips(name: str, failed: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into that file's reason: every call of PyAV and Pillow is inside one.
+    """Converts any decoder error to `BrokenClip`; every call of PyAV and Pillow runs in this context.
 
-    Both libraries raise errors of many types on damaged, hostile or unknown files (RuntimeError of AVIF,
-    ValueError of unknown side data, MemoryError of absurd sizes), and one file must not end a run.
+    Both libraries raise errors of many types on damaged, hostile or unknown files (RuntimeError for AVIF,
+    ValueError for unknown side data, MemoryError for absurd sizes), and one file must not end a run.
 
     Args:
-      name: the file's.
-      failed: what could not be done, before the decoder's own words.
+      name: name of the file.
+      failed: the failed operation, which precedes the decoder's message.
 
     Raises:
-      BrokenClip: in the place of any `Exception`.
+      BrokenClip: replaces any `Exception`.
     """
     try:
         yield
     except BrokenClip:
         raise
     except MemoryError as error:
-        raise BrokenClip(name, f"{failed}: it takes more memory than there is") from error
+        raise BrokenClip(name, f"{failed}: not enough memory") from error
     except Exception as error:
         raise BrokenClip(name, f"{failed}: {_reason(error)}") from error
 
 
 def open_container(file: pathlib.Path | io.BytesIO, name: str) -> InputContainer:
-    """Opens a video file, or one in memory, by a format that reads nothing but this file.
+    """Opens a video, from a file or from memory, in a format that reads no other file.
 
     Raises:
-      BrokenClip: it is no regular file, or cannot be opened.
+      BrokenClip: the path is not a regular file, or cannot be opened.
     """
     if isinstance(file, pathlib.Path) and file.exists() and not file.is_file():
         raise BrokenClip(name, "not a regular file")
     with broken_clips(name, "cannot be opened as video"):
         try:
             return av.open(
-                # Without the protocol, "12:30.mp4" would be taken for one.
+                # Without "file:", FFmpeg parses the "12" of "12:30.mp4" as a protocol.
                 f"file:{file}" if isinstance(file, pathlib.Path) else file,
                 "r",
                 metadata_errors="replace",
@@ -83,7 +83,7 @@ def open_container(file: pathlib.Path | io.BytesIO, name: str) -> InputContainer
             if error.errno != errno.EINVAL:
                 raise
             raise BrokenClip(
-                name, "not a format that is read as video; playlists and manifests are no clips"
+                name, "not a supported video format; playlists and manifests are no clips"
             ) from error
 
 

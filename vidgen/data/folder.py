@@ -20,19 +20,19 @@ from vidgen.data.video_io import VideoInfo, read_clip
 __all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile"]
 
 _LISTED = 5
-"""How many files that are not used a log line names."""
+"""Number of rejected files that a message names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UsedFile:
-    """A file that gives clips.
+    """A file that supplies clips.
 
     Attributes:
-      path: where it is.
-      name: its path below the folder, with forward slashes.
-      info: what it holds.
-      caption: of all its clips; empty where there is none.
-      starts: seconds at which its clips begin.
+      path: path of the file.
+      name: path relative to the folder, with forward slashes.
+      info: metadata of the file.
+      caption: caption of all its clips; empty if there is none.
+      starts: start of each clip, in seconds.
     """
 
     path: pathlib.Path
@@ -44,11 +44,11 @@ class UsedFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What of a folder is used.
+    """Used and rejected files of a folder.
 
     Attributes:
-      used: the files that give clips, sorted by name.
-      rejected: the others, as (name, reason).
+      used: files that supply clips, sorted by name.
+      rejected: all other files, as (name, reason).
     """
 
     used: tuple[UsedFile, ...]
@@ -56,56 +56,58 @@ class FolderReport:
 
     @property
     def num_clips(self) -> int:
-        """Clips of all files."""
+        """Number of clips over all files."""
         return sum(len(file.starts) for file in self.used)
 
     @property
     def without_caption(self) -> tuple[str, ...]:
-        """Names of the files in use that have no caption."""
+        """Names of the used files that have no caption."""
         return tuple(file.name for file in self.used if not file.caption)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderData:
-    """A folder of videos (any container that FFmpeg opens) or, with `num_frames=1`, of images too.
+    """A folder of videos (any container that FFmpeg opens) and, with `num_frames=1`, images.
 
-    Folders below it are searched as well; names that begin with a dot are not. A video gives a clip at every
-    multiple of `stride` from which a whole clip fits. Frames are resampled to `fps`, resized with their
-    aspect ratio kept, and cropped.
+    Subfolders are included; names that begin with a dot are not. A video supplies a clip at every multiple of
+    `stride` from which a complete clip fits. Frames are resampled to `fps`, resized at constant aspect ratio,
+    and cropped.
 
-    Held out is the last second of every `heldout_every` seconds of a video. A clip that touches such a second
-    belongs to `heldout`, every other one to `train`, so no training clip shows a frame of a held-out second.
-    That holds out about (clip length + 1 s) / `heldout_every` of the clips. Images, and videos shorter than
-    `heldout_every` seconds, are held out whole: one of every `heldout_every`, chosen by a hash of the name.
+    The last second of every `heldout_every` seconds of a video is held out. A clip that overlaps such a
+    second belongs to `heldout`, every other clip to `train`, so no training clip shows a frame of a held-out
+    second. That holds out about (clip length + 1 s) / `heldout_every` of the clips. Of the images, and of the
+    videos shorter than `heldout_every` seconds, one in `heldout_every` is held out entirely, chosen by a hash
+    of the name.
 
-    With `buckets`, training takes clips of several sizes. Images go to buckets of one frame, videos to those
-    that they are long enough for, and among the buckets with the same number of frames a file goes to those
-    nearest to its aspect ratio (by what cropping leaves of it, give or take 5 %) for which it need not be
-    enlarged; where there is none, to the one that enlarges it least.
+    With `buckets`, training takes clips of several sizes. Images go to buckets of one frame, videos to the
+    buckets that they are long enough for. Among buckets with the same number of frames, a file goes to those
+    nearest to its aspect ratio (by the share that cropping keeps, give or take 5 %) that do not enlarge it;
+    if all do, to the one that enlarges it least.
 
     Attributes:
-      kind: picks this kind of data in a config.
+      kind: selects this kind of data in a config.
       path: the folder.
-      num_frames: frames of a clip; with `buckets` this is the size of held-out clips and previews, as are
-        `height` and `width`.
+      num_frames: frames of a clip; with `buckets`, `num_frames`, `height` and `width` are the size of
+        held-out clips and previews.
       height: pixels.
       width: pixels.
       fps: frames per second of the clips.
-      stride: seconds between the starts of two clips of a video; None puts them end to end.
-      captions: path of one list of captions (`.jsonl` or `.csv`); None takes `captions.jsonl` or
-        `captions.csv` of the folder, if there is one. A file that is not in a list has its caption in the
-        `.txt` beside it.
+      stride: seconds between the starts of consecutive clips of a video; None places clips end to end.
+      captions: path of a list of captions (`.jsonl` or `.csv`); None looks for `captions.jsonl` and
+        `captions.csv` in the folder. A file that is not in a list takes its caption from the `.txt` beside
+        it.
       require_captions: whether files without a caption are left out; otherwise their caption is empty.
       split: `train`, `heldout`, or `all` for both.
-      heldout_every: seconds of which the last is held out; must leave room for a clip.
-      buckets: sizes of training clips; empty for `num_frames`, `height` and `width` alone.
-      images_from_videos: whether videos give clips of one frame too.
-      crop: `center`, or `random`: the place drawn once for each clip.
-      flip: whether half of the clips, always the same, are mirrored. Mind captions that say "left".
-      seed: of random crops and flips.
+      heldout_every: period of held-out seconds; must leave room for a clip.
+      buckets: sizes of training clips; empty uses only `num_frames`, `height` and `width`.
+      images_from_videos: whether videos also supply clips of one frame.
+      crop: `center`, or `random`: a position drawn once for each clip.
+      flip: whether half of the clips, always the same, are mirrored. Beware of captions with "left" or
+        "right".
+      seed: seed of random crops and flips.
 
     Raises:
-      UserError: a number is not possible.
+      UserError: a number is out of range.
     """
 
     kind: Literal["folder"] = "folder"
@@ -130,28 +132,28 @@ class FolderData:
 
     @property
     def clip_seconds(self) -> float:
-        """How long a clip is."""
+        """Duration of a clip in seconds."""
         return self.num_frames / self.fps
 
     def scan(self) -> FolderReport:
-        """Looks at every file of the folder, decoding one frame of each.
+        """Reports which files of the folder are used; decodes one frame of each.
 
         Raises:
-          NotADirectoryError: there is no such folder.
+          NotADirectoryError: the folder does not exist.
           UserError: a list of captions cannot be read.
         """
         files = FolderFiles.look(pathlib.Path(self.path), self.captions)
         return self._report(files)
 
     def scan_buckets(self) -> tuple[FolderReport, ...]:
-        """As `scan`, for each bucket; a file that suits another bucket better is among the rejected ones.
+        """Same as `scan`, for each bucket; a file that suits another bucket better is rejected.
 
         Raises:
-          NotADirectoryError: there is no such folder.
+          NotADirectoryError: the folder does not exist.
           UserError: a list of captions cannot be read.
         """
         files = FolderFiles.look(pathlib.Path(self.path), self.captions)
-        datas = self._of_buckets()
+        datas = self._bucket_options()
         suited = {file.name: _suited(file, datas) for file in files.found}
         return tuple(
             data._report(files, {name for name, numbers in suited.items() if number not in numbers})
@@ -159,10 +161,10 @@ class FolderData:
         )
 
     def source(self) -> "FolderSource":
-        """The clips; what is not used is logged.
+        """Opens the clips; logs the rejected files.
 
         Raises:
-          UserError: nothing is left to use; the message gives the reasons.
+          UserError: no file can be used; the message gives the reasons.
         """
         report = self.scan()
         self._require(report)
@@ -170,23 +172,23 @@ class FolderData:
         return FolderSource(self, report.used)
 
     def bucket_sources(self) -> tuple["FolderSource", ...]:
-        """The clips of each bucket; files that none of them uses are logged.
+        """Opens the clips of each bucket; logs files that no bucket uses.
 
         Raises:
-          UserError: nothing is left to use for a bucket; the message names it and gives the reasons.
+          UserError: no file can be used for a bucket; the message names the bucket and the reasons.
         """
-        reports, datas = self.scan_buckets(), self._of_buckets()
+        reports, datas = self.scan_buckets(), self._bucket_options()
         for number, (data, report) in enumerate(zip(datas, reports, strict=True)):
             data._require(report, f"bucket {number} ({self.buckets[number]}): ")
         self._log(reports)
         return tuple(FolderSource(data, report.used) for data, report in zip(datas, reports, strict=True))
 
-    def _of_buckets(self) -> tuple["FolderData", ...]:
-        """The options with the size of each bucket."""
+    def _bucket_options(self) -> tuple["FolderData", ...]:
+        """Copies of the options, each with the clip size of one bucket."""
         return tuple(with_size(self, bucket) for bucket in self.buckets)
 
     def _report(self, files: FolderFiles, elsewhere: set[str] | frozenset[str] = frozenset()) -> FolderReport:
-        """What of the files is used; those named in `elsewhere` suit another size better."""
+        """Used and rejected files; those named in `elsewhere` suit another bucket better."""
         used: list[UsedFile] = []
         rejected = list(files.stray)
         for found in files.found:
@@ -208,7 +210,7 @@ class FolderData:
             )
 
     def _log(self, reports: Sequence[FolderReport]) -> None:
-        """Says what is used of the folder, and what in none of the reports."""
+        """Logs the used files, and the files that all reports reject."""
         log = get_logger(__name__)
         used = {file.name: file for report in reports for file in report.used}
         rejected = {name: why for report in reports for name, why in report.rejected if name not in used}
@@ -225,7 +227,7 @@ class FolderData:
             log.warning("%s: %d files have no caption", self.path, len(without))
 
     def _judge(self, file: FoundFile, captions: FolderCaptions) -> UsedFile | str:
-        """The file as it is used, or the reason why it is not."""
+        """The file with its clips, or the reason why it is rejected."""
         info = file.info
         if isinstance(info, str):
             return info
@@ -254,10 +256,10 @@ class FolderData:
         if info.is_image:
             return [0.0]
         stride = self.clip_seconds if self.stride is None else self.stride
-        # Half a frame of slack: the last frame of the clip is then still on screen at its time.
+        # Half a frame of slack: the last frame of the clip is still on screen at its time.
         room = info.duration + 0.5 / self.fps - self.clip_seconds
         if room < 0:
-            return [0.0] if self.num_frames == 1 else []  # every video shows its first frame
+            return [0.0] if self.num_frames == 1 else []  # every video has a first frame
         return [index * stride for index in range(int(room / stride + 1e-6) + 1)]
 
     def _in_split(self, name: str, info: VideoInfo, start: float) -> bool:
@@ -287,11 +289,11 @@ class FolderSource:
         return f"FolderSource({self.options.path!r}, {len(self)} clips)"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip: `video` uint8 [t h w 3], `caption`, and `name`, which gives the file and the start.
+        """Returns one clip: `video` uint8 [t h w 3], `caption`, and `name`, which contains file and start.
 
         Raises:
-          BrokenClip: the file cannot be decoded there.
-          IndexError: there is no clip of that index.
+          BrokenClip: the file cannot be decoded at the clip.
+          IndexError: the index is out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.options.path}: clip {index} of {len(self)}.")
@@ -315,7 +317,7 @@ class FolderSource:
 
 
 def _suited(file: FoundFile, datas: Sequence[FolderData]) -> set[int]:
-    """Which of several sizes a file is for."""
+    """Indices of the buckets that suit a file's shape; all of them if the file cannot be read."""
     info = file.info
     if isinstance(info, str):
         return set(range(len(datas)))
@@ -329,7 +331,7 @@ def _suited(file: FoundFile, datas: Sequence[FolderData]) -> set[int]:
 
 
 def _some(rejected: Sequence[tuple[str, str]]) -> str:
-    """The first few of the files that are not used, with the reasons."""
+    """The first few rejected files with their reasons, as text."""
     reasons = [f"{name}: {why}" for name, why in rejected[:_LISTED]]
     return "; ".join([*reasons, "..."] if len(rejected) > _LISTED else reasons)
 

@@ -1,4 +1,4 @@
-"""The files of a folder, each looked into once."""
+"""Scan of a folder: each file is probed once."""
 
 import collections
 import concurrent.futures
@@ -20,9 +20,9 @@ class FoundFile:
     """A file of the folder.
 
     Attributes:
-      path: where it is.
-      name: its path below the folder, with forward slashes.
-      info: what it holds, or why it cannot be read.
+      path: path of the file.
+      name: path relative to the folder, with forward slashes.
+      info: metadata, or the reason why the file cannot be read.
     """
 
     path: pathlib.Path
@@ -32,12 +32,12 @@ class FoundFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderFiles:
-    """What is in a folder.
+    """Contents of a folder.
 
     Attributes:
-      found: its files but for captions, sorted.
-      captions: of all of them.
-      stray: captions without a file and folders that are not read, as (name, reason).
+      found: files other than caption files, sorted.
+      captions: captions of the files.
+      stray: captions without a clip, and folders that are not read, as (name, reason).
     """
 
     found: tuple[FoundFile, ...]
@@ -46,21 +46,22 @@ class FolderFiles:
 
     @classmethod
     def look(cls, root: pathlib.Path, captions: str | None) -> "FolderFiles":
-        """Looks at every file of a folder and of those below it, decoding one frame of each video.
+        """Scans a folder and its subfolders; decodes one frame of each video.
 
-        Links are followed; a folder that several lead to is read once. Names that begin with a dot are left
-        out.
+        Links are followed; a folder that several links point to is read once. Names that begin with a dot are
+        skipped.
 
         Args:
+          root: the folder.
           captions: path of a list of captions, or None.
 
         Raises:
-          NotADirectoryError: there is no such folder.
+          NotADirectoryError: `root` is not a folder.
           UserError: a list of captions cannot be read.
         """
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder of videos.")
-        files, left_out = _files_below(root)
+        files, unread = _files_below(root)
         clips = [file for file in files if file.suffix.lower() not in CAPTION_SUFFIXES]
         texts = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
         listed = FolderCaptions.load(root, captions, texts)
@@ -73,36 +74,36 @@ class FolderFiles:
             ),
             captions=listed,
             stray=tuple(
-                (_name(root, path), why) for path, why in (*left_out, *listed.without_clip(clips, texts))
+                (_name(root, path), why) for path, why in (*unread, *listed.without_clip(clips, texts))
             ),
         )
 
 
 def clip_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Every file of a folder and the folders below it but for captions and hidden ones, sorted."""
+    """Files of a folder and its subfolders, sorted, except caption files and hidden files."""
     return [file for file in _files_below(root)[0] if file.suffix.lower() not in CAPTION_SUFFIXES]
 
 
 def _files_below(root: pathlib.Path) -> tuple[list[pathlib.Path], list[tuple[pathlib.Path, str]]]:
-    """Every file of a folder and those below it but for hidden ones, sorted; folders not read, and why.
+    """Files of a folder and its subfolders, sorted, except hidden ones; and unread folders with the reason.
 
-    Folders that links lead to come last, so that a folder is found under its own name where it has one here.
+    Linked folders are read last, so that a folder inside `root` is found at its real path.
     """
     files: list[pathlib.Path] = []
-    left_out: list[tuple[pathlib.Path, str]] = []
+    unread: list[tuple[pathlib.Path, str]] = []
     read: dict[str, pathlib.Path] = {}
     folders, links = [root], collections.deque[pathlib.Path]()
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
         target = os.path.realpath(folder)
         if target in read:
-            left_out.append((folder, f"a link to {_shown(read[target])}, which is read already"))
+            unread.append((folder, f"a link to {_shown(read[target])}, which is read already"))
             continue
         read[target] = folder
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            left_out.append((folder, f"cannot be read: {error.strerror}"))
+            unread.append((folder, f"cannot be read: {error.strerror}"))
             continue
         for entry in entries:
             if entry.name.startswith("."):
@@ -114,11 +115,11 @@ def _files_below(root: pathlib.Path) -> tuple[list[pathlib.Path], list[tuple[pat
                 links.append(path)
             else:
                 folders.append(path)
-    return sorted(files), left_out
+    return sorted(files), unread
 
 
 def _probe(path: pathlib.Path) -> VideoInfo | str:
-    """What a file holds, or why it cannot be read."""
+    """Metadata of a file, or the reason why it cannot be read."""
     try:
         if _shown(path) != str(path):
             return "its name is not UTF-8: rename it"
@@ -140,5 +141,5 @@ def _name(root: pathlib.Path, path: pathlib.Path | str) -> str:
 
 
 def _shown(path: pathlib.Path) -> str:
-    """The path with forward slashes, where bytes that are not UTF-8 are written as numbers."""
+    """Path with forward slashes; bytes that are not UTF-8 are escaped as numbers."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""How a stored frame becomes the picture that is wanted: turned, resized without distortion, cropped."""
+"""Geometry from stored frame to output picture: rotation, resize without distortion, crop."""
 
 import dataclasses
 import math
@@ -12,11 +12,11 @@ __all__ = ["UPRIGHT", "Crop", "Orientation"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Orientation:
-    """How the stored picture is turned to be shown.
+    """Rotation and mirroring from the stored picture to the displayed one.
 
     Attributes:
-      mirror: whether left and right are swapped, before turning.
-      quarter_turns: by 90 degrees clockwise, 0 to 3.
+      mirror: whether left and right are swapped, before the rotation.
+      quarter_turns: clockwise rotation in units of 90 degrees, 0 to 3.
     """
 
     mirror: bool = False
@@ -24,7 +24,7 @@ class Orientation:
 
     @classmethod
     def from_matrix(cls, matrix: np.ndarray) -> "Orientation":
-        """Of the nine numbers of a display matrix (ISO/IEC 14496-12, 8.3.2), rounded to 90 degrees."""
+        """Parses the nine numbers of a display matrix (ISO/IEC 14496-12, 8.3.2), rounded to 90 degrees."""
         a, b, c, d = (float(matrix[index]) for index in (0, 1, 3, 4))
         mirror = a * d - b * c < 0
         if mirror:
@@ -33,11 +33,11 @@ class Orientation:
 
     @property
     def swaps_sides(self) -> bool:
-        """Whether the shown picture is as wide as the stored one is high."""
+        """Whether the rotation swaps height and width."""
         return self.quarter_turns % 2 == 1
 
     def apply(self, pixels: UInt8[np.ndarray, "_h _w 3"]) -> UInt8[np.ndarray, "_h2 _w2 3"]:
-        """The picture as it is shown."""
+        """Displayed picture of a stored one."""
         if self.mirror:
             pixels = pixels[:, ::-1]
         return np.rot90(pixels, -self.quarter_turns) if self.quarter_turns else pixels
@@ -48,13 +48,13 @@ UPRIGHT = Orientation()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A picture resized until it just covers the wanted size, and the part of it that is kept.
+    """A resize that just covers the target size, and the crop to that size.
 
     Attributes:
-      resized: height and width after resizing, as shown.
-      top: first row that is kept.
-      left: first column that is kept.
-      size: height and width that are kept.
+      resized: height and width after resizing, of the displayed picture.
+      top: first image row of the crop.
+      left: first image column of the crop.
+      size: height and width of the crop.
     """
 
     resized: tuple[int, int]
@@ -71,13 +71,13 @@ class Crop:
         pixel_aspect: float = 1.0,
         crop_at: tuple[float, float] = (0.5, 0.5),
     ) -> "Crop":
-        """The crop of a picture to a size.
+        """Resize and crop of a picture to a target size.
 
         Args:
-          shown: height and width of the picture, in its own pixels.
-          size: height and width that are wanted; None keeps the picture as it is.
-          pixel_aspect: width of its pixels over their height.
-          crop_at: where the crop lies between top and bottom and between left and right, each in [0, 1].
+          shown: height and width of the displayed picture, in its pixels.
+          size: target height and width; None leaves the picture unchanged.
+          pixel_aspect: pixel width over pixel height.
+          crop_at: position of the crop between top and bottom and between left and right, each in [0, 1].
         """
         if size is None:
             return cls(resized=shown, top=0, left=0, size=shown)
@@ -89,5 +89,5 @@ class Crop:
         return cls(resized=(height, width), top=top, left=left, size=size)
 
     def apply(self, pixels: UInt8[np.ndarray, "_h _w 3"]) -> UInt8[np.ndarray, "_h2 _w2 3"]:
-        """The part that is kept of a picture that has been resized."""
+        """Crops a picture of size `resized`."""
         return pixels[self.top : self.top + self.size[0], self.left : self.left + self.size[1]]

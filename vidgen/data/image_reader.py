@@ -1,4 +1,4 @@
-"""Pictures from image files, through Pillow."""
+"""Image files as RGB arrays, through Pillow."""
 
 import pathlib
 
@@ -14,22 +14,22 @@ __all__ = ["fit_image", "is_image", "probe_image", "read_image"]
 
 _SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _TURNED = frozenset({5, 6, 7, 8})
-"""The EXIF orientations that swap width and height."""
+"""EXIF orientations that swap width and height."""
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is looked for in a file, whatever its name: none of them runs a program, as Pillow does for EPS."""
+"""Formats accepted under any file name. None of them runs a program, as Pillow does for EPS."""
 
 
 def is_image(path: pathlib.Path) -> bool:
-    """Whether a file is read as one picture, by its name; a GIF is a video."""
+    """Whether the file name is that of a still image; a GIF is read as video."""
     return path.suffix.lower() in _SUFFIXES
 
 
 def probe_image(path: pathlib.Path) -> tuple[int, int, str, str]:
-    """Width and height as shown, format and pixel mode; reads the header only.
+    """Displayed width and height, format and pixel mode; reads only the header.
 
     Raises:
-      BrokenClip: it cannot be read.
+      BrokenClip: the file cannot be read.
     """
     with broken_clips(str(path), "cannot be opened as an image"), Image.open(path, formats=_FORMATS) as image:
         width, height = image.size
@@ -41,18 +41,18 @@ def probe_image(path: pathlib.Path) -> tuple[int, int, str, str]:
 def read_image(
     path: pathlib.Path, *, size: tuple[int, int] | None, crop_at: tuple[float, float] = (0.5, 0.5)
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture, turned as its EXIF data says, laid on white where transparent, resized and cropped.
+    """Reads a picture as RGB: rotated by its EXIF data, composited over white, resized and cropped.
 
-    Of a file with several pictures, the first. Depths above 8 bits are cut to 8; floating point numbers are
-    0 to 1 or, where one is above 1, 0 to 255.
+    Of several pictures in a file, the first is read. Depths above 8 bits are reduced to 8. Floating point
+    pixels range from 0 to 1 or, if any is above 1, from 0 to 255.
 
     Args:
-      path: the file.
-      size: height and width to cover; None keeps the picture's.
-      crop_at: where the crop lies between top and bottom and between left and right, each in [0, 1].
+      path: an image file.
+      size: height and width to cover; None keeps the picture's size.
+      crop_at: position of the crop between top and bottom and between left and right, each in [0, 1].
 
     Raises:
-      BrokenClip: it cannot be read, or has pixels that are not finite.
+      BrokenClip: the file cannot be read, or has pixels that are not finite.
     """
     with broken_clips(str(path), "cannot be decoded as an image"):
         with Image.open(path, formats=_FORMATS) as file:
@@ -63,7 +63,7 @@ def read_image(
 def fit_image(
     image: Image.Image, size: tuple[int, int] | None, *, crop_at: tuple[float, float] = (0.5, 0.5)
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as RGB, resized to cover `size` (height and width) and cropped; None keeps its size."""
+    """Converts a picture to RGB, resized to cover `size` (height, width) and cropped; None keeps its size."""
     image = _to_rgb(image)
     crop = Crop.covering((image.height, image.width), size, crop_at=crop_at)
     if crop.resized != (image.height, image.width):

@@ -1,4 +1,4 @@
-"""Training on latents that were computed before, clips of any sizes packed into rows."""
+"""Options for training on precomputed latents: clips of any size, packed into rows."""
 
 import dataclasses
 from typing import Literal
@@ -14,14 +14,14 @@ __all__ = ["LatentsData", "clips_of"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsData:
-    """Latents written by `vidgen data latents`, packed; `run.batch_size` counts rows.
+    """Latents written by `vidgen data latents`; `run.batch_size` counts packed rows.
 
     Attributes:
-      kind: picks this kind of data in a config.
-      path: the folder that was given as `--out`.
-      packing: how rows are filled.
-      clips: what the latents are of: each of its buckets is a size. Training does not read it; its own size
-        is that of previews, for which its held-out clips give the prompts.
+      kind: selects this kind of data in a config.
+      path: output folder of `vidgen data latents` (its `--out`).
+      packing: how packed rows are filled.
+      clips: the clips that the latents encode; each of its buckets is one clip size. Training does not read
+        it: previews take their size from it, and their prompts from its held-out clips.
     """
 
     kind: Literal["latents"] = "latents"
@@ -31,7 +31,7 @@ class LatentsData:
 
     @property
     def num_frames(self) -> int:
-        """Frames of previews, as the next three."""
+        """Frames of a preview; `height`, `width` and `fps` also describe previews."""
         return self.clips.num_frames
 
     @property
@@ -47,11 +47,11 @@ class LatentsData:
         return self.clips.fps
 
     def source(self) -> LatentRecords:
-        """The clips' latents.
+        """Opens the latents of the clips.
 
         Raises:
-          FileNotFoundError: there are none at `path`.
-          UserError: they are damaged.
+          FileNotFoundError: `path` holds no latents.
+          UserError: the latents are damaged.
         """
         return LatentRecords(self.path)
 
@@ -59,5 +59,5 @@ class LatentsData:
 def clips_of(
     data: SpritesData | FolderData | ArrayRecordData | LatentsData,
 ) -> SpritesData | FolderData | ArrayRecordData:
-    """The clips that training sees, as pixels or as latents of them."""
+    """Options of the pixel clips that training uses, directly or encoded as latents."""
     return data.clips if isinstance(data, LatentsData) else data

@@ -1,4 +1,4 @@
-"""Latents of many clips, of any sizes, as a folder of ArrayRecord files with an index."""
+"""Latents of many clips of any sizes, as a folder of ArrayRecord files with an index."""
 
 import dataclasses
 import json
@@ -31,13 +31,13 @@ _REMEDY = "write the latents again with `vidgen data latents`"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentClip:
-    """The latents of one clip.
+    """Latents of one clip.
 
     Attributes:
       latents: [t h w c], normalised.
-      num_frames: of the video, as the next two.
-      height: pixels.
-      width: pixels.
+      num_frames: frames of the video.
+      height: pixels of the video.
+      width: pixels of the video.
     """
 
     latents: Float[np.ndarray, "t h w c"]
@@ -50,16 +50,16 @@ class LatentClip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordsInfo:
-    """What the latents of a folder are of.
+    """Metadata of a folder of latents.
 
     Attributes:
-      vae: the autoencoder's folder, as it was given.
-      encoder: fingerprint of what made the latents (`vidgen.train.vae_folder.encoder_fingerprint`).
-      channels: of the latents.
+      vae: the autoencoder's folder, as specified when the latents were written.
+      encoder: fingerprint of the encoder (`vidgen.train.vae_folder.encoder_fingerprint`).
+      channels: channels of the latents.
       spatial_factor: pixels per latent pixel, per side.
       temporal_factor: frames per latent frame, after the first.
       fps: frames per second of the videos.
-      shards: how many clips each file has, in the order of the clips.
+      shards: number of clips in each file, in the order of the clips.
     """
 
     vae: str
@@ -71,27 +71,27 @@ class RecordsInfo:
     shards: dict[str, Annotated[int, limits.COUNT]] = dataclasses.field(default_factory=dict)
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a video."""
+        """Latent frames, height and width of a video."""
         frames = 1 + (num_frames - 1) // self.temporal_factor
         return frames, height // self.spatial_factor, width // self.spatial_factor
 
 
 def write_latent_records(out: pathlib.Path | str, clips: Iterable[LatentClip], info: RecordsInfo) -> int:
-    """Writes clips, to be read with `LatentRecords(out)`; the folder appears whole or not at all.
+    """Writes clips to a folder that `LatentRecords(out)` reads; the folder is written atomically.
 
-    Latents are kept as float16: of numbers near 1, as normalised latents are, it keeps eight times as much as
-    bfloat16 does.
+    Latents are stored as float16: near 1, the scale of normalised latents, it is eight times as precise as
+    bfloat16.
 
     Args:
-      out: the folder; must not be there yet. What an interrupted call left beside it is removed.
-      info: `shards` is filled in here.
+      out: output folder; must not exist. Remains of an interrupted call beside it are removed.
+      info: metadata of the folder; `shards` is filled in.
 
     Returns:
       The number of clips.
 
     Raises:
-      FileExistsError: `out` is there already.
-      UserError: there is no clip, or the latents of one are too large for float16 or not finite.
+      FileExistsError: `out` exists.
+      UserError: there are no clips, or a clip's latents are not finite or exceed float16.
     """
     out = pathlib.Path(out)
     if out.exists():
@@ -137,14 +137,14 @@ def _write_shards(
 
 
 class LatentRecords:
-    """The clips of a folder that `write_latent_records` wrote, in the order in which they were written."""
+    """Clips of a folder written by `write_latent_records`, in the order they were written."""
 
     def __init__(self, path: pathlib.Path | str):
         """Opens the folder.
 
         Raises:
-          FileNotFoundError: there are no latents at `path`, or a file of them is missing.
-          UserError: the index does not fit the files.
+          FileNotFoundError: `path` holds no latents, or a file is missing.
+          UserError: the index does not match the files.
         """
         self._path = pathlib.Path(path)
         index = self._path / _INDEX
@@ -152,7 +152,7 @@ class LatentRecords:
         self.info: RecordsInfo = resolve(RecordsInfo, values, where=str(index))
         for name in self.info.shards:
             if pathlib.PurePath(name).name != name or name in ("", ".", ".."):
-                raise UserError(f"{index}: shard {name!r} is no file of this folder: {_REMEDY}")
+                raise UserError(f"{index}: shard {name!r} is not a file of this folder: {_REMEDY}")
         for name in (_SIZES, *self.info.shards):
             if not (self._path / name).exists():
                 raise FileNotFoundError(f"{self._path / name} is missing: {_REMEDY}")
@@ -160,7 +160,7 @@ class LatentRecords:
             sizes = np.load(self._path / _SIZES)
             shards = [str(self._path / name) for name in self.info.shards]
             self._records: Any = grain.sources.ArrayRecordDataSource(shards)
-        except Exception as error:  # of NumPy or ArrayRecord, of many types
+        except Exception as error:  # NumPy and ArrayRecord raise many types
             raise UserError(f"{self._path} is damaged ({error}): {_REMEDY}") from error
         expected = sum(self.info.shards.values())
         if (
@@ -193,11 +193,11 @@ class LatentRecords:
         return f"LatentRecords({str(self._path)!r}, {len(self)} clips)"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip: `latents` float16 [t h w c], `caption` and `name`.
+        """Returns one clip: `latents` float16 [t h w c], `caption` and `name`.
 
         Raises:
-          BrokenClip: its record is damaged; it is named by its file and its number there.
-          IndexError: there is no clip of that index.
+          BrokenClip: the record is damaged; the error names its file and its number in that file.
+          IndexError: the index is out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self._path}: clip {index} of {len(self)}")
@@ -225,7 +225,7 @@ def _encode(clip: LatentClip) -> bytes:
         largest = float(np.abs(clip.latents).max())
         raise UserError(
             f"{clip.name}: latents of up to {largest:g} are not finite as float16. The VAE cannot be used "
-            "for this clip: look at the clip, and at the VAE's weights"
+            "for this clip: check the clip and the VAE's weights"
         )
     about = json.dumps({"caption": clip.caption, "name": clip.name}).encode()
     return save({"latents": latents, "about": np.frombuffer(about, np.uint8)})

@@ -1,4 +1,4 @@
-"""Batches of clips: shuffled, endless, the same whatever the number of processes, and resumable exactly."""
+"""Batches of clips: shuffled, endless, exactly resumable, and independent of the number of processes."""
 
 import bisect
 import dataclasses
@@ -18,31 +18,31 @@ from vidgen.data.source import BrokenClip, ClipSource
 __all__ = ["Loader"]
 
 _ENDLESS = 2**62
-"""More steps than a run will have."""
+"""More steps than any run takes."""
 
 _REPLACEMENTS = 64
-"""How many other clips are tried in the place of a broken one before the source is given up."""
+"""Replacements tried for a broken clip before an error is raised."""
 
 
 class Loader(Iterator[dict[str, Any]]):
-    """Endless batches of a clip source, or of several by turns, for one process of several.
+    """Endless batches of one clip source, or of the buckets of a mixture, for one process of several.
 
-    Position `q` of the endless sequence of clips depends on the source's length, the seed and `shuffle` only;
-    step `k` is the positions `[k * B, (k + 1) * B)`, of which process `p` of `P` decodes `[k * B + p * B / P,
-    ...)` alone. Every epoch has a shuffle of its own. Decoding runs ahead in threads, clip by clip; the state
-    describes the batches that were handed out, never what was read ahead.
+    Position `q` of the endless sequence of clips depends only on the source's length, the seed and `shuffle`.
+    Step `k` covers positions `[k * B, (k + 1) * B)`; process `p` of `P` decodes only the `B / P` of them from
+    `k * B + p * B / P` on. Every epoch has its own shuffle. Threads decode ahead, clip by clip; the state
+    covers the batches already returned, not those decoded ahead.
 
-    Of a `Mixture` each bucket has an endless sequence of its own, and each step takes the next batch of one
-    bucket. Which one depends on the weights and the step alone: turns are spread as evenly as they can be.
-    Where the buckets that take part change, a stage ends; each stage has orders of its own.
+    In a `Mixture`, each bucket has its own endless sequence, and each step takes the next batch of one
+    bucket. The choice depends only on the weights and the step; batches of a bucket are spread as evenly as
+    possible. A new stage begins where the set of active buckets changes; each stage has its own shuffles.
 
-    A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the
-    source's other entries, arrays stacked over the batch and anything else as lists.
+    A batch is a dict: `video` uint8 [b t h w 3], `caption` and `name` lists of b strings, and the source's
+    extra entries: arrays stacked over the batch, anything else as lists.
 
     Attributes:
-      broken: the clips of this process that could not be decoded: their reason by name. Each is logged when
-        it is first met, and replaced by another clip, the same one in every run.
-      num_replaced: how often a broken clip was replaced.
+      broken: clips that this process could not decode, name -> reason. Each clip is logged once, and replaced
+        by another clip, the same one in every run.
+      num_replaced: number of times a broken clip was replaced.
     """
 
     def __init__(
@@ -57,20 +57,21 @@ class Loader(Iterator[dict[str, Any]]):
         prefetch: int = 4,
         shuffle: bool = True,
     ):
-        """Starts nothing yet: threads start with the first batch.
+        """Creates a loader; threads start with the first batch.
 
         Args:
-          source: the clips.
-          batch_size: clips per step over all processes; of a mixture, for the buckets that have none.
-          seed: of the shuffle, and of what replaces a broken clip.
-          process_index: which process this is.
-          process_count: how many processes share a batch; must divide the size of each.
-          num_threads: that decode; 0 decodes in the caller's thread.
-          prefetch: how many batches are decoded ahead; 0 decodes on demand.
-          shuffle: whether the order is shuffled, anew in every epoch.
+          source: one clip source, or a mixture of buckets.
+          batch_size: clips per step over all processes; in a mixture, for buckets without a `batch_size`.
+          seed: seed of the shuffle, and of the choice of replacements for broken clips.
+          process_index: index of this process.
+          process_count: number of processes that share a batch; must divide every batch size.
+          num_threads: decoding threads; 0 decodes in the caller's thread.
+          prefetch: batches decoded ahead; 0 decodes on demand.
+          shuffle: whether clips are shuffled, anew in every epoch.
 
         Raises:
-          UserError: the source is empty, or the numbers do not fit each other.
+          UserError: the source is empty, the process index is out of range, or the processes cannot share a
+            batch equally.
         """
         if not 0 <= process_index < process_count:
             raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
@@ -78,37 +79,37 @@ class Loader(Iterator[dict[str, Any]]):
         self.num_replaced = 0
         self._parts = _parts(source, batch_size, seed, process_count, shuffle=shuffle)
         self._num_clips = len(source)
-        self._turns = _BucketSchedule(self._parts)
+        self._schedule = _BucketSchedule(self._parts)
         self._seed = seed
         self._positions_per_step = max(part.batch_size for part in self._parts)
-        self._rows_per_step = self._positions_per_step // process_count
+        self._examples_per_step = self._positions_per_step // process_count
         self._step = 0
         self._lock = threading.Lock()
-        rows = _ProcessRows(self._turns, self._rows_per_step, process_index).map(self._read)
+        examples = _ProcessExamples(self._schedule, self._examples_per_step, process_index).map(self._read)
         options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=prefetch * self._rows_per_step
+            num_threads=num_threads, prefetch_buffer_size=prefetch * self._examples_per_step
         )
-        # Empty rows, of steps with small batches, are left out.
-        self._rows = iter(rows.to_iter_dataset(options))
+        # Grain skips None, the padding of steps with small batches.
+        self._examples = iter(examples.to_iter_dataset(options))
 
     def __next__(self) -> dict[str, Any]:
-        turn = self._turns[self._step]
-        assert turn is not None  # as it would be of a filtered data set
-        part, _ = turn
-        batch = _collate([next(self._rows) for _ in range(part.rows)])
+        scheduled = self._schedule[self._step]
+        assert scheduled is not None  # None would be a filtered element
+        part, _ = scheduled
+        batch = _collate([next(self._examples) for _ in range(part.local_batch_size)])
         self._step += 1
         return batch
 
     @property
     def num_clips(self) -> int:
-        """Clips of the source; of a mixture, of all buckets."""
+        """Clips of the source; for a mixture, of all buckets."""
         return self._num_clips
 
     def get_state(self) -> dict[str, int]:
-        """Where the sequence stands: JSON-able, and equal on all processes.
+        """Position in the sequence, JSON-able and equal on all processes.
 
-        `next_index` counts clips over all processes, whose number may be another when the run goes on; of a
-        mixture it counts every step as one with the largest batch.
+        `next_index` counts clips over all processes, so a run may resume with another number of processes.
+        In a mixture it counts every step as one with the largest batch.
         """
         return {
             "next_index": self._step * self._positions_per_step,
@@ -117,19 +118,20 @@ class Loader(Iterator[dict[str, Any]]):
         }
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to where `get_state` was taken: the next batch is the one that would have followed.
+        """Restores a state of `get_state`: the next batch is the one that would have followed.
 
         Raises:
-          UserError: the state is of another seed, or falls inside a batch of this size.
+          UserError: the state has another seed, or falls inside a batch of this size.
         """
         if state["seed"] != self._seed:
             raise UserError(
-                f"the loader's state is of seed {state['seed']}, this loader has seed {self._seed}."
+                f"the loader's state has seed {state['seed']}, this loader has seed {self._seed}: use "
+                "the seed of the run that saved it."
             )
         step, rest = divmod(state["next_index"], self._positions_per_step)
         if rest:
             raise UserError(
-                f"the loader's state stands after {state['next_index']} clips, not a whole number of "
+                f"the loader's state is after {state['next_index']} clips, not a whole number of "
                 f"batches of {self._positions_per_step}: use the batch size of the run that saved it."
             )
         if state["num_clips"] != self.num_clips:
@@ -139,11 +141,11 @@ class Loader(Iterator[dict[str, Any]]):
                 self.num_clips,
             )
         self._step = step
-        self._rows.set_state({"next_index": step * self._rows_per_step})
+        self._examples.set_state({"next_index": step * self._examples_per_step})
 
     def close(self) -> None:
-        """Drops what was read ahead and ends the threads; the loader gives no batches after that."""
-        self._rows.close()
+        """Stops the threads and drops batches decoded ahead; the loader returns no batches afterwards."""
+        self._examples.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -151,9 +153,9 @@ class Loader(Iterator[dict[str, Any]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, row: "_Row") -> dict[str, Any]:
-        """The clip at a position of the sequence, or what stands in for it."""
-        part, position, index = row
+    def _read(self, example: "_Example") -> dict[str, Any]:
+        """Decodes an example; if its clip is broken, a replacement clip."""
+        part, position, index = example
         rng = None
         for _ in range(1 + _REPLACEMENTS):
             try:
@@ -178,39 +180,40 @@ class Loader(Iterator[dict[str, Any]]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Clips that make batches of their own.
+    """Clips that fill whole batches: one bucket within one stage, or the single source.
 
     Attributes:
-      stage: the step from which on it has turns.
-      batch_size: over all processes; `rows` of them on each.
-      seed: of its order; the first part has the loader's.
-      order: the endless sequence of clips, by their indices.
+      stage: first step of the stage.
+      batch_size: clips per step over all processes.
+      local_batch_size: clips per step on each process.
+      seed: seed of the order; the first part has the loader's seed.
+      order: endless sequence of clip indices.
     """
 
     source: ClipSource
     stage: int
     batch_size: int
-    rows: int
+    local_batch_size: int
     weight: float
     seed: int
     order: grain.MapDataset[int]
 
-    def turn(self, number: int) -> "tuple[_Part, int]":
-        """A step that this part gives the batch of, its `number`th."""
+    def batch(self, number: int) -> "tuple[_Part, int]":
+        """Returns (this part, number of its batch within the stage)."""
         return self, number
 
 
-_Row = tuple[_Part, int, int]
-"""What gives a clip, its position in the endless sequence of this part, and its index."""
+_Example = tuple[_Part, int, int]
+"""Part that supplies the clip, position in that part's endless sequence, and index of the clip."""
 
 
 def _parts(
     source: ClipSource | Mixture, batch_size: int, seed: int, processes: int, *, shuffle: bool
 ) -> list[_Part]:
-    """What the batches are made of.
+    """Parts that supply the batches, in the order of their stages.
 
     Raises:
-      UserError: a source is empty, or a batch cannot be shared by the processes.
+      UserError: a source is empty, or the processes cannot share a batch equally.
     """
     if not isinstance(source, Mixture):
         return [_part(source, batch_size, seed, processes, shuffle=shuffle)]
@@ -261,7 +264,7 @@ def _part(
         source=clips,
         stage=stage,
         batch_size=size,
-        rows=size // processes,
+        local_batch_size=size // processes,
         weight=weight,
         seed=seed,
         order=(indices.shuffle() if shuffle else indices).repeat(),
@@ -286,45 +289,47 @@ class _BucketSchedule(grain.MapDataset[tuple[_Part, int]]):
 
     @staticmethod
     def _mix(parts: Sequence[_Part]) -> grain.MapDataset[tuple[_Part, int]]:
-        endless = [grain.MapDataset.range(_ENDLESS).map(part.turn) for part in parts]
+        endless = [grain.MapDataset.range(_ENDLESS).map(part.batch) for part in parts]
         return grain.MapDataset.mix(endless, [part.weight for part in parts])
 
 
-class _ProcessRows(grain.MapDataset[_Row]):
-    """The clips that one process decodes: as many rows for each step as the largest batch, some empty."""
+class _ProcessExamples(grain.MapDataset[_Example]):
+    """Examples decoded by one process; every step has as many as the largest batch, padded with None."""
 
-    def __init__(self, turns: grain.MapDataset[tuple[_Part, int]], rows_per_step: int, process_index: int):
-        super().__init__(turns)
-        self._turns = turns
-        self._rows_per_step = rows_per_step
+    def __init__(
+        self, schedule: grain.MapDataset[tuple[_Part, int]], examples_per_step: int, process_index: int
+    ):
+        super().__init__(schedule)
+        self._schedule = schedule
+        self._examples_per_step = examples_per_step
         self._process_index = process_index
 
     def __len__(self) -> int:
-        return sys.maxsize // self._rows_per_step * self._rows_per_step
+        return sys.maxsize // self._examples_per_step * self._examples_per_step
 
     def __getitem__(self, index):
-        step, row = divmod(index, self._rows_per_step)
-        part, turn = self._turns[step]
-        if row >= part.rows:
+        step, local = divmod(index, self._examples_per_step)
+        part, batch = self._schedule[step]
+        if local >= part.local_batch_size:
             return None
-        position = turn * part.batch_size + self._process_index * part.rows + row
+        position = batch * part.batch_size + self._process_index * part.local_batch_size + local
         return part, position, part.order[position]
 
 
-def _collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch of several clips."""
-    return {key: _stack(key, rows) for key in rows[0]}
+def _collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stacks examples into a batch."""
+    return {key: _stack(key, examples) for key in examples[0]}
 
 
-def _stack(key: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | list[Any]:
-    values = [row[key] for row in rows]
+def _stack(key: str, examples: Sequence[Mapping[str, Any]]) -> np.ndarray | list[Any]:
+    values = [example[key] for example in examples]
     if not isinstance(values[0], (np.ndarray, np.generic)):
         return values
     shapes = [value.shape for value in values]
-    for row, shape in zip(rows, shapes, strict=True):
+    for example, shape in zip(examples, shapes, strict=True):
         if shape != shapes[0]:
             raise UserError(
-                f"clips of one batch differ in the shape of {key!r}: {shapes[0]} in {rows[0]['name']}, "
-                f"{shape} in {row['name']}. A source must give every clip the same shapes."
+                f"clips of one batch differ in the shape of {key!r}: {shapes[0]} in {examples[0]['name']}, "
+                f"{shape} in {example['name']}. A source must give every clip the same shapes."
             )
     return np.stack(values)

@@ -1,4 +1,4 @@
-"""Rows of clips of any sizes: a fixed number of tokens each, filled first-fit."""
+"""Packed rows: clips of any sizes, packed first-fit into a fixed number of tokens per row."""
 
 import concurrent.futures
 import dataclasses
@@ -18,21 +18,21 @@ __all__ = ["PackedLoader", "PackingOptions", "SizedClips", "plan_rows"]
 _log = get_logger(__name__)
 
 _MOST_BROKEN = 64
-"""How many clips in a row may be broken before the source is given up."""
+"""Consecutive broken clips skipped before an error is raised."""
 
 Size = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackingOptions:
-    """How rows are filled.
+    """Options of packing.
 
     Attributes:
-      tokens_per_row: tokens of a row, padding included; no clip may be longer.
-      clips_per_row: most clips of a row, each of which has room for a caption of its own.
-      window: rows that are filled at a time. A clip goes to the first of them that has room, and when it
-        finds none all of them are handed out: more rows leave less padding, and move clips further from their
-        place in the order.
+      tokens_per_row: tokens of a packed row, padding included; no clip may be longer.
+      clips_per_row: most clips of a packed row, each with room for its own caption.
+      window: packed rows open at a time. A clip goes to the first of them that has room; if none has, all of
+        them are emitted. A larger window leaves less padding, and moves clips further from their place in the
+        order.
     """
 
     tokens_per_row: int
@@ -47,7 +47,7 @@ class PackingOptions:
 
 @runtime_checkable
 class SizedClips(Protocol):
-    """Clips by index, of sizes that are known before any is read; as `ClipSource` otherwise."""
+    """A `ClipSource` whose clip sizes are known before any clip is read."""
 
     @property
     def sizes(self) -> Sequence[Size]:
@@ -62,21 +62,24 @@ class SizedClips(Protocol):
 def plan_rows(
     lengths: Sequence[int], options: PackingOptions, *, seed: int, num_epochs: int | None = None
 ) -> grain.IterDataset[list[int]]:
-    """Which clips share a row, row by row: first-fit over the shuffled order of the clips.
+    """Plans packed rows, each a list of clip indices: first-fit over the shuffled clips.
 
-    Nothing but lengths is looked at, so every process plans all rows, in less than a millisecond a clip. Each
-    epoch has every clip once, in an order of its own; rows at its end hold clips of the next too.
+    The plan depends only on lengths, so every process plans all packed rows, in less than a millisecond per
+    clip. Each epoch has every clip once, in its own order; packed rows at its end also hold clips of the
+    next.
 
     Args:
       lengths: tokens of each clip.
-      seed: of the order.
-      num_epochs: None is endless.
+      options: size of the packed rows, and the window.
+      seed: seed of the order.
+      num_epochs: number of epochs; None is endless.
 
     Returns:
-      Grain's data set of lists of indices.
+      Grain dataset of lists of clip indices, one list per packed row.
 
     Raises:
-      UserError: there is no clip, or one is longer than a row; the row that would do is named.
+      UserError: there are no clips, or a clip is longer than a packed row; the message names the length
+        required.
     """
     if not len(lengths):
         raise UserError("there are no clips to pack: give at least one")
@@ -87,7 +90,7 @@ def plan_rows(
             f"{options.tokens_per_row}: set it to {lengths[longest]} or more"
         )
     order = grain.MapDataset.range(len(lengths)).seed(seed).shuffle().repeat(num_epochs)
-    # What is packed is as long as the clip, and otherwise nothing.
+    # Dummy payloads with the clip's length: Grain packs by length only.
     stubs = order.map(lambda index: {"tokens": np.zeros(lengths[index], np.int8), "clip": int(index)})
     rows = grain_experimental.FirstFitPackIterDataset(
         stubs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
@@ -101,19 +104,19 @@ def plan_rows(
 
 
 class PackedLoader(Iterator[dict[str, Any]]):
-    """Endless batches of packed rows for one process of several, as `Loader` gives batches of one size.
+    """Endless batches of packed rows for one process of several; `Loader` is for clips of equal size.
 
-    Which clips row `r` of step `k` holds depends on the clips' lengths, the seed and the options only;
-    process `p` of `P` reads the clips of rows `[p * B / P, ...)` of each step alone. Reading runs ahead in
-    threads; the state describes the batches that were handed out, never what was read ahead.
+    The clips of packed row `r` of step `k` depend only on the clips' lengths, the seed and the options.
+    Process `p` of `P` reads only the clips of the `B / P` packed rows from `p * B / P` on. Threads read
+    ahead; the state covers the batches already returned, not those read ahead.
 
-    A batch is a dict: `rows`, a list of this process' rows, each a list of clips as the source gives them;
-    `tokens_per_row` and `clips_per_row`; `name`, the names of all these clips; and `num_frames`, the frames
-    of the videos of the whole step, over all processes.
+    A batch is a dict: `rows`, the packed rows of this process, each a list of clips as returned by the
+    source; `tokens_per_row` and `clips_per_row`; `name`, the names of all these clips; and `num_frames`, the
+    video frames of the step over all processes.
 
     Attributes:
-      broken: the clips of this process that could not be read: their reason by name. Each is logged when it
-        is first met, and left out: its tokens are padding then.
+      broken: clips that this process could not read, name -> reason. Each clip is logged once and left out:
+        padding takes the place of its tokens.
     """
 
     def __init__(
@@ -129,20 +132,22 @@ class PackedLoader(Iterator[dict[str, Any]]):
         num_threads: int = 2,
         prefetch: int = 4,
     ):
-        """Starts nothing yet: threads start with the first batch.
+        """Creates a loader; threads start with the first batch.
 
         Args:
           source: the clips.
           lengths: tokens of each clip.
-          batch_size: rows per step over all processes.
-          seed: of the order.
-          process_index: which process this is.
-          process_count: how many processes share a batch; must divide `batch_size`.
-          num_threads: that read clips; 0 reads one after the other.
-          prefetch: how many batches are read ahead; 0 reads on demand.
+          options: size of the packed rows, and the window.
+          batch_size: packed rows per step over all processes.
+          seed: seed of the order.
+          process_index: index of this process.
+          process_count: number of processes that share a batch; must divide `batch_size`.
+          num_threads: threads that read clips; 0 reads clips sequentially.
+          prefetch: batches read ahead; 0 reads on demand.
 
         Raises:
-          UserError: the source is empty, a clip is longer than a row, or the numbers do not fit each other.
+          UserError: the source is empty, a clip is longer than a packed row, the process index is out of
+            range, the processes cannot share a batch equally, or clips and lengths differ in number.
         """
         if not 0 <= process_index < process_count:
             raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1}.")
@@ -156,10 +161,10 @@ class PackedLoader(Iterator[dict[str, Any]]):
                 f"there are {len(lengths)} lengths for {len(source)} clips; expected one for each"
             )
         self.broken: dict[str, str] = {}
-        self._broken_in_a_row = 0
+        self._consecutive_broken = 0
         self._source, self._options, self._seed = source, options, seed
-        rows = batch_size // process_count
-        self._mine = slice(process_index * rows, (process_index + 1) * rows)
+        local_rows = batch_size // process_count
+        self._local_rows = slice(process_index * local_rows, (process_index + 1) * local_rows)
         self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
         steps = plan_rows(lengths, options, seed=seed).batch(batch_size, batch_fn=list).map(self._read)
         if prefetch:
@@ -171,29 +176,29 @@ class PackedLoader(Iterator[dict[str, Any]]):
 
     @property
     def num_clips(self) -> int:
-        """Clips of the source."""
+        """Number of clips of the source."""
         return len(self._source)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the sequence stands: JSON-able, and equal on all processes, whose number may change."""
+        """Position in the sequence, JSON-able and equal on all processes; independent of their number."""
         return {"plan": self._steps.get_state(), "num_clips": self.num_clips, "seed": self._seed}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `get_state` was taken: the next batch is the one that would have followed.
+        """Restores a state of `get_state`: the next batch is the one that would have followed.
 
         Raises:
-          UserError: the state is of another seed or number of clips.
+          UserError: the state has another seed or number of clips.
         """
         for name, now in (("seed", self._seed), ("num_clips", self.num_clips)):
             if state.get(name) != now:
                 raise UserError(
                     f"the state of the packed clips is of {name} {state.get(name)}, and it is {now} now: "
-                    "other clips would share the rows. Use the clips and the seed of the run that saved it"
+                    "rows would be packed differently. Use the clips and the seed of the run that saved it"
                 )
         self._steps.set_state(dict(state["plan"]))
 
     def close(self) -> None:
-        """Drops what was read ahead and ends the threads; the loader gives no batches after that."""
+        """Stops the threads and drops batches read ahead; the loader returns no batches afterwards."""
         self._steps.close()
         if self._pool:
             self._pool.shutdown()
@@ -205,11 +210,11 @@ class PackedLoader(Iterator[dict[str, Any]]):
         self.close()
 
     def _read(self, step: list[list[int]]) -> dict[str, Any]:
-        """The batch of a step, of which the indices of all rows are given."""
-        mine = step[self._mine]
-        indices = [index for row in mine for index in row]
+        """Batch of this process, from the clip indices of all packed rows of a step."""
+        plan = step[self._local_rows]
+        indices = [index for row in plan for index in row]
         found = iter((self._pool.map if self._pool else map)(self._clip, indices))
-        rows = [[clip for clip in map(self._unbroken, (next(found) for _ in row)) if clip] for row in mine]
+        rows = [[clip for clip in map(self._unbroken, (next(found) for _ in row)) if clip] for row in plan]
         return {
             "rows": rows,
             "tokens_per_row": self._options.tokens_per_row,
@@ -226,15 +231,15 @@ class PackedLoader(Iterator[dict[str, Any]]):
 
     def _unbroken(self, clip: dict[str, Any] | BrokenClip) -> dict[str, Any] | None:
         if not isinstance(clip, BrokenClip):
-            self._broken_in_a_row = 0
+            self._consecutive_broken = 0
             return clip
-        self._broken_in_a_row += 1
+        self._consecutive_broken += 1
         if clip.name not in self.broken:
             _log.warning("broken clip left out: %s: %s", clip.name, clip.reason)
         self.broken[clip.name] = clip.reason
-        if self._broken_in_a_row > _MOST_BROKEN:
+        if self._consecutive_broken > _MOST_BROKEN:
             raise RuntimeError(
-                f"{self._broken_in_a_row} clips in a row could not be read; {len(self.broken)} broken so "
+                f"{self._consecutive_broken} clips in a row could not be read; {len(self.broken)} broken so "
                 f"far, for instance {dict(list(self.broken.items())[:3])}. Check the data: {self._source!r}."
             )
         return None

@@ -1,4 +1,4 @@
-"""What a set of clips is to the rest of the code: a sequence with random access."""
+"""Interface of a set of clips: a sequence with random access."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,21 +7,21 @@ __all__ = ["BrokenClip", "ClipSource"]
 
 @runtime_checkable
 class ClipSource(Protocol):
-    """Clips by index. Reading must be deterministic in the index and safe from several threads at once."""
+    """Clips by index; reading must be deterministic in the index and thread-safe."""
 
     def __len__(self) -> int:
-        """How many clips there are."""
+        """Number of clips."""
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip.
+        """Returns one clip.
 
         Returns:
-          `video` uint8 [t h w 3]; `caption` str; `name` str, unique and readable by a person; and any extra
-          numpy arrays of a shape that is the same for every clip, or strings.
+          `video` uint8 [t h w 3]; `caption` str; `name` str, unique and human-readable; and any extra
+          strings or numpy arrays, each array of the same shape for every clip.
 
         Raises:
-          BrokenClip: the clip cannot be decoded; the loader takes another one in its place.
+          BrokenClip: the clip cannot be decoded; the loader replaces it by another one.
         """
         ...
 
@@ -30,8 +30,8 @@ class BrokenClip(Exception):
     """A clip that cannot be decoded.
 
     Attributes:
-      name: which one, as a person would name it.
-      reason: what is wrong with it.
+      name: human-readable name of the clip.
+      reason: what is wrong with the clip.
     """
 
     def __init__(self, name: str, reason: str):

@@ -1,4 +1,4 @@
-"""A TFDS builder that writes any clips as ArrayRecord files; no TensorFlow needed."""
+"""TFDS builder that writes any clip source as ArrayRecord files; needs no TensorFlow."""
 
 import dataclasses
 import pathlib
@@ -19,12 +19,12 @@ __all__ = ["BuildReport", "VidgenClips", "build_records"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What was written.
+    """Result of `build_records`.
 
     Attributes:
-      folder: the folder that holds `dataset_info.json` and the records.
-      num_clips: by split.
-      broken: clips that could not be decoded and are left out: the reason by name.
+      folder: folder that contains `dataset_info.json` and the records.
+      num_clips: number of clips written, by split.
+      broken: clips left out because they could not be decoded, name -> reason.
     """
 
     folder: pathlib.Path
@@ -33,7 +33,7 @@ class BuildReport:
 
 
 class VidgenClips(tfds.core.GeneratorBasedBuilder):
-    """Clips, each one record: encoded frames, caption, name, and the rest as JSON."""
+    """One record per clip: encoded frames, caption, name, and the remaining entries as JSON."""
 
     VERSION = tfds.core.Version(VERSION)
     name = BUILDER_NAME
@@ -41,13 +41,13 @@ class VidgenClips(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self, *, sources: Mapping[str, ClipSource], fps: float, encoding: Encoding = "lossless", **kwargs: Any
     ):
-        """Writes nothing yet.
+        """Creates the builder; writes nothing yet.
 
         Args:
-          sources: the clips by split.
-          fps: their frames per second.
-          encoding: how frames are kept.
-          **kwargs: of the TFDS builder, `data_dir` above all.
+          sources: clips by split.
+          fps: frames per second of the clips.
+          encoding: encoding of the frames.
+          **kwargs: arguments of the TFDS builder, chiefly `data_dir`.
         """
         self.broken: dict[str, str] = {}
         self._sources = sources
@@ -92,19 +92,19 @@ class VidgenClips(tfds.core.GeneratorBasedBuilder):
 def build_records(
     sources: Mapping[str, ClipSource], out: pathlib.Path, *, fps: float, encoding: Encoding
 ) -> BuildReport:
-    """Writes clips as records, to be read with `ArrayRecordData(path=out)`.
+    """Writes clips as records, which `ArrayRecordData(path=out)` reads.
 
-    The folder appears whole or not at all. Broken clips are left out and reported.
+    The folder is written atomically. Broken clips are left out and reported.
 
     Args:
-      sources: the clips by split; all of one frame rate.
-      out: the folder to write to, with no records in it yet.
+      sources: clips by split, all of one frame rate.
+      out: output folder, without records.
       fps: frames per second of the clips.
-      encoding: how frames are kept.
+      encoding: encoding of the frames.
 
     Raises:
-      FileExistsError: there are records in `out` already.
-      UserError: a split has no clip that can be decoded.
+      FileExistsError: `out` already holds records.
+      UserError: no clip of a split can be decoded.
     """
     builder = VidgenClips(sources=sources, fps=fps, encoding=encoding, data_dir=str(out))
     folder = pathlib.Path(builder.data_dir)

@@ -1,4 +1,4 @@
-"""Clips from ArrayRecord files that a TFDS builder wrote; no TensorFlow needed."""
+"""Clips from the ArrayRecord files of a TFDS builder; needs no TensorFlow."""
 
 import dataclasses
 import io
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 Encoding = Literal["lossless", "h264"]
-"""How a clip's frames are kept: `lossless` is H.264 in RGB, every pixel as it was; `h264` is H.264 in 4:4:4
-with crf 17, many times smaller for camera footage and without visible loss."""
+"""Encoding of stored frames: `lossless` is H.264 in RGB, exact in every pixel; `h264` is H.264 in 4:4:4 with
+crf 17, visually lossless and, for camera footage, many times smaller."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +38,18 @@ class ArrayRecordData:
     """Clips written by `vidgen data build`.
 
     Attributes:
-      kind: picks this kind of data in a config.
-      path: what was given to the builder as `--out`, or the folder with `dataset_info.json` in it.
+      kind: selects this kind of data in a config.
+      path: output folder of the builder (its `--out`), or the folder that contains `dataset_info.json`.
       split: name of the split, `train` or `heldout`.
-      num_frames: frames of a clip, from its beginning.
-      height: pixels; what is stored in another size is resized and cropped.
+      num_frames: frames of a clip, from the start of the stored clip.
+      height: pixels; clips stored at another size are resized and cropped.
       width: pixels.
-      buckets: sizes of training clips, each for all of the clips, which are of one size as they are stored;
-        empty for `num_frames`, `height` and `width` alone, which otherwise are the size of previews.
-      fps: frames per second; what is stored at another rate is resampled.
+      buckets: sizes of training clips. Every bucket uses all clips, which are stored at one size. If empty,
+        training uses the size `num_frames`, `height` and `width`; otherwise that is the size of previews.
+      fps: frames per second; clips stored at another rate are resampled.
 
     Raises:
-      UserError: a number is not possible.
+      UserError: a number is out of range.
     """
 
     kind: Literal["array_record"] = "array_record"
@@ -65,11 +65,11 @@ class ArrayRecordData:
         limits.check_fields(self, "array_record")
 
     def source(self) -> "ArrayRecordSource":
-        """The clips.
+        """Opens the clips.
 
         Raises:
-          FileNotFoundError: there are no records at `path`.
-          UserError: their JSON is damaged; there is no such split, it is empty, or its clips are too short.
+          FileNotFoundError: `path` holds no records.
+          UserError: the JSON is damaged; the split does not exist or is empty, or its clips are too short.
         """
         records = open_records(pathlib.Path(self.path), self.split)
         if len(records) == 0:
@@ -82,11 +82,11 @@ class ArrayRecordData:
         return source
 
     def bucket_sources(self) -> tuple["ArrayRecordSource", ...]:
-        """The clips, as each bucket takes them.
+        """Opens the clips at the size of each bucket.
 
         Raises:
-          FileNotFoundError: there are no records at `path`.
-          UserError: the clips are too short for a bucket, which the message names.
+          FileNotFoundError: `path` holds no records.
+          UserError: the clips are too short for a bucket; the message names the bucket.
         """
         sources = []
         for number, bucket in enumerate(self.buckets):
@@ -98,7 +98,7 @@ class ArrayRecordData:
 
 
 class ArrayRecordSource:
-    """Clips of one split, in the order in which they were written."""
+    """Clips of one split, in the order they were written."""
 
     def __init__(self, options: ArrayRecordData, records: Sequence[Mapping[str, Any]]):
         self.options = options
@@ -111,11 +111,11 @@ class ArrayRecordSource:
         return f"ArrayRecordSource({self.options.path!r}, {self.options.split!r}, {len(self)} clips)"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip: `video` uint8 [t h w 3], `caption`, `name`, and what else the written source gave.
+        """Returns one clip: `video` uint8 [t h w 3], `caption`, `name`, and extra entries of the source.
 
         Raises:
-          BrokenClip: it cannot be decoded, or is shorter than `num_frames`.
-          IndexError: there is no clip of that index.
+          BrokenClip: the clip cannot be decoded, or is shorter than `num_frames`.
+          IndexError: the index is out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.options.path}: clip {index} of {len(self)}.")
@@ -132,14 +132,14 @@ class ArrayRecordSource:
 
 
 def encode_record(example: Mapping[str, Any], *, fps: float, encoding: Encoding) -> dict[str, bytes | str]:
-    """One clip of a source as the texts of a record.
+    """Encodes a clip as the fields of a record.
 
-    The extra entries of the clip go into `metadata`, JSON that also has the clip's fps and size.
+    Extra entries of the clip go into `metadata`, JSON that also holds the clip's fps and size.
 
     Args:
-      example: a clip as a `ClipSource` gives it.
-      fps: its frames per second.
-      encoding: how the frames are kept.
+      example: a clip of a `ClipSource`.
+      fps: frames per second of the clip.
+      encoding: encoding of the frames.
     """
     video: RGBClip = example["video"]
     buffer = io.BytesIO()
@@ -173,7 +173,7 @@ def decode_record(
     height: int | None = None,
     width: int | None = None,
 ) -> dict[str, Any]:
-    """A clip, as `encode_record` was given it, from the bytes of its record; the rest as in `read_clip`.
+    """Decodes a clip encoded by `encode_record`; the other arguments are those of `read_clip`.
 
     Raises:
       BrokenClip: the clip cannot be decoded.

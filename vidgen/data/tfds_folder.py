@@ -1,4 +1,4 @@
-"""The folder of a TFDS builder, whose JSON is looked at before TFDS reads it."""
+"""Folder of a TFDS builder; its JSON is validated before TFDS reads it."""
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,14 @@ _CLASSES = frozenset(
         "tensorflow_datasets.core.features.text_feature.Text",
     }
 )
-"""What clips are made of. TFDS imports whatever class a features.json names."""
+"""Feature classes of clip records. TFDS would import any class that features.json names."""
 
 
 def records_folder(path: pathlib.Path) -> pathlib.Path:
-    """The folder of a builder's files, below `path` or `path` itself.
+    """Folder of a builder's files: `path` itself or the builder's folder below it.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: neither folder has a `dataset_info.json`.
     """
     for folder in (path, path / BUILDER_NAME / VERSION):
         if (folder / "dataset_info.json").is_file():
@@ -40,26 +40,26 @@ def records_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def open_records(path: pathlib.Path, split: str) -> Sequence[Mapping[str, Any]]:
-    """The records of a split; those of one clip each.
+    """Opens the records of a split; each record holds one clip.
 
     Args:
-      path: what was given to the builder, or the folder with `dataset_info.json` in it.
+      path: output folder given to the builder, or the folder that contains `dataset_info.json`.
 
     Raises:
-      FileNotFoundError: there are no records at `path`.
-      UserError: there is no such split; the JSON is damaged, or names classes or files that records of clips
-        do not have.
+      FileNotFoundError: `path` holds no records.
+      UserError: the split does not exist; the JSON is damaged, or names classes or files that clip records do
+        not use.
     """
     folder = records_folder(path)
     _check(folder)
-    # Half a second of imports that no other kind of data needs.
+    # Imported late: takes half a second, and no other kind of data needs it.
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder_from_directory(str(folder))
         splits = list(builder.info.splits)
         records = builder.as_data_source(split=split) if split in splits else ()  # pyright: ignore
-    except Exception as error:  # Of protocol buffers, JSON, enumerations and its own.
+    except Exception as error:  # protobuf, JSON, enum and TFDS errors
         found = str(error).split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{folder / _INFO} or {_FEATURES} is damaged ({found}): {_REMEDY}") from error
     if split not in splits:
@@ -68,7 +68,7 @@ def open_records(path: pathlib.Path, split: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _check(folder: pathlib.Path) -> None:
-    """Raises UserError where the JSON names what it should not."""
+    """Raises UserError if the JSON names unexpected feature classes, or files outside the folder."""
     features = read_json(folder / _FEATURES, remedy=_REMEDY)
     if strange := sorted(set(map(str, _class_names(features))) - _CLASSES):
         raise UserError(
@@ -79,8 +79,8 @@ def _check(folder: pathlib.Path) -> None:
     names = [info.get("name", "x"), *_file_names(info)]
     if strange := [name for name in names if not is_plain_name(name)]:
         raise UserError(
-            f"{folder / _INFO}: found {str(strange[0])[:80]!r} in the name of a file, which lies in the same "
-            f"folder: {_REMEDY}"
+            f"{folder / _INFO}: found {str(strange[0])[:80]!r} in the name of a file, expected a plain "
+            f"name in the same folder: {_REMEDY}"
         )
 
 
@@ -96,7 +96,7 @@ def _class_names(value: Any) -> Iterator[Any]:
 
 
 def _file_names(info: Mapping[str, Any]) -> Iterator[Any]:
-    """What the names of the files of records are made of."""
+    """Yields the JSON values from which TFDS builds the names of the record files."""
     splits = info.get("splits")
     for split in splits if isinstance(splits, list) else ():
         if isinstance(split, dict):

@@ -1,4 +1,4 @@
-"""An open video file: what it holds, and its frames from any time on."""
+"""An open video file: metadata, and frames from any start time."""
 
 import dataclasses
 import io
@@ -21,43 +21,43 @@ from vidgen.data.source import BrokenClip
 __all__ = ["TIME_ROUNDING", "TimedFrame", "VideoFile", "VideoInfo", "orientation"]
 
 TIME_ROUNDING = 1e-4
-"""Seconds by which a presentation time may be off through rounding in its container."""
+"""Largest rounding error of a container's presentation times, in seconds."""
 
 _SEEK_BACK = (0.0, 1.0, 5.0)
-"""Seconds before the wanted start that are sought, in turn, until frames come out whole from there on."""
+"""Seconds before the start to seek to, tried in turn until all frames from the start on decode."""
 
 _BACKWARD = 0.1
-"""Seconds by which a frame may be earlier than the one before it through rounding and odd muxers."""
+"""Seconds by which a frame may precede the previous one, through rounding and odd muxers."""
 
 _FLOATS = "f32"
-"""In the names of FFmpeg's pixel formats of floating point numbers."""
+"""Part of FFmpeg's names of floating point pixel formats."""
 
 _MEASURED = frozenset({"mpeg", "mpegts"})
-"""Containers without an index, whose duration is a guess and whose times may begin anew in the middle."""
+"""Containers without an index: the duration is a guess, and times may restart in the middle."""
 
 _FAST = 240
-"""Frames per second; above, the average is likely that of the clock, such as 1000 of Matroska."""
+"""Frames per second; a higher average is likely the clock rate, such as Matroska's 1000."""
 
 _FRAME_PER_PACKET = frozenset({"hevc", "vvc"})
-"""Decoders that leave out frames they cannot decode, of codecs whose every packet is a frame."""
+"""Decoders that skip undecodable frames, of codecs with exactly one frame per packet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a file holds, as a person sees it.
+    """Metadata of a media file, as displayed.
 
     Attributes:
       width: pixels, after rotation.
       height: pixels, after rotation.
       fps: frames per second on average; 0 for an image.
-      num_frames: as the container says, or None where it does not say.
+      num_frames: frame count of the container, or None if it stores none.
       duration: seconds, from the first frame to the end of the last; 0 for an image.
-      rotation: degrees by which the stored frames are turned clockwise to be shown: 0, 90, 180 or 270.
-      pixel_aspect: width of a shown pixel over its height; 1 for nearly all files.
-      codec: its name, as FFmpeg (or, for images, Pillow) gives it.
-      pix_fmt: pixel format, as FFmpeg (or, for images, Pillow) names it.
-      has_audio: whether there is a sound track.
-      is_image: whether this is a single picture.
+      rotation: clockwise rotation from stored to displayed frames, in degrees: 0, 90, 180 or 270.
+      pixel_aspect: width of a displayed pixel over its height; 1 for nearly all files.
+      codec: FFmpeg's name of the codec; for images, Pillow's name of the format.
+      pix_fmt: FFmpeg's name of the pixel format; for images, Pillow's mode.
+      has_audio: whether the file has an audio stream.
+      is_image: whether the file is a single picture.
     """
 
     width: int
@@ -74,7 +74,7 @@ class VideoInfo:
 
 
 class TimedFrame(NamedTuple):
-    """A decoded frame, with the seconds after the file's first frame at which it appears and vanishes."""
+    """A decoded frame; `time` and `end` bound its display, in seconds after the file's first frame."""
 
     time: float
     end: float
@@ -82,9 +82,9 @@ class TimedFrame(NamedTuple):
 
 
 class VideoFile:
-    """A video file, read forward from any time; not for use by several threads at once.
+    """A video file, read forward from any time; not thread-safe.
 
-    Raises `BrokenClip`, here and in every method, where the file is damaged or has no picture.
+    The constructor and all methods raise `BrokenClip` if the file is damaged or has no picture.
     """
 
     def __init__(self, file: pathlib.Path | io.BytesIO):
@@ -107,7 +107,7 @@ class VideoFile:
             raise
 
     def _reopen(self) -> None:
-        """Goes back to the beginning, which not every container can seek."""
+        """Goes back to the beginning by reopening the file: not every container can seek there."""
         self._container.close()
         if isinstance(self._file, io.BytesIO):
             self._file.seek(0)
@@ -120,7 +120,7 @@ class VideoFile:
         self._container.close()
 
     def info(self) -> VideoInfo:
-        """What the file holds; decodes one frame."""
+        """Metadata of the file; decodes one frame."""
         frame = next(self._decode(None), None)
         if frame is None:
             raise BrokenClip(self.name, "the video stream has no frames")
@@ -142,19 +142,19 @@ class VideoFile:
         )
 
     def frames_from(self, start: float) -> Iterator[TimedFrame]:
-        """Frames in the order of presentation, from the one that is on screen at `start` (seconds) on.
+        """Yields frames in presentation order, beginning with the frame on screen at `start` (seconds).
 
-        A key frame need not be a clean entry point: what is decoded from it may come too late, be damaged or
-        lack frames though the file is whole. Then an earlier one is sought, and at last all is decoded from
-        the beginning; only what fails there is a fault of the file.
+        A key frame need not be a clean entry point: even in an intact file, decoding from it may yield frames
+        that are late, damaged or missing. Then decoding restarts from an earlier key frame, and finally from
+        the beginning of the file; only a failure from there counts as damage.
         """
-        given = -math.inf
+        last_yielded = -math.inf
         for back in (*(back for back in _SEEK_BACK if start - back > 0), None):
-            skipped = given
+            resume_after = last_yielded
             try:
                 for frame in self._frames(start, back):
-                    if frame.time > skipped:
-                        given = frame.time
+                    if frame.time > resume_after:
+                        last_yielded = frame.time
                         yield frame
                 return
             except BrokenClip:
@@ -162,18 +162,18 @@ class VideoFile:
                     raise
 
     def pixel_aspect(self, turn: Orientation) -> float:
-        """Width over height of a pixel, as shown."""
+        """Width over height of a displayed pixel."""
         aspect = float(self._stream.sample_aspect_ratio or 1)
         return 1 / aspect if turn.swaps_sides else aspect
 
     def _pick_stream(self) -> VideoStream:
-        """The first video stream that is not a cover picture; of a file of pictures, the main one."""
+        """First video stream that is not cover art; in a file of still pictures, the default one."""
         kind = self._container.format.name
         if kind == "tty":
             raise BrokenClip(self.name, "a text file, not a video")
         if kind in RAW_FORMATS:
             raise BrokenClip(
-                self.name, f"a raw {kind} stream, which has no times of frames: put it into an MP4 or MKV"
+                self.name, f"a raw {kind} stream has no times of frames: put it into an MP4 or MKV"
             )
         streams = [
             stream
@@ -185,7 +185,7 @@ class VideoFile:
         if any(stream.disposition & Disposition.dependent for stream in streams):
             raise BrokenClip(
                 self.name,
-                f"a picture of {len(streams)} tiles, which are not put together: save it as JPEG or PNG",
+                f"a picture of {len(streams)} tiles, which is not supported: save it as JPEG or PNG",
             )
         if all(stream.frames == 1 and stream.duration is None for stream in streams):
             main = [stream for stream in streams if stream.disposition & Disposition.default]
@@ -193,19 +193,19 @@ class VideoFile:
         return streams[0]
 
     def _find_origin(self) -> float:
-        """Seconds on the container's clock at which the first frame is shown."""
+        """Display time of the first frame on the container's clock, in seconds."""
         if (
             self._container.format.name == "avi"
-        ):  # has no presentation times; those that are made up start late
+        ):  # AVI has no presentation times; FFmpeg's generated ones start late
             first = next(self._decode(None), None)
             return float((first.pts or 0) * self._tick) if first else 0.0
         return float((self._stream.start_time or 0) * self._tick)
 
     def _frames(self, start: float, back: float | None) -> Iterator[TimedFrame]:
-        """As `frames_from`, decoded from `back` seconds before `start`, or from the beginning.
+        """Implements `frames_from`, decoding from `back` seconds before `start`, or from the beginning.
 
         Raises:
-          BrokenClip: frames from there on are not whole.
+          BrokenClip: frames decoded from there are damaged or missing.
         """
         frames = self._timed(self._decode(None if back is None else start - back))
         shown = next(frames, None)
@@ -213,7 +213,7 @@ class VideoFile:
             shown is None or shown.time > start + TIME_ROUNDING or not _is_entry(shown.frame)
         ):
             raise BrokenClip(self.name, f"no key frame before {start:.3f} s to begin with")
-        # None is handed out before all of those up to the start are known to be whole.
+        # No frame is yielded until all frames up to `start` have decoded without error.
         for frame in frames:
             if shown is not None and frame.time > start + TIME_ROUNDING:
                 yield shown
@@ -238,24 +238,24 @@ class VideoFile:
             yield TimedFrame(time, end, frame)
 
     def _decode(self, start: float | None) -> Iterator[av.VideoFrame]:
-        """Frames in the order of presentation, from the key frame before `start`, or from the first one."""
+        """Frames in presentation order, from the key frame before `start`; None: from the first frame."""
         with broken_clips(self.name, "cannot be decoded"):
             if start is not None:
                 self._seek(start)
             elif self._started:
                 self._reopen()
             self._started = True
-            promised = _Promised() if self._stream.codec_context.name in _FRAME_PER_PACKET else None
+            pending = _PendingPackets() if self._stream.codec_context.name in _FRAME_PER_PACKET else None
             for packet in self._container.demux(self._stream):
-                if promised:
-                    promised.add(packet)
+                if pending:
+                    pending.add(packet)
                 for frame in packet.decode():
                     assert isinstance(frame, av.VideoFrame)
                     if frame.is_corrupt:
                         raise BrokenClip(self.name, f"damaged at {frame.time or 0.0:.3f} s")
-                    if promised and (lost := promised.lost(frame)):
+                    if pending and (skipped := pending.skipped_before(frame)):
                         raise BrokenClip(
-                            self.name, f"{lost} frames before {frame.time or 0.0:.3f} s are not decoded"
+                            self.name, f"{skipped} frames before {frame.time or 0.0:.3f} s are not decoded"
                         )
                     if _FLOATS in frame.format.name and not np.isfinite(frame.to_ndarray()).all():
                         raise BrokenClip(self.name, f"pixels are not finite at {frame.time or 0.0:.3f} s")
@@ -265,10 +265,10 @@ class VideoFile:
         self._container.seek(round((start + self._origin) / self._tick), stream=self._stream, backward=True)
 
     def _length(self) -> tuple[float, int | None, float]:
-        """The duration in seconds, the number of frames or None where unknown, and frames per second."""
+        """Duration in seconds, number of frames (None if unknown) and frames per second."""
         duration, count = 0.0, self._stream.frames or None
         if self._container.format.name.startswith("mov") and len(self._stream.index_entries):
-            # The header counts frames that an edit list hides, too.
+            # The header also counts frames that an edit list hides.
             count = count and sum(not entry.is_discard for entry in self._stream.index_entries)
         if self._stream.duration:
             duration = float(self._stream.duration * self._tick)
@@ -282,7 +282,7 @@ class VideoFile:
         return duration, count, rate
 
     def _measure(self) -> tuple[float, int, float]:
-        """As `_length`, from the packets."""
+        """Same as `_length`, measured from the packets."""
         self._reopen()
         self._started = True
         times, end, clock = [], 0.0, -math.inf
@@ -301,47 +301,47 @@ class VideoFile:
         return max(end, 0.0), len(times), rate
 
 
-class _Promised:
-    """The times of the packets that have been decoded, against those of the frames that came out."""
+class _PendingPackets:
+    """Presentation times of packets whose frames are still due, to detect frames that a decoder skipped."""
 
     def __init__(self) -> None:
-        self._waiting: set[int] = set()
-        self._begun = False
+        self._pending: set[int] = set()
+        self._has_frame = False
 
     def add(self, packet: av.Packet) -> None:
-        """Notes a packet that is about to be decoded."""
+        """Registers a packet that is about to be decoded."""
         if packet.pts is not None and not packet.is_discard:
-            self._waiting.add(packet.pts)
+            self._pending.add(packet.pts)
 
-    def lost(self, frame: av.VideoFrame) -> int:
-        """How many frames should have come out between the frame before and this one.
+    def skipped_before(self, frame: av.VideoFrame) -> int:
+        """Number of frames skipped between the previous frame and this one.
 
-        Those before the first one are left out by intention: they refer to what comes before the entry point.
+        Frames before the first one are skipped by design: they refer to data before the entry point.
         """
         if frame.pts is None:
             return 0
-        lost = sum(pts < frame.pts for pts in self._waiting) if self._begun else 0
-        self._begun = True
-        self._waiting = {pts for pts in self._waiting if pts > frame.pts}
-        return lost
+        skipped = sum(pts < frame.pts for pts in self._pending) if self._has_frame else 0
+        self._has_frame = True
+        self._pending = {pts for pts in self._pending if pts > frame.pts}
+        return skipped
 
 
 def orientation(frame: av.VideoFrame) -> Orientation:
-    """How a frame is turned to be shown, from its display matrix."""
+    """Orientation of a frame, from its display matrix."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # other side data of a kind that PyAV does not know
+    except ValueError:  # PyAV fails on side data of an unknown type
         return Orientation(quarter_turns=round(-frame.rotation / 90) % 4)
     return UPRIGHT if matrix is None else Orientation.from_matrix(np.frombuffer(bytes(matrix), np.int32))
 
 
 def _is_entry(frame: av.VideoFrame) -> bool:
-    """Whether the decoder holds a frame for one that needs no other; a container may say so of any."""
+    """Whether the decoder reports a key frame or an I picture; containers may flag any packet as key."""
     return frame.key_frame or frame.pict_type == PictureType.I
 
 
 def _seconds(clock: str) -> float:
-    """Of a duration such as "00:01:02.5"; 0 where there is none."""
+    """Seconds of a duration such as "00:01:02.5"; 0 if it does not parse."""
     try:
         hours, minutes, seconds = clock.split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
@@ -351,6 +351,6 @@ def _seconds(clock: str) -> float:
 
 def _joined(last: float, time: float) -> str:
     return (
-        f"its times go back from {last:.2f} s to {time:.2f} s, as in files joined end to end: write it "
-        "anew with continuous times"
+        f"its times go back from {last:.2f} s to {time:.2f} s, as in files joined end to end: remux it "
+        "with continuous times"
     )

@@ -1,4 +1,4 @@
-"""Video files in and out: what the rest of the code imports."""
+"""Public functions that read and write video files."""
 
 from vidgen.data.video_file import VideoInfo
 from vidgen.data.video_reader import probe, read_clip, read_frames

@@ -1,4 +1,4 @@
-"""Frames out of video and image files: frame-accurate, resampled in time, resized and cropped."""
+"""RGB frames from video and image files: frame-accurate, resampled in time, resized and cropped."""
 
 import contextlib
 import io
@@ -22,19 +22,19 @@ from vidgen.data.video_file import TIME_ROUNDING, TimedFrame, VideoFile, VideoIn
 __all__ = ["probe", "read_clip", "read_frames"]
 
 _UNSPECIFIED = 2
-"""The number of "no colour matrix given" in ITU-T H.273."""
+"""Code of an unspecified colour matrix in ITU-T H.273."""
 
 _HD_LINES = 577
-"""From this height on, video without a colour tag is taken to be BT.709, below it BT.601, as players do."""
+"""Untagged video of at least this height is decoded as BT.709, lower video as BT.601, as players do."""
 
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """What a video or image file holds; decodes one frame.
+    """Metadata of a video or image file; decodes one frame of a video.
 
     Raises:
-      BrokenClip: it cannot be read, or has no picture.
+      BrokenClip: the file cannot be read, or has no picture.
     """
     path = pathlib.Path(path)
     if image_reader.is_image(path):
@@ -66,34 +66,34 @@ def read_clip(
     width: int | None = None,
     crop_at: tuple[float, float] = (0.5, 0.5),
 ) -> RGBClip:
-    """Frames of a file at a given rate and size.
+    """Decodes a clip at a given frame rate and size.
 
-    Frame `i` of the clip is the file's frame whose presentation time is nearest to `start + i / fps`, of two
-    equally near ones the earlier. Each is turned as the file's display matrix says, resized with its aspect
-    ratio kept (anti-aliased bicubic) until it covers `height` x `width`, and cropped. Transparency is laid on
+    Frame `i` of the clip is the file's frame whose presentation time is nearest to `start + i / fps`; on a
+    tie, the earlier one. Each frame is rotated by the file's display matrix, resized at constant aspect ratio
+    (anti-aliased bicubic) until it covers `height` x `width`, and cropped. Transparency is composited over
     white. High dynamic range is not tone-mapped. An image is a clip of one frame.
 
     Args:
-      file: a video or an image, or a video held in memory.
+      file: path of a video or image, or a video in memory.
       start: seconds after the file's first frame.
-      num_frames: how many; None reads to the end.
-      fps: frames per second; None takes the file's frames one by one, as they come.
-      height: pixels of the result; None leaves the size of the file (give both sides or none).
+      num_frames: frames of the clip; None reads to the end of the file.
+      fps: frames per second; None returns the file's frames without resampling.
+      height: pixels of the result; None keeps the file's size (give both sides or neither).
       width: as `height`.
-      crop_at: where the crop lies between top and bottom and between left and right, each in [0, 1].
+      crop_at: position of the crop between top and bottom and between left and right, each in [0, 1].
 
     Returns:
       uint8 [num_frames height width 3].
 
     Raises:
       BrokenClip: the file is damaged, has no picture, or ends before the clip does.
-      UserError: the arguments do not fit each other.
+      UserError: an argument is out of range, or only one of `height` and `width` is given.
     """
     if num_frames is not None and num_frames < 1:
         raise UserError(f"num_frames is {num_frames}: expected 1 or more.")
     name = str(file) if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "video in memory")
-    in_a_file = isinstance(file, (str, os.PathLike))
-    if num_frames not in (None, 1) and in_a_file and image_reader.is_image(pathlib.Path(file)):
+    is_path = isinstance(file, (str, os.PathLike))
+    if num_frames not in (None, 1) and is_path and image_reader.is_image(pathlib.Path(file)):
         raise BrokenClip(name, f"an image is one frame, {num_frames} are wanted")
     frames = read_frames(file, start=start, fps=fps, height=height, width=width, crop_at=crop_at)
     with contextlib.closing(frames):
@@ -113,14 +113,14 @@ def read_frames(
     width: int | None = None,
     crop_at: tuple[float, float] = (0.5, 0.5),
 ) -> Generator[np.ndarray]:
-    """The frames of `read_clip` to the end of the file, one by one, each uint8 [height width 3].
+    """Yields the frames of `read_clip` up to the end of the file, each uint8 [height width 3].
 
     Raises:
       BrokenClip: the file is damaged or has no picture.
-      UserError: the arguments do not fit each other.
+      UserError: an argument is out of range, or only one of `height` and `width` is given.
     """
     if (height is None) != (width is None):
-        raise UserError(f"height is {height} and width is {width}: give both, or none of them.")
+        raise UserError(f"height is {height} and width is {width}: give both or neither.")
     if start < 0 or (fps is not None and fps <= 0):
         raise UserError(f"start is {start}, fps {fps}: expected start >= 0 and fps > 0.")
     size = None if height is None or width is None else (height, width)
@@ -152,7 +152,7 @@ def _to_rgb_frames(
     size: tuple[int, int] | None,
     crop_at: tuple[float, float],
 ) -> Iterator[np.ndarray]:
-    """The frames as pictures; one that comes several times in a row is converted once."""
+    """Converts frames to RGB pictures; consecutive repeats of a frame are converted once."""
     reformatter = VideoReformatter()
     last: av.VideoFrame | None = None
     for frame in frames:
@@ -167,7 +167,7 @@ def _to_rgb_frames(
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    """uint8 [height width 3]."""
+    """Frame as uint8 [height width 3]."""
     if any(component.is_alpha for component in frame.format.components):
         frame = _on_white(frame)
     untagged_hd = frame.colorspace == _UNSPECIFIED and frame.height >= _HD_LINES
@@ -184,14 +184,14 @@ def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, height: int, wi
 
 
 def _one_by_one(frames: Iterator[TimedFrame], start: float | int) -> Iterator[av.VideoFrame]:
-    """The frames as they come, from the one that is on screen at `start`."""
+    """Frames in presentation order, starting with the frame on screen at `start`."""
     for _, end, frame in frames:
         if end > start + TIME_ROUNDING:
             yield frame
 
 
 def _nearest(frames: Iterator[TimedFrame], start: float | int, fps: float | int) -> Iterator[av.VideoFrame]:
-    """For each target time before the end of the last frame, the frame that is nearest to it."""
+    """Frame nearest to each target time `start + i / fps` before the end of the last frame."""
     previous = next(frames, None)
     if previous is None:
         return

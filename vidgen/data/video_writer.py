@@ -1,4 +1,4 @@
-"""Clips written as MP4, GIF or PNG, with text metadata that can be read back."""
+"""Writes clips as MP4, GIF or PNG with text metadata, and reads the metadata back."""
 
 import io
 import itertools
@@ -24,11 +24,11 @@ __all__ = ["SUPPORTED_SUFFIXES", "read_metadata", "save_frames", "save_video", "
 SUPPORTED_SUFFIXES = (".mp4", ".gif", ".png")
 
 _BT709 = 1
-"""The number of BT.709 among the primaries, transfer curves and matrices of ITU-T H.273."""
+"""Code of BT.709 primaries, transfer curve and matrix in ITU-T H.273."""
 
 _PNG_PREFIX = "vidgen:"
 _SHORTEST_GIF_FRAME = 2
-"""Hundredths of a second; viewers slow down anything faster."""
+"""Hundredths of a second; viewers slow down shorter frames."""
 
 
 def save_video(
@@ -39,23 +39,23 @@ def save_video(
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
 ) -> None:
-    """Writes a clip to a file, in the format that the file's name asks for.
+    """Writes a clip in the format of the file name's suffix.
 
-    `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; a side of odd length is made even by
-    repeating its last row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one
-    frame as it is; several as a grid in reading order, as square as it gets, the rest black.
+    `.mp4`: H.264 in yuv420p with BT.709 tags, which every player shows; odd sides are made even by repeating
+    the last image row or column. `.gif`: endless loop, 256 colours per frame, at most 50 fps. `.png`: one
+    frame as a picture; several as a grid in reading order, as square as possible, padded with black.
 
-    The folder is made if it is missing. The file appears whole or not at all.
+    A missing folder is created. The file is written atomically.
 
     Args:
       path: ends in `.mp4`, `.gif` or `.png`.
       video: uint8 [t h w 3].
-      fps: frames per second; a PNG ignores it.
-      metadata: texts stored in the file; `read_metadata` gives them back.
-      crf: of H.264: 0 is lossless but for the colour format, 17 looks lossless, 28 is coarse.
+      fps: frames per second; ignored for PNG.
+      metadata: texts stored in the file; `read_metadata` returns them.
+      crf: quality of H.264: 0 is lossless except for the pixel format, 17 looks lossless, 28 is coarse.
 
     Raises:
-      UserError: the name's ending is unknown, or the array is not a clip.
+      UserError: the suffix is unknown, or the array is not a clip.
     """
     path = pathlib.Path(path)
     suffix = path.suffix.lower()
@@ -81,10 +81,14 @@ def save_frames(
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
 ) -> None:
-    """`save_video` for frames that arrive one by one; an MP4 is written as they do, other formats at the end.
+    """`save_video` for a stream of frames; an MP4 is written as they arrive, other formats at the end.
 
     Args:
+      path: as in `save_video`.
       frames: uint8 [h w 3] each, at least one.
+      fps: as in `save_video`.
+      metadata: as in `save_video`.
+      crf: as in `save_video`.
     """
     path = pathlib.Path(path)
     if path.suffix.lower() != ".mp4":
@@ -96,11 +100,11 @@ def save_frames(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts that `save_video` stored in a file; of another's file, the texts of its container.
+    """Texts that `save_video` stored in a file; for a file by other software, its container's texts.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      UserError: the file is of a kind that cannot be read.
+      FileNotFoundError: the file does not exist.
+      UserError: the file cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -129,18 +133,18 @@ def write_mp4(
     preset: str = "medium",
     pix_fmt: str = "yuv420p",
 ) -> None:
-    """Writes an MP4 file with H.264 and BT.709 tags; the index comes first where the target is a file.
+    """Writes an MP4 file with H.264 and BT.709 tags; on disk, the index precedes the frames.
 
     Args:
-      target: a file, or a buffer in memory.
-      frames: uint8 [h w 3] each, at least one, or a clip [t h w 3]; taken one by one. In yuv420p, sides of
-        odd length are made even by repeating the last row or column.
+      target: path of the file, or a buffer in memory.
+      frames: uint8 [h w 3] each, at least one, or a clip [t h w 3]; consumed one by one. In yuv420p, odd
+        sides are made even by repeating the last image row or column.
       fps: frames per second.
       metadata: texts, stored as JSON in the container's comment.
-      crf: of H.264; with 0 and `pix_fmt="rgb24"` every pixel comes back as it was.
-      preset: x264's, "ultrafast" to "veryslow".
-      pix_fmt: "yuv420p" plays everywhere; "yuv444p" keeps odd sizes and all colour detail; "rgb24" is x264's
-        RGB mode. Few players show these two.
+      crf: quality of H.264; 0 with `pix_fmt="rgb24"` is lossless.
+      preset: preset of x264, "ultrafast" to "veryslow".
+      pix_fmt: "yuv420p" plays everywhere; "yuv444p" allows odd sides and keeps full colour resolution;
+        "rgb24" is x264's RGB mode. Few players show the latter two.
     """
     pictures = map(_pad_to_even, frames) if pix_fmt == "yuv420p" else iter(frames)
     first = next(pictures)
@@ -186,7 +190,7 @@ def _check_clip(path: pathlib.Path, video: np.ndarray, fps: float | int) -> None
 
 
 def _rate(fps: float | int) -> Fraction:
-    """Frames per second as a fraction of small numbers: 29.97 and its kind are 30000/1001."""
+    """Frames per second as a fraction of small numbers; NTSC rates such as 29.97 become n * 1000 / 1001."""
     ntsc = Fraction(1000 * round(fps * 1.001), 1001)
     if fps != round(fps) and abs(ntsc - fps) < 0.005:
         return ntsc
@@ -227,7 +231,7 @@ def _encode_png(video: np.ndarray, metadata: Mapping[str, str]) -> bytes:
 
 
 def _grid(video: np.ndarray) -> np.ndarray:
-    """The frames of a clip side by side, row after row: uint8 [h w 3]."""
+    """Frames of a clip as a grid in reading order: uint8 [h w 3]."""
     count, height, width, channels = video.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -241,14 +245,14 @@ def _image_texts(image: Image.Image) -> dict[str, str]:
     if image.format == "GIF":
         return _parse(image.info.get("comment", b"").decode("utf-8", "replace"))
     texts = {key: str(value) for key, value in getattr(image, "text", {}).items()}
-    own = {
+    prefixed = {
         key.removeprefix(_PNG_PREFIX): value for key, value in texts.items() if key.startswith(_PNG_PREFIX)
     }
-    return own or texts
+    return prefixed or texts
 
 
 def _parse(comment: str) -> dict[str, str]:
-    """The texts in a comment as `save_video` writes it; a comment by someone else is one text."""
+    """Texts of a comment that `save_video` wrote; any other comment is one text."""
     if not comment:
         return {}
     try:

@@ -22,10 +22,12 @@ def velocity_loss(
     timestep: Float[Array, "b"],
     loss_mask: Bool[Array, "b tz hz wz"] | None = None,
 ) -> Float[Array, "b"]:
-    """Squared error of the predicted velocity, mean per clip, float32; to be averaged over clips evenly.
+    """Mean squared error of the predicted velocity of each clip, float32.
+
+    Callers average it over clips with equal weights.
 
     Args:
-      loss_mask: which latents the mean of a clip is over, at least one of each; None is all.
+      loss_mask: true for latents that count towards a clip's mean, at least one per clip; None is all.
     """
     predicted = network(interpolate(clean, noise, timestep), timestep).astype(jnp.float32)
     where = None if loss_mask is None else loss_mask[..., None]
@@ -39,24 +41,24 @@ def packed_velocity_loss(
     timestep: Float[Array, "b g"],
     segment_ids: Int[Array, "b s"],
 ) -> tuple[Float[Array, "b g"], Bool[Array, "b g"]]:
-    """`velocity_loss` of clips that share rows, each with a timestep of its own.
+    """`velocity_loss` of packed clips, each with a separate timestep.
 
     Args:
-      network: velocity of the patch of each token, from noisy patches and the timestep of each clip.
-      clean: the patches of each clip's latents; of padding, anything finite.
-      timestep: of each clip of a row.
-      segment_ids: which clip of the row a token belongs to, from 1 to g; 0 is padding.
+      network: maps noisy patches and the timesteps of the clips to the velocity of each patch.
+      clean: patches of the clips' latents; padding may hold any finite values.
+      timestep: timestep of each clip of a packed row.
+      segment_ids: clip of each token, numbered from 1 to g within the packed row; 0 is padding.
 
     Returns:
-      Squared error of each clip, mean over its tokens, float32; and which of the g clips a row has: the
-      others' errors are 0, and the mean over clips is the sum over their number.
+      Mean squared error of each clip over its tokens, float32, and a mask of the clips present in each
+      packed row. Absent clips have error 0: to average over clips, divide the sum by the number present.
     """
-    of_token = jnp.take_along_axis(jnp.pad(timestep, ((0, 0), (1, 0))), segment_ids, axis=1)
-    t = of_token[..., None]
+    token_timestep = jnp.take_along_axis(jnp.pad(timestep, ((0, 0), (1, 0))), segment_ids, axis=1)
+    t = token_timestep[..., None]
     predicted = network((1.0 - t) * clean + t * noise, timestep).astype(jnp.float32)
     errors = jnp.square(predicted - (noise - clean)).mean(-1)
-    # Padding's row is all zeros, for there is no clip -1.
-    belongs = jax.nn.one_hot(segment_ids - 1, timestep.shape[1])
-    counts = belongs.sum(1)
-    total = jnp.einsum("bs,bsg->bg", errors, belongs, precision=jax.lax.Precision.HIGHEST)
+    # one_hot(-1) is all zeros, so padding counts for no clip.
+    membership = jax.nn.one_hot(segment_ids - 1, timestep.shape[1])
+    counts = membership.sum(1)
+    total = jnp.einsum("bs,bsg->bg", errors, membership, precision=jax.lax.Precision.HIGHEST)
     return total / jnp.maximum(counts, 1.0), counts > 0

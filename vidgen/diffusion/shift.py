@@ -1,4 +1,4 @@
-"""Timestep shifts that follow the size of a clip: more tokens need more noise to be destroyed as far."""
+"""Timestep shifts by clip size: with more tokens, the same destruction of the signal needs more noise."""
 
 import dataclasses
 import math
@@ -17,19 +17,19 @@ def shift_timestep(timestep: Float[Array, "..."], shift: float | Float[Array, ".
 
 @runtime_checkable
 class Shift(Protocol):
-    """A shift by the number of tokens of a clip."""
+    """Maps a clip's number of tokens to its shift."""
 
     def at(self, num_tokens: int | Int[Array, "..."]) -> float | Float[Array, "..."]:
-        """The shift of clips of so many tokens: a number for a number, an array for an array."""
+        """Shift for clips of `num_tokens` tokens: a float for an int, an array for an array."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootShift:
-    """As the square root of the number of tokens (arXiv 2403.03206, section 5.3.2).
+    """Shift proportional to the square root of the number of tokens (arXiv 2403.03206, section 5.3.2).
 
     Attributes:
-      base_tokens: for which the shift is `base_shift`.
+      base_tokens: number of tokens at which the shift is `base_shift`.
     """
 
     kind: Literal["root"] = "root"
@@ -45,10 +45,10 @@ class RootShift:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeometricShift:
-    """Geometric between two sizes, and on in the same way outside of them.
+    """Shift interpolated geometrically between two numbers of tokens, and extrapolated beyond them.
 
-    The logarithm of the shift is linear in the number of tokens; with the default values this is how Flux is
-    sampled (in diffusers' schedulers the logarithm is called mu: 0.5 at 256 tokens, 1.15 at 4096).
+    The logarithm of the shift is linear in the number of tokens. The defaults are Flux's sampling schedule
+    (diffusers' schedulers call the logarithm mu: 0.5 at 256 tokens, 1.15 at 4096).
     """
 
     kind: Literal["geometric"] = "geometric"
@@ -63,15 +63,15 @@ class GeometricShift:
             raise UserError(f"max_tokens={self.max_tokens} must be above base_tokens={self.base_tokens}")
 
     def at(self, num_tokens: int | Int[Array, "..."]) -> float | Float[Array, "..."]:
-        way = (num_tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
-        return self.base_shift * (self.max_shift / self.base_shift) ** way
+        fraction = (num_tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
+        return self.base_shift * (self.max_shift / self.base_shift) ** fraction
 
 
 AnyShift = RootShift | GeometricShift
 
 
 def shift_at(shift: float | AnyShift, num_tokens: int | Int[Array, "..."]) -> float | Float[Array, "..."]:
-    """A shift that may be the same for all sizes, for clips of so many tokens."""
+    """Shift for clips of `num_tokens` tokens; a number is a constant shift."""
     return shift if isinstance(shift, int | float) else shift.at(num_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Densities from which training draws timesteps, in [0, 1], 1 being noise."""
+"""Densities of training timesteps, in [0, 1], where 1 is pure noise."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ __all__ = ["AnyDensity", "LogitNormal", "Mode", "TimestepDensity", "Uniform"]
 
 @runtime_checkable
 class TimestepDensity(Protocol):
-    """Where in time training looks."""
+    """Distribution of training timesteps."""
 
     def sample(
         self,
@@ -25,32 +25,32 @@ class TimestepDensity(Protocol):
         num_tokens: int | Int[Array, "b"],
         strata: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b"]:
-        """`count` timesteps in [0, 1], float32.
+        """Draws `count` timesteps in [0, 1], float32.
 
         Args:
-          num_tokens: size of all clips, or of each.
-          strata: which of `count` equal shares of the density each is from, where it is stratified: a
-            permutation; None is in order.
+          num_tokens: tokens per clip, one number for all or one per clip.
+          strata: for stratified densities, the stratum of each timestep, a permutation of 0 to `count` - 1;
+            None is in order.
         """
         ...
 
     def quantile(
         self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
     ) -> Float[Array, "..."]:
-        """The timesteps below which a share `level`, in (0, 1), of those of a clip of that size are."""
+        """Quantile function: the timestep below which a draw falls with probability `level`, in (0, 1)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shifted:
-    """What the densities have in common: each is the image of uniform levels under its quantile function.
+    """Base of all densities: sampling maps uniform levels through the quantile function.
 
     Attributes:
-      shift: moves timesteps towards noise, all alike or by the number of tokens of their clips.
-      stratified: levels evenly apart over the batch, from one random start (arXiv 2107.00630, section I.1):
-        the density of each clip's timestep is the same, and the mean over a batch varies less.
-      between: the part of time that is looked at, for an expert of Wan 2.2's A14B, say: (0.875, 1) or
-        (0, 0.875). Its density there is the whole one's, but for a factor.
+      shift: moves timesteps towards noise, by a constant or by the clip's number of tokens.
+      stratified: spaces the levels of a batch evenly, with one random offset (arXiv 2107.00630, section
+        I.1): each clip's timestep has the same density, and the batch mean of the loss varies less.
+      between: interval of the timesteps, such as (0.875, 1) or (0, 0.875) for an expert of Wan 2.2's A14B.
+        The density is truncated to it and renormalised.
     """
 
     shift: float | AnyShift = 1.0
@@ -75,29 +75,32 @@ class _Shifted:
             level = (jax.random.uniform(key) + index / count) % 1.0
         else:
             level = jax.random.uniform(key, (count,))
-        # Quantiles of 0 and 1 may be infinite on the way.
+        # At levels 0 and 1, intermediate values of a quantile function may be infinite.
         return self.quantile(jnp.clip(level, 2.0**-24, 1.0 - 2.0**-24), num_tokens)
 
     def quantile(
         self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
     ) -> Float[Array, "..."]:
         if self.between == (0.0, 1.0):
-            return self._whole(level, num_tokens)
+            return self._untruncated(level, num_tokens)
         low, high = (self._level_at(t, num_tokens) for t in self.between)
-        return jnp.clip(self._whole(low + (high - low) * level, num_tokens), *self.between)
+        return jnp.clip(self._untruncated(low + (high - low) * level, num_tokens), *self.between)
 
-    def _whole(self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]) -> Float[Array, "..."]:
+    def _untruncated(
+        self, level: Float[Array, "..."], num_tokens: int | Int[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Quantile function over all of [0, 1], without `between`."""
         return shift_timestep(self._unshifted(level), shift_at(self.shift, num_tokens))
 
     def _level_at(self, timestep: float, num_tokens: int | Int[Array, "..."]) -> Float[Array, "..."]:
-        """The share of timesteps below `timestep`, by bisection."""
+        """Probability of a timestep below `timestep`, by bisection of the quantile function."""
         low = jnp.zeros(jnp.shape(num_tokens))
         high = low + 1.0
-        for _ in range(24):  # As many as a float32 has bits.
+        for _ in range(24):  # As many as the mantissa of a float32 has bits.
             middle = 0.5 * (low + high)
-            below = self._whole(middle, num_tokens) < timestep
+            below = self._untruncated(middle, num_tokens) < timestep
             low, high = jnp.where(below, middle, low), jnp.where(below, high, middle)
-        # Ends of the whole range, at which quantiles may be infinite, are not reached.
+        # Levels 0 and 1 are excluded: quantile functions may be infinite there.
         return jnp.clip(0.5 * (low + high), 2.0**-24, 1.0 - 2.0**-24)
 
     def _unshifted(self, level: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -116,7 +119,7 @@ class Uniform(_Shifted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitNormal(_Shifted):
-    """The sigmoid of a normal variable, shifted (arXiv 2403.03206, section 3.1)."""
+    """Sigmoid of a normal variable, shifted (arXiv 2403.03206, section 3.1)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
@@ -128,11 +131,11 @@ class LogitNormal(_Shifted):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mode(_Shifted):
-    """More weight on the middle than on the ends, none of which gets rare (arXiv 2403.03206, section 3.1).
+    """Density with its mode in the middle that stays positive at both ends (arXiv 2403.03206, section 3.1).
 
     Attributes:
-      scale: in [-1, 2 / (pi - 2)], about [-1, 1.75]; 0 is uniform, above it the middle is preferred, below it
-        the ends.
+      scale: in [-1, 2 / (pi - 2)], about [-1, 1.75]; 0 is uniform, above 0 favours the middle, below 0 the
+        ends.
     """
 
     kind: Literal["mode"] = "mode"

@@ -1,4 +1,4 @@
-"""Weights of the velocity loss by timestep. A clip's weight is its own, whatever it is batched with."""
+"""Weights of the velocity loss by timestep. A clip's weight does not depend on the rest of its batch."""
 
 import dataclasses
 from typing import Literal, Protocol, runtime_checkable
@@ -14,18 +14,18 @@ __all__ = ["AnyWeighting", "CosMap", "LossWeighting", "MinSNR", "mean_weight"]
 
 @runtime_checkable
 class LossWeighting(Protocol):
-    """How much an error of the velocity counts at each timestep."""
+    """Maps a timestep to the weight of its velocity error."""
 
     def weight(self, timestep: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Positive and finite for timesteps in (0, 1), up to a common factor."""
+        """Weight up to a common factor, positive and finite for timesteps in (0, 1)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosMap:
-    """Times 2 / (pi (1 - 2 t + 2 t^2)): the middle counts twice as much as the ends.
+    """Weight 2 / (pi (1 - 2 t + 2 t^2)): the middle weighs twice as much as the ends.
 
-    Under uniform timesteps this trains what the CosMap density would (arXiv 2403.03206, section 3.1).
+    With uniform timesteps, equivalent to sampling from the CosMap density (arXiv 2403.03206, section 3.1).
     """
 
     kind: Literal["cosmap"] = "cosmap"
@@ -36,10 +36,10 @@ class CosMap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MinSNR:
-    """The error of the clean prediction times min(SNR, gamma) (arXiv 2303.09556, section 3.4).
+    """Weight min(SNR, gamma) on the squared error of predicted clean latents (arXiv 2303.09556, section 3.4).
 
-    With SNR = (1 - t)^2 / t^2, and an error of the clean prediction t times that of the velocity, the weight
-    of the velocity loss is min((1 - t)^2, gamma t^2): zero at both ends.
+    SNR is (1 - t)^2 / t^2, and the error of the clean latents is t times the velocity's, so the weight of the
+    velocity loss is min((1 - t)^2, gamma t^2): zero at both ends.
     """
 
     kind: Literal["min_snr"] = "min_snr"
@@ -61,13 +61,13 @@ _LEVELS = 4096
 def mean_weight(
     weighting: LossWeighting, density: TimestepDensity, num_tokens: int | Int[Array, "b"]
 ) -> Float[Array, "#b"]:
-    """The expected weight of timesteps drawn from `density`: divided by it, weights are 1 on average.
+    """Expected weight of timesteps drawn from `density`; dividing by it makes weights 1 on average.
 
-    It is an integral over the density, not a mean over the clips of a batch, by which the weight of a clip
-    would depend on the others'.
+    Integrates over the density instead of averaging over a batch, so that a clip's weight does not depend on
+    the other clips of its batch.
 
     Args:
-      num_tokens: the size of all clips, or of each; the result has one entry, or one for each.
+      num_tokens: tokens per clip, one number for all or one per clip; the result has as many entries.
     """
     level = (jnp.arange(_LEVELS) + 0.5) / _LEVELS
     timestep = density.quantile(level[:, None], jnp.atleast_1d(jnp.asarray(num_tokens))[None])

@@ -1,4 +1,4 @@
-"""Does the video do what the prompt says? Measured in the sprite world, where both can be read exactly."""
+"""Agreement of videos with prompts, measured in the sprite world, where both can be read exactly."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,7 +16,8 @@ __all__ = ["compare", "evaluate_alignment", "format_alignment", "score_alignment
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "count", "background", "backdrop", "all")
 MISMATCH = {"colour": 4.0, "shape": 2.0, "motion": 0.5, "size": 0.25}
-"""Cost of taking an object found for the one asked for; colour and shape decide, the others break ties."""
+"""Cost per attribute of matching a detected object to a requested one; colour and shape decide, the others
+break ties."""
 
 
 def evaluate_alignment(
@@ -25,43 +26,43 @@ def evaluate_alignment(
     *,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Ask for each scene in words, and read from the pixels what was made.
+    """Generates a video for the caption of each scene, and scores the attributes detected in it.
 
     Args:
-        generate: makes one 8-bit video per prompt.
-        scenes: what to ask for, worded by `canonical`.
+        generate: returns one 8-bit video per prompt.
+        scenes: requested scenes, described by `canonical`.
         batch_size: prompts per call.
 
     Returns:
         The table of `score_alignment`.
 
     Raises:
-        UserError: there are no scenes, or a batch has another number of videos than prompts.
+        UserError: there are no scenes, or `generate` does not return one video per prompt.
     """
     results = []
     for start in range(0, len(scenes), batch_size):
-        asked = scenes[start : start + batch_size]
-        videos = generate([canonical(scene) for scene in asked])
-        if len(videos) != len(asked):
+        requested = scenes[start : start + batch_size]
+        videos = generate([canonical(scene) for scene in requested])
+        if len(videos) != len(requested):
             raise UserError(
-                f"generate made {len(videos)} videos for {len(asked)} prompts; expected one for each"
+                f"generate made {len(videos)} videos for {len(requested)} prompts; expected one for each"
             )
-        results += [compare(scene, detect(np.asarray(v))) for scene, v in zip(asked, videos, strict=True)]
+        results += [compare(scene, detect(np.asarray(v))) for scene, v in zip(requested, videos, strict=True)]
     return _table(results)
 
 
 def score_alignment(
     scenes: Sequence[Scene], videos: Sequence[UInt8[np.ndarray, "t h w 3"]]
 ) -> dict[str, float]:
-    """Share of what was asked for that is there, per attribute, in [0, 1].
+    """Share of requested attributes that the videos show, per attribute, in [0, 1].
 
-    `colour`, `shape`, `size` and `motion` are over the objects asked for, and an object that is missing fails
-    them all; `direction` is `motion` of those asked to go left, right, up or down. `count`, `background` (its
-    colour or colours), `backdrop` (plain, gradient or textured) and `all` (everything right at once) are over
-    clips. An attribute that nothing asked for is left out. `num_clips` is how many clips there were.
+    `colour`, `shape`, `size` and `motion` are over requested objects; a missing object fails all four.
+    `direction` is `motion` over the objects requested to go left, right, up or down. `count`, `background`
+    (its colour or colours), `backdrop` (plain, gradient or textured) and `all` (everything right at once) are
+    over clips. Attributes that no scene requests are left out. `num_clips` is the number of clips.
 
     Raises:
-        UserError: there are no scenes, or not one video for each.
+        UserError: there are no scenes, or not one video per scene.
     """
     if len(scenes) != len(videos):
         raise UserError(f"there are {len(videos)} videos for {len(scenes)} scenes; expected one for each")
@@ -69,40 +70,47 @@ def score_alignment(
 
 
 def compare(scene: Scene, found: Detection) -> dict[str, list[bool]]:
-    """Answers per attribute for one clip: one for each object asked for, or one for the clip."""
+    """Correctness per attribute for one clip: one value per requested object, or one for the clip."""
     answers: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    for asked, seen in zip(scene.objects, _assign(scene.objects, found.objects), strict=True):
+    for requested, detected in zip(scene.objects, _assign(scene.objects, found.objects), strict=True):
         for name in MISMATCH:
             if name == "motion" and not scene.duration:
                 continue
-            answers[name].append(seen is not None and getattr(seen, name) == getattr(asked, name))
-        if asked.motion in DIRECTIONS and scene.duration:
+            answers[name].append(detected is not None and getattr(detected, name) == getattr(requested, name))
+        if requested.motion in DIRECTIONS and scene.duration:
             answers["direction"].append(answers["motion"][-1])
-    truth, seen = scene.background, found.background
+    expected, measured = scene.background, found.background
     answers["count"] = [len(found.objects) == len(scene.objects)]
-    answers["background"] = [(seen.colour, seen.colour_below) == (truth.colour, truth.colour_below)]
-    answers["backdrop"] = [seen.kind == truth.kind]
+    answers["background"] = [
+        (measured.colour, measured.colour_below) == (expected.colour, expected.colour_below)
+    ]
+    answers["backdrop"] = [measured.kind == expected.kind]
     answers["all"] = [all(all(values) for values in answers.values())]
     return answers
 
 
 def format_alignment(table: Mapping[str, float]) -> str:
-    """The table as lines of text, in per cent."""
+    """Table as lines of text, in per cent."""
     lines = [f"{name:<12}{100 * table[name]:6.1f} %" for name in ATTRIBUTES if name in table]
     return "\n".join([*lines, f"{'clips':<12}{table['num_clips']:6.0f}"])
 
 
-def _assign(asked: Sequence[SpriteObject], seen: Sequence[ObjectReading]) -> list[ObjectReading | None]:
-    """The object found for each one asked for, so that together they differ least."""
-    matched: list[ObjectReading | None] = [None] * len(asked)
-    if not seen:
+def _assign(
+    requested: Sequence[SpriteObject], detected: Sequence[ObjectReading]
+) -> list[ObjectReading | None]:
+    """Detected object for each requested one, at the smallest total mismatch; None if it is missing."""
+    matched: list[ObjectReading | None] = [None] * len(requested)
+    if not detected:
         return matched
     cost = [
-        [sum(price for name, price in MISMATCH.items() if getattr(a, name) != getattr(s, name)) for s in seen]
-        for a in asked
+        [
+            sum(price for name, price in MISMATCH.items() if getattr(r, name) != getattr(d, name))
+            for d in detected
+        ]
+        for r in requested
     ]
     for i, j in zip(*optimize.linear_sum_assignment(np.array(cost)), strict=True):
-        matched[i] = seen[j]
+        matched[i] = detected[j]
     return matched
 
 

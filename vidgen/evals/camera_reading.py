@@ -1,4 +1,4 @@
-"""How far the camera has moved, from the texture of the background."""
+"""Camera movement, measured on the texture of the background."""
 
 import itertools
 
@@ -10,17 +10,17 @@ __all__ = ["camera_offsets"]
 
 SEGMENTS = 4
 REACH = 0.12
-"""Largest shift looked for between two of the frames compared, as a share of the frame's width."""
+"""Largest shift tested between two compared frames, as a share of the frame's width."""
 SURE = 0.5
-"""Correlation below which a shift is not believed."""
+"""Correlation below which a shift is rejected."""
 
 
 def camera_offsets(residual: Float[np.ndarray, "t h w"]) -> Float[np.ndarray, " t"]:
-    """Horizontal position of the camera in pixels relative to the first frame.
+    """Horizontal position of the camera in pixels, relative to the first frame.
 
-    Frames a quarter of the clip apart are laid over each other at every shift, without the objects (where the
-    residual is zero), and the best correlation is taken; in between the camera is taken to move evenly. A
-    background without texture says nothing about the camera.
+    Frames a quarter of the clip apart are correlated at every shift, without the objects (where the residual
+    is zero), and the shift of the best correlation is taken; between these frames, the position is
+    interpolated linearly. A background without texture gives no information about the camera.
     """
     frames = residual.shape[0]
     keys = np.unique(np.linspace(0, frames - 1, SEGMENTS + 1).round().astype(int))
@@ -30,7 +30,7 @@ def camera_offsets(residual: Float[np.ndarray, "t h w"]) -> Float[np.ndarray, " 
 
 
 def _shift(first: np.ndarray, second: np.ndarray) -> float:
-    """Camera movement between two frames: what was at x is at x minus this."""
+    """Camera movement in pixels: content at x in the first frame is at x minus this in the second."""
     width = first.shape[1]
     reach = max(2, round(REACH * width))
     candidates = np.arange(-reach, reach + 1)
@@ -38,7 +38,7 @@ def _shift(first: np.ndarray, second: np.ndarray) -> float:
     best = int(scores.argmax())
     if scores[best] < SURE:
         return 0.0
-    if 0 < best < len(scores) - 1:  # top of the parabola through the three best
+    if 0 < best < len(scores) - 1:  # vertex of the parabola through the best three
         before, top, after = scores[best - 1 : best + 2]
         curvature = before - 2 * top + after
         return float(candidates[best] + (0.5 * (before - after) / curvature if curvature else 0.0))

@@ -1,4 +1,4 @@
-"""Read from pixels alone what is in a clip of the sprite world."""
+"""Detection of the objects and the background of a sprite-world clip, from pixels alone."""
 
 import dataclasses
 
@@ -15,20 +15,21 @@ from vidgen.evals.shape_matching import match_quality, match_shape, unit_area
 __all__ = ["Detection", "ObjectReading", "detect"]
 
 WORKING_SIZE = 96
-"""Larger frames are averaged down to about this."""
+"""Shorter side in pixels to which larger frames are approximately downscaled, by averaging."""
 FRAMES_FOR_SHAPE = 3
 MOSTLY = 0.6
-"""Share of an object's area that is enough to say where it is."""
+"""Share of an object's area that suffices to locate it."""
 SAME_FIT = 0.94
-"""An object that touches another is in front of it, or barely covered, if its shape fits this well."""
+"""Share of the median fit above which an object that touches another counts as in front of it, or barely
+covered."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectReading:
-    """One object found.
+    """One detected object.
 
     Attributes:
-        presence: share of the frames in which it was seen.
+        presence: share of the frames in which the object was detected.
     """
 
     colour: str
@@ -40,7 +41,7 @@ class ObjectReading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detection:
-    """Everything read from one clip. Motions of one-frame clips read as still."""
+    """Objects and background of one clip. In clips of one frame, every motion is `still`."""
 
     objects: tuple[ObjectReading, ...]
     background: BackgroundReading
@@ -48,7 +49,14 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Track:
-    """One object over the frames in which it was seen; `whole` where nothing covers or cuts it."""
+    """One object in the frames where it was detected.
+
+    Attributes:
+        frames: indices of these frames.
+        alpha: coverage in [0, 1].
+        centre: centroid (y, x) in pixels.
+        whole: whether the object is neither cut by the frame's edge nor next to another object.
+    """
 
     frames: np.ndarray
     alpha: Float[np.ndarray, "t h w"]
@@ -57,9 +65,9 @@ class Track:
 
 
 def detect(video: RGBClip) -> Detection:
-    """Read the objects, with colour, shape, size and motion, and the background.
+    """Detects the objects, with colour, shape, size and motion, and the background.
 
-    Works best for the sprite world's own proportions, from 64 pixels upwards.
+    Most reliable for proportions of the sprite world and sides of 64 pixels or more.
     """
     factor = max(1, min(video.shape[1:3]) // WORKING_SIZE)
     pixels = _shrink(video.astype(np.float32), factor)
@@ -83,7 +91,7 @@ def _shrink(video: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _tracks(layer: Layer) -> list[Track]:
-    """Objects of one colour. Two pieces are two objects if the colour is in two pieces in most frames."""
+    """Tracks of the objects of one colour; their number is the median number of pieces per frame."""
     area = smallest_area(*layer.mask.shape[1:])
     pieces = [_pieces(mask, crowded, area) for mask, crowded in zip(layer.mask, layer.crowded, strict=True)]
     frames = [k for k, found in enumerate(pieces) if found]
@@ -102,9 +110,9 @@ def _tracks(layer: Layer) -> list[Track]:
 
 
 def _pieces(mask: np.ndarray, crowded: np.ndarray, area: float) -> list[np.ndarray]:
-    """Connected pieces of a frame's mask, the largest first, without what is small for an object.
+    """Connected pieces of one frame's mask, largest first, without those too small for an object.
 
-    Pieces that touch objects of other colours count as one: most are the rest of one object behind.
+    Pieces that touch objects of other colours count as one piece: most are parts of one covered object.
     """
     labels = np.zeros(mask.shape, np.int32)
     ndimage.label(mask, np.ones((3, 3), bool), output=labels)
@@ -114,8 +122,8 @@ def _pieces(mask: np.ndarray, crowded: np.ndarray, area: float) -> list[np.ndarr
     touching = [piece for piece in pieces if (piece & crowded).any()]
     if len(touching) < 2:
         return pieces
-    alone = [piece for piece in pieces if not (piece & crowded).any()]
-    return [np.any(touching, axis=0), *alone]
+    isolated = [piece for piece in pieces if not (piece & crowded).any()]
+    return [np.any(touching, axis=0), *isolated]
 
 
 def _centre(weight: np.ndarray) -> np.ndarray:
@@ -138,7 +146,7 @@ def _track(layer: Layer, frames: list[int], masks: list[np.ndarray]) -> Track:
 def _read(colour: str, track: Track, offsets: np.ndarray, num_frames: int) -> ObjectReading:
     area = track.alpha.sum(axis=(1, 2))
     whole = np.flatnonzero(track.whole)
-    if not len(whole):  # nowhere alone: where most of it is seen
+    if not len(whole):  # never unobstructed: use the frames that show most of it
         whole = np.flatnonzero(area >= 0.8 * area.max())
     best = whole[np.argsort(-area[whole], kind="stable")][: 2 * FRAMES_FOR_SHAPE : 2]
     shape = match_shape(track.alpha[best], track.centre[best]).shape
@@ -162,10 +170,8 @@ def _read(colour: str, track: Track, offsets: np.ndarray, num_frames: int) -> Ob
 
 
 def _growth(frames: np.ndarray, radius: np.ndarray, num_frames: int) -> tuple[float, float]:
-    """Radius at half time and its ratio from the first frame to the last, by a line through its logarithm."""
-    if (
-        len(frames) < 2 or (frames[-1] - frames[0]) * 8 < num_frames - 1
-    ):  # too short a time to extrapolate from
+    """Radius at half time, and ratio of last to first radius, from a line fit to the logarithm."""
+    if len(frames) < 2 or (frames[-1] - frames[0]) * 8 < num_frames - 1:  # too short to extrapolate from
         return float(np.median(radius)), 1.0
     slope, level = np.polyfit(frames - (num_frames - 1) / 2, np.log(radius), 1)
     return float(np.exp(level)), float(np.exp(slope * (num_frames - 1)))

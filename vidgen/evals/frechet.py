@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, in float64 on the host, from statistics that are streamed."""
+"""Frechet distance of two sets of features, in float64 on the host, from streamed statistics."""
 
 import dataclasses
 
@@ -12,11 +12,11 @@ __all__ = ["Moments", "frechet_distance"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Count, mean and scatter of features; grows by sets of features or other moments, never by keeping them.
+    """Count, mean and scatter of features; moments add up, so features need not be stored.
 
     Attributes:
-      count: how many there were.
-      mean: of each feature.
+      count: number of feature vectors.
+      mean: mean of each feature.
       scatter: sum of the outer products of deviations from the mean.
     """
 
@@ -26,10 +26,10 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "n d"]) -> "Moments":
-        """Of features all at once, at least one.
+        """Moments of a set of features, at least one.
 
         Raises:
-          UserError: some are not finite.
+          UserError: some features are not finite.
         """
         x = np.asarray(features, np.float64)
         if not np.isfinite(x).all():
@@ -38,7 +38,7 @@ class Moments:
         return cls(count=len(x), mean=mean, scatter=(x - mean).T @ (x - mean))
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan et al. 1979, Updating formulae and a pairwise algorithm)."""
+        """Moments of both sets together (Chan et al. 1979, Updating formulae and a pairwise algorithm)."""
         count = self.count + other.count
         shift = other.mean - self.mean
         between = np.outer(shift, shift) * (self.count * other.count / count)
@@ -50,10 +50,10 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """Unbiased, over n - 1.
+        """Unbiased covariance, over n - 1.
 
         Raises:
-          UserError: there are fewer than two.
+          UserError: the set has fewer than two members.
         """
         if self.count < 2:
             raise UserError(f"a covariance needs the features of at least 2 clips; there is {self.count}")
@@ -61,15 +61,15 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance of the Gaussians with these moments: of features of I3D, the FVD.
+    """Squared Frechet distance of the Gaussians with these moments; for features of I3D, the FVD.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017,
     arXiv:1706.08500). The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays
-    exact where covariances are singular: with fewer clips than features. The fewer clips, the higher it comes
-    out (Chong & Forsyth 2019, arXiv:1911.07023): compare figures of equally many clips only.
+    exact for singular covariances, as with fewer clips than features. The fewer clips, the higher the value
+    (Chong & Forsyth 2019, arXiv:1911.07023): compare only values of equally many clips.
 
     Raises:
-      UserError: a set has fewer than two members, or their features differ in number.
+      UserError: a set has fewer than two members, or the numbers of features differ.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"one set has {a.mean.size} features, the other {b.mean.size}: use the same network")

@@ -1,4 +1,4 @@
-"""Name the motion of one object from where it was, how it grew and how it was turned."""
+"""Classification of the motion of one object from its positions, growth and angles."""
 
 import numpy as np
 
@@ -9,15 +9,16 @@ from vidgen.evals.shape_matching import SYMMETRY, match_angles
 __all__ = ["read_motion"]
 
 GROWN = 1.55
-"""Between the 1.3 of a camera zoom and the 1.85 that is left of growing against one."""
+"""Threshold for the growth ratio, between 1.3 (a camera zoom) and 1.85 (`grow` against a camera zoom)."""
 MOVED = 0.15
-"""Share of the frame. Straight moves cover at least 0.36; a zoom moves what is still by up to 0.1."""
+"""Threshold for displacement, as a share of the frame. Straight motions cover at least 0.36; a camera zoom
+moves a still object by up to 0.1."""
 RETURNED = 0.6
-"""A path whose ends are closer than this share of its length comes back."""
+"""Share of the path's length; if the ends are closer than this, the object bounces."""
 ROUND = 0.25
-"""Ratio of a path's spreads across and along, above which it is not straight."""
+"""Ratio of a path's spreads across and along; above it, the path is not straight."""
 TURNED = 0.93
-"""Mean resultant length of the angles, below which an object spins."""
+"""Mean resultant length of the angles; below it, the object spins."""
 FRAMES_FOR_ANGLE = 9
 
 
@@ -29,14 +30,15 @@ def read_motion(
     alpha: Float[np.ndarray, "u h w"],
     centre: Float[np.ndarray, "u 2"],
 ) -> Motion:
-    """Name a motion.
+    """Classifies a motion.
 
     Args:
-        shape: the object's.
-        position: (y, x) against the background, in units of the shorter side, wherever the object was seen.
-        growth: ratio of its last to its first radius.
-        alpha: its coverage in the frames that show all of it.
-        centre: its centre in those, in pixels.
+        shape: shape of the object.
+        position: (y, x) relative to the background, in units of the shorter side, in the frames where the
+            object was detected.
+        growth: ratio of the object's last radius to its first.
+        alpha: coverage of the object, in frames that show all of it.
+        centre: centroid of the object in these frames, in pixels.
     """
     if len(position) < 2:
         return Motion.STILL
@@ -58,7 +60,7 @@ def read_motion(
 
 
 def _spins(shape: Shape, alpha: np.ndarray, centre: np.ndarray) -> bool:
-    """Whether the angles found are spread out over the shape's symmetry."""
+    """Whether the matched angles are spread over the shape's symmetry."""
     if shape.is_round or len(alpha) < 3:
         return False
     frames = np.unique(np.linspace(0, len(alpha) - 1, FRAMES_FOR_ANGLE).round().astype(int))

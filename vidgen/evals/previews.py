@@ -1,4 +1,4 @@
-"""Looks at a model while it trains: reconstructions and samples as grids of video, with their scores."""
+"""Previews during training: reconstructions and samples as grids of video, with their scores."""
 
 import dataclasses
 import math
@@ -22,12 +22,12 @@ __all__ = ["ReconstructionPreview", "SamplePreview", "grid", "reconstruct"]
 
 @jax.jit
 def reconstruct(vae: VideoVAE, video: Video) -> Video:
-    """Encodes and decodes without sampling; pixels in [-1, 1]. The result is whole on every device."""
+    """Encodes and decodes without sampling; pixels in [-1, 1]. The result is replicated on every device."""
     return constrain(vae.decode(vae.encode(video)), *(None,) * 5)
 
 
 def grid(videos: UInt8[np.ndarray, "b t h w c"]) -> UInt8[np.ndarray, "t h2 w2 c"]:
-    """Clips of equal size in rows and columns, as square as it gets; empty places are black."""
+    """Clips of equal size as a grid, as square as possible; empty cells are black."""
     count, frames, height, width, channels = videos.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -39,7 +39,7 @@ def grid(videos: UInt8[np.ndarray, "b t h w c"]) -> UInt8[np.ndarray, "t h2 w2 c
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructionPreview:
-    """Held-out clips (left) beside their reconstructions (right) as `samples/step_<n>.mp4`; PSNR and SSIM."""
+    """Held-out clips (left) and reconstructions (right) as `samples/step_<n>.mp4`; returns PSNR and SSIM."""
 
     clips: UInt8[np.ndarray, "b t h w 3"]
     every: int
@@ -50,26 +50,27 @@ class ReconstructionPreview:
         self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
     ) -> Metrics:
         assert isinstance(model, VideoVAE)
-        made: list[np.ndarray] = []
+        reconstructed: list[np.ndarray] = []
 
         def run(video: Video) -> Array:
             output = reconstruct(model, video)
-            made.append(np.clip(np.rint((np.asarray(output) + 1) * 127.5), 0, 255).astype(np.uint8))
+            rounded = np.clip(np.rint((np.asarray(output) + 1) * 127.5), 0, 255).astype(np.uint8)
+            reconstructed.append(rounded)
             return output
 
         scores = evaluate_reconstruction(run, [self.clips])
         if processes.is_main_process():
-            pairs = np.concatenate([self.clips, made[0]], axis=3)
+            pairs = np.concatenate([self.clips, reconstructed[0]], axis=3)
             save_video(_path(workdir, step), grid(pairs), fps=self.fps)
         return {name: scores[name] for name in ("psnr", "ssim")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplePreview:
-    """Samples of fixed prompts and seeds as `samples/step_<n>.mp4`; the prompts are in its metadata.
+    """Samples of fixed prompts and seeds as `samples/step_<n>.mp4`, with the prompts in its metadata.
 
     Attributes:
-      sample: makes a clip for each prompt, with a model and its VAE.
+      sample: generates a clip for each prompt, from a model and its VAE.
     """
 
     prompts: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""How close two videos are: PSNR, SSIM and flicker.
+"""Similarity of two videos: PSNR, SSIM and flicker.
 
 All take 8-bit videos, or floats with pixels in [0, 1]. PSNR and SSIM give one value per frame, flicker one
-per pair of frames in a row.
+per pair of consecutive frames.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ from vidgen.core.typing import Float, Shaped, UInt8, Video
 __all__ = ["SMALLEST_FRAME", "evaluate_reconstruction", "flicker", "psnr", "ssim"]
 
 SMALLEST_ERROR = 1e-10
-"""Floor of the mean squared error, so that equal frames score 100 dB instead of infinity."""
+"""Floor of the mean squared error: equal frames score 100 dB instead of infinity."""
 WINDOW, SIGMA = 11, 1.5
 SMALLEST_FRAME = WINDOW
-"""Pixels that a side must have for `ssim`."""
+"""Smallest side of a frame for `ssim`, in pixels."""
 
 
 def psnr(
@@ -33,7 +33,7 @@ def psnr(
 def ssim(
     video: Shaped[np.ndarray, "*b h w c"], reference: Shaped[np.ndarray, "*b h w c"]
 ) -> Float[np.ndarray, "*b"]:
-    """Structural similarity of each frame, in [-1, 1]: averaged over channels and over whole 11 x 11 windows.
+    """Structural similarity of each frame, in [-1, 1]: mean over channels and over complete 11 x 11 windows.
 
     Gaussian window of sigma 1.5, k1 = 0.01, k2 = 0.03 (Wang et al. 2004, Image quality assessment: from error
     visibility to structural similarity, section III-B).
@@ -58,13 +58,13 @@ def ssim(
 def flicker(
     video: Shaped[np.ndarray, "*b t h w c"], reference: Shaped[np.ndarray, "*b t h w c"]
 ) -> Float[np.ndarray, "*b pairs"]:
-    """Temporal flicker: by how much pixels change from frame to frame otherwise than in the reference.
+    """Temporal flicker: difference between the frame-to-frame changes of the video and of the reference.
 
     Mean over pixels of |(v[t + 1] - v[t]) - (r[t + 1] - r[t])| in 8-bit levels, 0 to 510, for each of the
-    t - 1 pairs. Errors that stand still cost nothing, those that come and go do. There is no warping along
-    the motion: a reference makes it needless. It is the absolute form of dtSSD (Erofeev et al. 2015,
-    Perceptually motivated benchmark for video matting) in the unit of VBench's temporal flickering
-    (arXiv:2311.17982), which is for still scenes and has no reference.
+    t - 1 pairs. Constant errors cost nothing, fluctuating errors do. The reference makes warping along the
+    motion unnecessary. It is the absolute form of dtSSD (Erofeev et al. 2015, Perceptually motivated
+    benchmark for video matting) in the unit of VBench's temporal flickering (arXiv:2311.17982), which is for
+    still scenes and has no reference.
     """
     error = _unit(video) - _unit(reference)
     return 255 * np.abs(np.diff(error, axis=-4)).mean(axis=(-3, -2, -1))
@@ -73,10 +73,10 @@ def flicker(
 def evaluate_reconstruction(
     reconstruct: Callable[[Video], Video], batches: Iterable[UInt8[np.ndarray, "_ _ _ _ 3"]]
 ) -> dict[str, float]:
-    """Score an autoencoder.
+    """Scores an autoencoder.
 
     Args:
-        reconstruct: encodes and decodes a batch with pixels in [-1, 1], keeping its shape.
+        reconstruct: encodes and decodes a batch with pixels in [-1, 1]; preserves its shape.
         batches: 8-bit clips [b t h w 3]; batches may differ in size.
 
     Returns:
@@ -107,7 +107,7 @@ def _unit(video: np.ndarray) -> np.ndarray:
 
 
 def _smooth(video: np.ndarray) -> np.ndarray:
-    """Gaussian-weighted means over the windows that lie inside the frame."""
+    """Gaussian-weighted means over the windows inside the frame."""
     offset = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-(offset**2) / (2 * SIGMA**2))
     weights /= weights.sum()

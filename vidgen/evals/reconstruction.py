@@ -1,4 +1,4 @@
-"""Videos through a VAE and back, scored as they stream: memory does not grow with the duration."""
+"""Reconstruction of videos by a VAE, scored as they stream: memory does not grow with duration."""
 
 import collections
 import dataclasses
@@ -26,17 +26,17 @@ __all__ = ["RFVD", "FeatureNetworks", "VideoScorer", "reconstruct_frames"]
 
 Frame = UInt8[np.ndarray, "h w 3"]
 Pairs = Iterator[tuple[RGBClip, RGBClip]]
-"""Original and reconstruction of some frames in a row."""
+"""Original and reconstruction of consecutive frames."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureNetworks:
-    """The networks whose features are compared, where the user has their weights.
+    """Feature networks for scores, each optional: their weights are supplied by the user.
 
     Attributes:
-      lpips: for LPIPS.
-      i3d: for the Frechet video distance of the reconstructions, rFVD.
-      clip_frames: frames of a clip of rFVD. Videos are cut into clips end to end; a rest is left out.
+      lpips: network for LPIPS.
+      i3d: network for rFVD, the Frechet video distance of reconstructions.
+      clip_frames: frames of a clip for rFVD. Videos are split into clips end to end; a remainder is left out.
 
     Raises:
       UserError: clips are too short for I3D.
@@ -54,13 +54,13 @@ class FeatureNetworks:
 
     @property
     def smallest_side(self) -> int:
-        """Pixels that a video needs to be scored."""
+        """Smallest side of a video that can be scored, in pixels."""
         return SMALLEST_FRAME if self.lpips is None else lpips_model.SMALLEST_SIDE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RFVD:
-    """Moments of the features of original and reconstructed clips, none at first."""
+    """Moments of the features of original and reconstructed clips; None without clips."""
 
     original: Moments | None = None
     made: Moments | None = None
@@ -74,7 +74,7 @@ class RFVD:
 
     @property
     def num_clips(self) -> int:
-        """Clips of either kind."""
+        """Number of original clips, equal to that of reconstructed clips."""
         return 0 if self.original is None else self.original.count
 
     def distance(self) -> float:
@@ -89,36 +89,37 @@ class RFVD:
 
 
 def reconstruct_frames(vae: VideoVAE, frames: Iterable[Frame], *, group: int = 1) -> Pairs:
-    """Each group of frames beside what the VAE makes of it, without sampling, as soon as it is there.
+    """Yields groups of frames with their reconstruction, without sampling, as soon as each is decoded.
 
-    Sides that the VAE does not divide and a last group that is not whole are filled by repetition, and
-    cropped again.
+    Sides that are not a multiple of the VAE's spatial factor, and an incomplete last group, are padded by
+    repetition; outputs are cropped to the input.
 
     Args:
-      frames: of one size, any number.
+      vae: the autoencoder.
+      frames: frames of one size, any number.
       group: latent frames computed at a time.
 
     Raises:
-      UserError: the VAE makes numbers that are not finite.
+      UserError: the VAE's output is not finite.
     """
-    waiting: collections.deque[np.ndarray] = collections.deque()
+    originals: collections.deque[np.ndarray] = collections.deque()
 
-    def prepared() -> Iterator[np.ndarray]:
+    def normalized() -> Iterator[np.ndarray]:
         for frame in frames:
-            waiting.append(frame)
-            filled = fill_sides(frame, vae.config.spatial_factor)
-            yield filled[None].astype(np.float32) / 127.5 - 1.0
+            originals.append(frame)
+            padded = fill_sides(frame, vae.config.spatial_factor)
+            yield padded[None].astype(np.float32) / 127.5 - 1.0
 
-    for block in decode_stream(vae, encode_stream(vae, prepared(), group=group)):
+    for block in decode_stream(vae, encode_stream(vae, normalized(), group=group)):
         if not bool(jnp.isfinite(block).all()):
-            raise UserError("the VAE makes pixels that are not finite numbers: use an earlier checkpoint")
-        made = np.asarray(pixels.to_uint8(block))[0, : len(waiting)]
-        original = np.stack([waiting.popleft() for _ in made])
+            raise UserError("the VAE's output has pixels that are not finite: use an earlier checkpoint")
+        made = np.asarray(pixels.to_uint8(block))[0, : len(originals)]
+        original = np.stack([originals.popleft() for _ in made])
         yield original, made[:, : original.shape[1], : original.shape[2]]
 
 
 class VideoScorer:
-    """Scores of one video and its reconstruction, which arrive piece by piece."""
+    """Scores of one video and its reconstruction, accumulated piece by piece."""
 
     def __init__(self, name: str, networks: FeatureNetworks):
         self.rfvd = RFVD()
@@ -129,10 +130,10 @@ class VideoScorer:
         self._clip: list[tuple[np.ndarray, np.ndarray]] = []
 
     def watch(self, pairs: Pairs) -> Pairs:
-        """The same pairs, scored while they are taken.
+        """Yields the pairs unchanged and scores each one.
 
         Raises:
-          BrokenClip: there are none, or frames are too small.
+          BrokenClip: there are no frames, or frames are too small.
         """
         for original, made in pairs:
             if min(original.shape[1:3]) < (least := self._networks.smallest_side):
@@ -144,7 +145,7 @@ class VideoScorer:
             raise BrokenClip(self._name, "it has no frames")
 
     def scores(self) -> VideoScores:
-        """Of what was seen so far, at least one frame."""
+        """Scores of the frames so far, at least one."""
         means = {name: self._sums[name] / self._num_frames for name in ("psnr", "ssim")}
         if self._num_frames > 1:
             means["flicker"] = self._sums["flicker"] / (self._num_frames - 1)
@@ -160,7 +161,7 @@ class VideoScorer:
         self._sums["ssim"] += float(ssim(made, original).sum())
         self._sums["flicker"] += float(changes.sum())
         if self._networks.lpips is not None:
-            # One at a time: their features take many times the memory of a frame.
+            # One frame at a time: LPIPS features take many times the memory of a frame.
             for a, b in zip(made, original, strict=True):
                 self._sums["lpips"] += float(_lpips(self._networks.lpips, a, b))
         self._num_frames += len(original)
@@ -183,7 +184,7 @@ def _lpips(lpips: LPIPS, a: UInt8[Array, "h w 3"], b: UInt8[Array, "h w 3"]) -> 
 
 
 def _features(i3d: I3D, clip: RGBClip) -> Float[np.ndarray, "1 400"]:
-    # Resized apart, so that the network is compiled once, not for each size of video.
+    # Resized in a separate jit, so that I3D compiles once, not once per video size.
     return np.asarray(_jit_i3d(i3d, _jit_resize(clip[None])))
 
 

@@ -1,7 +1,7 @@
-"""Find objects of the sprite world in pixels: which colours are there, and which pixels are theirs.
+"""Segmentation of sprite-world objects: the colours present, and the pixels of each.
 
-The background is desaturated and varies at most from top to bottom plus a faint texture; objects are
-saturated. That is all that is assumed, so that blurry and noisy generated videos can be read too.
+The background is desaturated and varies at most from top to bottom, plus a faint texture; objects are
+saturated. No other assumption is made, so that blurry and noisy generated videos can be read too.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from vidgen.data.sprites.attributes import BACKGROUND_COLOURS, COLOURS, Backdrop
 __all__ = ["BackgroundReading", "Layer", "estimate_background", "segment", "smallest_area"]
 
 SATURATED = 105.0
-"""Difference of the largest and the smallest channel that no background reaches and all objects exceed."""
+"""Difference of largest and smallest channel that no background reaches and all objects exceed."""
 COLOUR_RADIUS = 75.0
-"""How far, in 8-bit RGB, the inside of an object may be from its named colour."""
+"""Largest distance, in 8-bit RGB, of the inside of an object from its named colour."""
 GRADIENT_SPAN = 30.0
 MEDIAN_FRAMES = 4
 TEXTURE_CONTRAST = 5.0
@@ -25,11 +25,11 @@ TEXTURE_CONTRAST = 5.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackgroundReading:
-    """What the background looks like.
+    """Measured background.
 
     Attributes:
-        rows: colour per row, 8-bit scale.
-        residual: luminance above or below `rows`, zero on objects.
+        rows: colour per image row, 8-bit scale.
+        residual: luminance relative to `rows`, zero on objects.
     """
 
     kind: Backdrop
@@ -44,7 +44,7 @@ class Layer:
     """All pixels of one colour.
 
     Attributes:
-        mask: pixels that belong to it more than to anything else.
+        mask: pixels closer to this colour than to the background or any other colour.
         alpha: coverage in [0, 1], fractional at edges towards the background.
         crowded: pixels of the mask next to another object.
     """
@@ -56,28 +56,30 @@ class Layer:
 
 
 def smallest_area(height: int, width: int) -> float:
-    """Pixels below which something is not an object: about a third of the smallest shape."""
+    """Smallest area of an object, in pixels: about a third of the smallest shape."""
     return 0.004 * min(height, width) ** 2
 
 
 def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReading:
-    """Fit the background: a line per channel through the rows' medians over all desaturated pixels."""
+    """Fits the background: a line per channel through the image rows' medians of desaturated pixels."""
     height = video.shape[1]
     empty = _saturation(video) < SATURATED
-    some = slice(None, None, max(1, len(video) // MEDIAN_FRAMES))
-    hidden = (
-        np.where(empty[some, ..., None], video[some], np.nan).transpose(1, 0, 2, 3).reshape(height, -1, 3)
+    sampled = slice(None, None, max(1, len(video) // MEDIAN_FRAMES))
+    desaturated = (
+        np.where(empty[sampled, ..., None], video[sampled], np.nan)
+        .transpose(1, 0, 2, 3)
+        .reshape(height, -1, 3)
     )
-    usable = empty[some].mean(axis=(0, 2)) > 0.05
+    usable = empty[sampled].mean(axis=(0, 2)) > 0.05
     centres = (np.arange(height) + 0.5) / height
-    if usable.sum() < 2:  # all of the frame is saturated: take its mean for the background
+    if usable.sum() < 2:  # the whole frame is saturated: use its mean
         line = np.stack([video.mean(axis=(0, 1, 2)), np.zeros(3)])
     else:
-        medians = np.nanmedian(hidden[usable], axis=1)
+        medians = np.nanmedian(desaturated[usable], axis=1)
         design = np.stack([np.ones(usable.sum()), centres[usable]], axis=1)
         line = np.linalg.lstsq(design, medians, rcond=None)[0]
     rows = line[:1] + centres[:, None] * line[1:]
-    # objects' blurred edges are not saturated: keep clear of them
+    # Blurred edges of objects are not saturated: exclude a margin around objects.
     clear = empty & ~_grow(~empty, 2)
     residual = np.where(clear, (video - rows[None, :, None]).mean(axis=-1), 0).astype(np.float32)
     smooth = ndimage.uniform_filter1d(ndimage.uniform_filter1d(residual, 3, axis=1), 3, axis=2)
@@ -93,7 +95,7 @@ def estimate_background(video: Float[np.ndarray, "t h w 3"]) -> BackgroundReadin
 
 
 def segment(video: Float[np.ndarray, "t h w 3"], background: BackgroundReading) -> list[Layer]:
-    """Layers of the colours that are present, the largest first."""
+    """Layers of the colours present, the largest first."""
     backdrop = np.broadcast_to(background.rows[None, :, None].astype(np.float32), video.shape)
     present = _present_colours(video, backdrop)
     if not present:
@@ -130,12 +132,12 @@ def _distances(video: np.ndarray, backdrop: np.ndarray, palette: np.ndarray) -> 
     """Squared distances in RGB to the background and to each colour: [1 + k, t, h, w]."""
     red, green, blue = (np.ascontiguousarray(plane) for plane in np.moveaxis(video, -1, 0))
     squares = [(red - r) ** 2 + (green - g) ** 2 + (blue - b) ** 2 for r, g, b in palette]
-    apart = video - backdrop
-    return np.stack([_dot(apart, apart), *squares])
+    offset = video - backdrop
+    return np.stack([_dot(offset, offset), *squares])
 
 
 def _grow(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """The mask with everything in each frame that is so near to it, diagonals included."""
+    """Mask dilated by `pixels` within each frame, diagonals included."""
     size = 2 * pixels + 1
     return ndimage.maximum_filter(mask.astype(np.uint8), (1, size, size)).astype(bool)
 
@@ -146,10 +148,10 @@ def _nearest(colour: np.ndarray, named) -> str:
 
 
 def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.ndarray]:
-    """Cores of the colours that are there: colour by colour, the largest first.
+    """Core pixels of each colour present, the largest colour first.
 
-    The blurred rim of an object can look like another colour (red on white is pink there), so what
-    lies next to a larger object is not counted for a smaller one.
+    The blurred rim of an object can look like another colour (red on white is pink there), so pixels next to
+    a larger object do not count for a smaller one.
     """
     distances = _distances(video, backdrop, np.asarray(list(COLOURS.values()), np.float32))
     nearest = np.where(distances.min(axis=0) < COLOUR_RADIUS**2, distances.argmin(axis=0), -1)
@@ -167,13 +169,13 @@ def _present_colours(video: np.ndarray, backdrop: np.ndarray) -> dict[str, np.nd
 
 
 def _typical(video: np.ndarray, core: np.ndarray, named: tuple[int, int, int]) -> np.ndarray:
-    """The colour inside an object as it was really drawn, no more than a little off the named one."""
+    """Colour inside an object as rendered: the mean of its measured and its named colour."""
     measured = np.median(video[core], axis=0)
     return (measured + np.asarray(named, np.float32)) / 2
 
 
 def _without_specks(mask: np.ndarray, area: float) -> np.ndarray:
-    """Drop connected pieces (within a frame) of fewer pixels."""
+    """Drops connected pieces (within a frame) of fewer than `area` pixels."""
     if not mask.any():
         return mask
     structure = np.zeros((3, 3, 3), bool)

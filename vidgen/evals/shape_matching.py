@@ -1,4 +1,4 @@
-"""Tell shapes apart by drawing each of them, at several angles, over what was found."""
+"""Shape recognition: renders every shape at several angles and compares it with an object's coverage."""
 
 import dataclasses
 import functools
@@ -22,13 +22,13 @@ SYMMETRY = {
     Shape.RING: 0.0,
     Shape.CRESCENT: 2 * np.pi,
 }
-"""Angle after which a shape looks the same; zero where every angle does."""
+"""Smallest rotation, in radians, that maps a shape to itself; zero if every rotation does."""
 COARSE, FINE = np.radians(15.0), np.radians(6.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeMatch:
-    """The best shape and how well each fits, as intersection over union in [0, 1]."""
+    """The best shape, and the score of each shape: intersection over union in [0, 1]."""
 
     shape: Shape
     scores: dict[Shape, float]
@@ -36,17 +36,17 @@ class ShapeMatch:
 
 @functools.cache
 def unit_area(shape: Shape) -> float:
-    """Area of the shape of radius one."""
+    """Area of a shape of radius one."""
     path = Path(position=np.zeros((1, 2)), radius=np.array([100.0]), angle=np.zeros(1))
     return float(coverage(shape, path, 1)[0].sum()) / 100.0**2
 
 
 def match_shape(alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 2"]) -> ShapeMatch:
-    """Find the shape that overlaps best with the coverage of one object, at whatever angle in each frame.
+    """Finds the shape with the best overlap with the coverage of one object, at the best angle in each frame.
 
     Args:
-        alpha: coverage of the object in frames that show all of it.
-        centre: its centre of area (y, x) in pixels, per frame.
+        alpha: coverage of the object, in frames that show all of it.
+        centre: centroid of the object (y, x) in pixels, per frame.
     """
     scores = {shape: float(_overlaps(shape, alpha, centre, COARSE).max(axis=1).mean()) for shape in Shape}
     return ShapeMatch(shape=max(scores, key=lambda s: scores[s]), scores=scores)
@@ -55,20 +55,20 @@ def match_shape(alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 
 def match_quality(
     shape: Shape, alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 2"]
 ) -> Float[np.ndarray, " t"]:
-    """How well a known shape fits in each frame, in [0, 1]; less where part of the object is hidden."""
+    """Overlap of a known shape in each frame, in [0, 1]; lower where part of the object is hidden."""
     return _overlaps(shape, alpha, centre, COARSE).max(axis=1)
 
 
 def match_angles(
     shape: Shape, alpha: Float[np.ndarray, "t h w"], centre: Float[np.ndarray, "t 2"]
 ) -> Float[np.ndarray, " t"]:
-    """Angle of a known shape in each frame, in radians within its symmetry."""
+    """Angle of a known shape in each frame, in radians modulo its symmetry."""
     overlaps = _overlaps(shape, alpha, centre, FINE)
     return overlaps.argmax(axis=1) * SYMMETRY[shape] / overlaps.shape[1]
 
 
 def _overlaps(shape: Shape, alpha: np.ndarray, centre: np.ndarray, step: float) -> np.ndarray:
-    """Intersection over union with the shape of equal area, [t, angles]."""
+    """Intersection over union with the rendered shape of equal area, [t, angles]."""
     count = max(1, round(SYMMETRY[shape] / step))
     frames = len(alpha)
     area = alpha.sum(axis=(1, 2))

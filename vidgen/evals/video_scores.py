@@ -1,4 +1,4 @@
-"""Scores of videos one by one and in all, as values and as a table."""
+"""Reconstruction scores of videos, one by one and overall, as values and as a table."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoScores:
-    """How one video comes back.
+    """Reconstruction scores of one video.
 
     Attributes:
-      name: which one.
-      num_frames: of it.
+      name: name of the video.
+      num_frames: number of frames.
       psnr: decibels, mean over frames.
       ssim: mean over frames.
-      flicker: 8-bit levels, mean over pairs of frames; None of an image.
-      lpips: mean over frames; None without its network.
+      flicker: 8-bit levels, mean over pairs of consecutive frames; None for an image.
+      lpips: mean over frames; None without the LPIPS network.
     """
 
     name: str
@@ -38,10 +38,10 @@ class VideoScores:
 
 
 def overall(scores: Sequence[VideoScores]) -> dict[str, float]:
-    """Means over all frames of all videos, of flicker over all pairs of frames; what none has is left out.
+    """Means over the frames (`flicker`: frame pairs) of all videos; scores that no video has are left out.
 
     Returns:
-      Scores by name; `num_clips`, the videos, and `num_frames`.
+      Scores by name, with `num_clips`, the number of videos, and `num_frames`.
     """
     result: dict[str, float] = {}
     for name in ("psnr", "ssim", "flicker", "lpips"):
@@ -57,7 +57,7 @@ def overall(scores: Sequence[VideoScores]) -> dict[str, float]:
 
 
 def format_scores(scores: Sequence[VideoScores], total: Mapping[str, float]) -> str:
-    """A table with a line for each video and one for all, as `overall` gives it."""
+    """Table with a line for each video and one for the result of `overall`."""
     columns = [name for name in _COLUMNS if name in total]
     heads = ["", "frames", *(_COLUMNS[name][0] for name in columns)]
     rows = [[s.name, str(s.num_frames), *(_cell(name, getattr(s, name)) for name in columns)] for s in scores]

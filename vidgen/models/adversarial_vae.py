@@ -1,4 +1,4 @@
-"""A video VAE and the discriminator that it is trained against, as one module."""
+"""A video VAE and its discriminator as one module."""
 
 from flax import nnx
 
@@ -9,9 +9,9 @@ from vidgen.models.video_vae.model import VideoVAE
 
 
 class AdversarialVAE(nnx.Module):
-    """What is trained together; the VAE alone is what is evaluated and kept."""
+    """VAE and discriminator, trained together; only the VAE is evaluated and exported."""
 
     def __init__(self, vae: VAEConfig, discriminator: DiscriminatorConfig, *, rngs: nnx.Rngs):
-        # The VAE first: it starts from the same weights as one without a discriminator.
+        # VAE first: its initial weights then equal those of a VAE without a discriminator.
         self.vae = VideoVAE(vae, rngs=rngs)
         self.discriminator = Discriminator(discriminator, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Prompts through the text encoder that a video model was trained with."""
+"""Prompt encoding by the byte encoder of a video model."""
 
 from collections.abc import Sequence
 
@@ -15,19 +15,19 @@ __all__ = ["BytePrompts"]
 
 
 class BytePrompts:
-    """Conditions of prompts; a `PromptEncoder`."""
+    """`PromptEncoder` that uses the byte encoder of a video model."""
 
     def __init__(self, model: TextToVideo):
-        """Keeps the model.
+        """Stores the model.
 
         Args:
-          model: which has a byte encoder.
+          model: a model with a byte encoder.
 
         Raises:
-          UserError: it has none.
+          UserError: the model has no byte encoder.
         """
         if model.text is None:
-            raise UserError("the model has no text encoder of its own: give the features of the prompts")
+            raise UserError("the model has no built-in text encoder: pass features of the prompts instead")
         self._model = model
         self._max_bytes = model.text.config.max_bytes
 

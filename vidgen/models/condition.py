@@ -1,4 +1,4 @@
-"""Conditions of a video model: text, image features, known latents."""
+"""Conditions of a video model: text features, image features, known latents."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -11,15 +11,15 @@ __all__ = ["Condition", "PackedCondition", "PromptEncoder", "packed_condition", 
 
 
 class Condition(NamedTuple):
-    """Conditions of a batch of clips: a pytree whose leaves have the batch first.
+    """Conditions of a batch of clips: a pytree whose leaves have a leading batch axis.
 
     Attributes:
       text: features of the prompts.
-      mask: true for tokens of the prompt; None lets the transformer attend to all, as Wan does.
+      mask: true for tokens of the prompt; None lets the transformer attend to padding too, as Wan does.
       image: features of an image encoder, for transformers with `image_dim`.
       concat_latents: channels concatenated to the noisy latents, for transformers with more input than output
         channels (Wan's image to video).
-      known_latents: clean latents that replace the noisy ones under `known_mask`, with timestep 0.
+      known_latents: clean latents that replace noisy latents under `known_mask`, at timestep 0.
       known_mask: true where latents are known.
     """
 
@@ -32,10 +32,10 @@ class Condition(NamedTuple):
 
 
 class PackedCondition(NamedTuple):
-    """Prompts of packed rows, one clip's after the other's; a pytree whose leaves have the batch first.
+    """Concatenated prompts of packed rows: a pytree whose leaves have a leading batch axis.
 
     Attributes:
-      segment_ids: the clip of each text token, numbered from 1 in its row.
+      segment_ids: clip of each text token, numbered from 1 within its packed row.
     """
 
     text: Float[Array, "b r e"]
@@ -44,29 +44,29 @@ class PackedCondition(NamedTuple):
 
 
 def packed_condition(text: Float[Array, "b g l e"], mask: Bool[Array, "b g l"]) -> PackedCondition:
-    """Joins the text features and masks of up to g clips per row."""
-    rows, clips, length, width = text.shape
-    owner = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], mask.shape)
+    """Concatenates the text features and masks of up to g clips per packed row."""
+    batch, clips, length, width = text.shape
+    segment_ids = jnp.broadcast_to(jnp.arange(1, clips + 1)[None, :, None], mask.shape)
     return PackedCondition(
-        text.reshape(rows, clips * length, width), mask.reshape(rows, -1), owner.reshape(rows, -1)
+        text.reshape(batch, clips * length, width), mask.reshape(batch, -1), segment_ids.reshape(batch, -1)
     )
 
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """Prompts -> text condition of the transformer."""
+    """Maps prompts to the text condition of the transformer."""
 
     def __call__(self, prompts: Sequence[str], /) -> Condition:
-        """Text features of the prompts, and their mask.
+        """Condition with the text features of the prompts and their mask.
 
         Raises:
-          PromptTooLong: a prompt does not fit, and is not cut.
+          PromptTooLong: a prompt exceeds the encoder's limit and the encoder does not truncate.
         """
         ...
 
 
 def with_known(latents: Latents, condition: Condition) -> Latents:
-    """`latents`, with the known ones in their places."""
+    """`latents` with the known latents substituted under `known_mask`."""
     if condition.known_latents is None or condition.known_mask is None:
         return latents
     return jnp.where(condition.known_mask[..., None], condition.known_latents, latents)

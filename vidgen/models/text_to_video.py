@@ -1,4 +1,4 @@
-"""A patch transformer, or two, under text: with a text encoder of its own, or given features of one."""
+"""Text-conditioned video model: one or two patch transformers, with a trained or an external text encoder."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,8 +19,8 @@ class TextToVideo(nnx.Module):
     """Predicts velocity from noisy latents, a timestep and a condition.
 
     Attributes:
-      text: the encoder of prompts that is trained with the transformer, if there is one.
-      dit: the transformer, or Wan 2.2's two.
+      text: text encoder trained with the transformer; None if text features come from elsewhere.
+      dit: the transformer, or Wan 2.2's two experts.
     """
 
     def __init__(self, dit: DiT | NoiseLevelExperts, text: ByteEncoder | None = None):
@@ -33,7 +33,7 @@ class TextToVideo(nnx.Module):
         self.dit = dit
 
     def condition(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Condition:
-        """Encodes tokenized prompts, for a model with a text encoder."""
+        """Encodes tokenized prompts; the model must have a text encoder."""
         assert self.text is not None
         return Condition(self.text(tokens, mask), mask)
 
@@ -44,10 +44,10 @@ class TextToVideo(nnx.Module):
         condition: Condition,
         run_blocks: RunBlocks | None = None,
     ) -> Latents:
-        """Velocity, float32, 0 where latents are given; as many frames, rows and columns as the latents.
+        """Velocity, float32, on the grid of the latents; 0 at known latents.
 
         Args:
-          run_blocks: in the place of `DiT.apply_blocks`.
+          run_blocks: replaces `DiT.apply_blocks`.
         """
         inputs, time_ids = with_known(latents, condition), None
         if condition.known_mask is not None:
@@ -62,15 +62,15 @@ class TextToVideo(nnx.Module):
         )
         if condition.known_mask is None:
             return velocity
-        # Training never looks at the output there, so it could be anything.
+        # The loss masks out known latents, so the network's output there is arbitrary.
         return jnp.where(condition.known_mask[..., None], 0.0, velocity)
 
     def packed_condition(self, tokens: Int[Array, "b g l"], mask: Bool[Array, "b g l"]) -> PackedCondition:
-        """Encodes the tokenized prompts of up to g clips per row, each by itself."""
+        """Encodes the tokenized prompts of up to g clips per packed row, each prompt independently."""
         assert self.text is not None
-        rows, clips, length = tokens.shape
-        text = self.text(tokens.reshape(rows * clips, length), mask.reshape(rows * clips, length))
-        return packed_condition(text.reshape(rows, clips, length, -1), mask)
+        batch, clips, length = tokens.shape
+        text = self.text(tokens.reshape(batch * clips, length), mask.reshape(batch * clips, length))
+        return packed_condition(text.reshape(batch, clips, length, -1), mask)
 
     def packed_velocity(
         self,
@@ -81,13 +81,13 @@ class TextToVideo(nnx.Module):
         positions: Int[Array, "b s 3"],
         segment_ids: Int[Array, "b s"],
     ) -> Float[Array, "b s p"]:
-        """Velocity of each token's patch, float32; a clip's is what `velocity` gives for the clip alone.
+        """Velocity of each token's patch, float32; equal to `velocity` of each clip alone.
 
         Args:
-          patches: of noisy latents, as `vidgen.models.dit.model.patchify` orders them.
-          timestep: of each clip of a row.
+          patches: patches of noisy latents, in the order of `vidgen.models.dit.model.patchify`.
+          timestep: timestep of each clip of a packed row.
           positions: time, row and column of each token on the grid of its clip.
-          segment_ids: which clip of its row each token belongs to, from 1 to g; 0 is padding, of timestep 0.
+          segment_ids: clip of each token, from 1 to g within its packed row; 0 is padding, at timestep 0.
         """
         assert isinstance(self.dit, DiT)
         return self.dit.tokens(
@@ -108,7 +108,7 @@ def latent_shape(vae: VAEConfig, dit: DiTConfig, size: tuple[int, int, int]) -> 
       size: frames, height and width of the clip.
 
     Raises:
-      UserError: the clip's size is not one that both take; names the nearest sizes that are.
+      UserError: the VAE or the transformer does not support this size; names the nearest sizes that work.
     """
     for name, length, patch in zip(("height", "width"), size[1:], dit.patch_size[1:], strict=True):
         multiple = vae.spatial_factor * patch

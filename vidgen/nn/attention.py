@@ -14,7 +14,7 @@ from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
 
 
 class MultiHeadAttention(nnx.Module):
-    """Self-attention, or cross-attention given a context; q and k are normalised across all heads (Wan)."""
+    """Self-attention, or cross-attention to a context; q and k are normalised across all heads (Wan)."""
 
     def __init__(
         self,
@@ -27,13 +27,13 @@ class MultiHeadAttention(nnx.Module):
         implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ):
-        """Makes the projections.
+        """Initialises the projections.
 
         Args:
-          second_context: has keys and values for another context, attended to with the same queries; what
-            both give is added.
-          sequence: how tokens that lie over the mesh axis `context` attend to each other; None is for those
-            that do not.
+          second_context: adds key and value projections for a second context. The same queries attend to it,
+            and both outputs are summed.
+          sequence: method of self-attention for tokens sharded over the mesh axis `context`; None if they
+            are not.
         """
         self.num_heads = num_heads
         self.sequence = sequence
@@ -62,10 +62,10 @@ class MultiHeadAttention(nnx.Module):
         """Attends from `x` to `context` (default: to itself).
 
         Args:
-          angles: rotary angles, for self-attention; of each clip, or the same for all.
-          key_mask: which context tokens may be seen.
-          segment_ids: of queries and keys, for packed sequences.
-          second: the other context, all of which may be seen.
+          angles: rotary angles for self-attention, per example or shared by all.
+          key_mask: true for context tokens that queries may attend to.
+          segment_ids: segment ids of queries and keys, for packed sequences.
+          second: tokens of the second context, all of them visible.
         """
         source = x if context is None else context
         query = self._normalised(self.query_norm, self.query(x), angles)
@@ -73,14 +73,14 @@ class MultiHeadAttention(nnx.Module):
         value = self._heads(self.value(source))
         attend = functools.partial(attention, implementation=self.implementation)
         if context is None and self.sequence is not None:
-            own = None if segment_ids is None else segment_ids[0]
+            token_segments = None if segment_ids is None else segment_ids[0]
             y = sequence_attention(
                 query,
                 key,
                 value,
                 options=self.sequence,
                 key_mask=key_mask,
-                segment_ids=own,
+                segment_ids=token_segments,
                 implementation=self.implementation,
             )
         else:
@@ -92,7 +92,7 @@ class MultiHeadAttention(nnx.Module):
         return self.out(y.reshape(x.shape))
 
     def _normalised(self, norm: RMSNorm, x: Array, angles: Array | None) -> Array:
-        """`b s d` to `b s n k`."""
+        """Splits `b s d` into normalised heads `b s n k`, rotated by `angles` if given."""
         if angles is None:
             return self._heads(norm(x))
         try:

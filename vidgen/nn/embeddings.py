@@ -9,11 +9,11 @@ from vidgen.core.typing import Array, Float, Int
 def timestep_embedding(
     timestep: Float[Array, "*batch"], dim: int, *, max_period: float = 10_000.0
 ) -> Float[Array, "*batch {dim}"]:
-    """Cosines, then sines, of 1000 * timestep at geometrically spaced frequencies, in float32.
+    """Cosines, then sines, of 1000 * timestep at geometrically spaced frequencies; float32.
 
     Args:
       timestep: in [0, 1], where 1 is pure noise.
-      dim: even.
+      dim: width of the embedding, even.
     """
     half = dim // 2
     frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -24,7 +24,7 @@ def timestep_embedding(
 
 
 def grid_positions(frames: int, height: int, width: int) -> Int[np.ndarray, "s 3"]:
-    """(time, row, column) of each token of a grid, time slowest."""
+    """(time, row, column) of each token of a grid; time varies slowest."""
     axes = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     return np.stack([axis.reshape(-1) for axis in axes], axis=-1).astype(np.int32)
 
@@ -32,9 +32,9 @@ def grid_positions(frames: int, height: int, width: int) -> Int[np.ndarray, "s 3
 def rope_angles(
     positions: Int[Array, "b s 3"] | Int[np.ndarray, "b s 3"], head_dim: int, *, theta: float = 10_000.0
 ) -> Float[Array, "b s k2"]:
-    """Rotation angles of 3D RoPE: the pairs of a head are shared out among time, row and column as in Wan.
+    """Rotation angles of 3D RoPE, in radians: `head_dim / 2` per token.
 
-    Row and column get `head_dim // 6` pairs each, time the rest. Returns `head_dim / 2` angles per token.
+    As in Wan, row and column get `head_dim // 6` channel pairs of a head each, and time gets the rest.
     """
     space = head_dim // 6
     pairs = (head_dim // 2 - 2 * space, space, space)
@@ -47,7 +47,7 @@ def rope_angles(
 
 
 def apply_rope(x: Float[Array, "b s n k"], angles: Float[Array, "#b s k2"]) -> Float[Array, "b s n k"]:
-    """Rotates neighbouring pairs of each head by `angles` (Su et al., arXiv 2104.09864), in float32."""
+    """Rotates adjacent channel pairs of each head by `angles`, in float32 (Su et al., arXiv 2104.09864)."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = pairs[..., 0], pairs[..., 1]

@@ -1,4 +1,4 @@
-"""Linear maps, convolutions and feed-forward networks. The compute dtype is that of the input."""
+"""Linear maps, convolutions and feed-forward networks. The compute dtype is the input's dtype."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -31,7 +31,7 @@ def _copy_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Float[A
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last axis, and an update of low rank where it has one (`vidgen.nn.lora`)."""
+    """y = x W + b over the last axis, plus the LoRA term if one is attached (`vidgen.nn.lora`)."""
 
     def __init__(
         self,
@@ -55,18 +55,18 @@ class Linear(nnx.Module):
 
 
 class CausalCache:
-    """Frames that causal layers carry from one chunk of a video to the next (a "feature cache").
+    """Frames that causal layers carry from one video chunk to the next (a "feature cache").
 
-    A network that runs chunk by chunk, each with a `CausalCache` of the previous one's `new_frames`, gives
-    the result of the whole video at once. Layers use the cache in the same order in every chunk.
+    Running a network chunk by chunk, each with `CausalCache(previous.new_frames)`, equals one run over all
+    frames. Layers must use the cache in the same order in every chunk.
 
     Attributes:
-      is_first_chunk: whether there is no chunk before.
-      new_frames: what each layer carries to the next chunk, in the order of the layers.
+      is_first_chunk: whether this is the first chunk of the video.
+      new_frames: frames that each layer carries to the next chunk, in layer order.
     """
 
     def __init__(self, frames: Sequence[Array] | None = None):
-        """The cache of one chunk.
+        """Starts the cache of one chunk.
 
         Args:
           frames: `new_frames` of the previous chunk; None for the first chunk.
@@ -76,7 +76,7 @@ class CausalCache:
         self._frames = iter(frames or ())
 
     def swap(self, x: Float[Array, "b t h w c"], count: int) -> Float[Array, "b n h w c"] | None:
-        """Returns the `count` frames before `x` (None in the first chunk) and stores the chunk's last."""
+        """Returns the `count` frames before `x` (None in the first chunk) and stores the last `count`."""
         if self.is_first_chunk:
             before = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
         else:
@@ -86,10 +86,10 @@ class CausalCache:
 
 
 class CausalConv3d(nnx.Module):
-    """Convolution over time and space: centred in space, backward in time (zeros before frame 0).
+    """3D convolution, centred in space and causal in time (zero padding before frame 0).
 
-    At the start of training it sees the present frame only: earlier frames have weights of zero until they
-    are of use, and what images taught holds for videos (as in OD-VAE, arXiv:2409.01199).
+    Weights of earlier frames start at zero, and training on images leaves them there: an image model first
+    treats a video as independent frames (as in OD-VAE, arXiv:2409.01199).
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class CausalConv3d(nnx.Module):
         identity: bool = False,
         rngs: nnx.Rngs,
     ):
-        """Makes the filters.
+        """Initialises the kernel and the bias.
 
         Args:
-          identity: starts as a copy of the present frame's channels, repeated to give all outputs.
+          identity: initialise to a copy of the current frame's channels, repeated to fill the outputs.
         """
         self.kernel_size = kernel_size
         shape = (*kernel_size, in_channels, out_channels)
@@ -115,11 +115,11 @@ class CausalConv3d(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t h w i"], cache: CausalCache | None = None
     ) -> Float[Array, "b t h w o"]:
-        """Filters a video, or with `cache` the next group of frames of one."""
+        """Convolves a video, or with `cache` the next chunk of one."""
         taps, height, width = self.kernel_size
         before = cache.swap(x, taps - 1) if cache and taps > 1 else None
         if before is None:
-            taps = min(taps, x.shape[1])  # the others meet nothing but the zeros before frame 0
+            taps = min(taps, x.shape[1])  # earlier taps would multiply only the zeros before frame 0
         else:
             x = jnp.concatenate([before, x], axis=1)
         space = ((height // 2, height // 2), (width // 2, width // 2))
@@ -148,7 +148,7 @@ class FeedForward(nnx.Module):
 
 
 def pixel_unshuffle(x: Float[Array, "b t h w c"], factor: int) -> Float[Array, "b t h2 w2 c2"]:
-    """Moves `factor` x `factor` neighbourhoods into channels (order: channel, column, row, as Wan 2.2)."""
+    """Moves `factor` x `factor` pixel blocks into channels, in order channel, column, row (as Wan 2.2)."""
     b, t, h, w, c = x.shape
     x = x.reshape(b, t, h // factor, factor, w // factor, factor, c)
     return jnp.transpose(x, (0, 1, 2, 4, 6, 5, 3)).reshape(b, t, h // factor, w // factor, -1)

@@ -30,20 +30,21 @@ __all__ = [
 ]
 
 ATTRIBUTE = "low_rank"
-"""Of a linear map that is adapted; a part of the names of its arrays."""
+"""Attribute of a `Linear` that holds its LoRA, and hence part of the names of the LoRA arrays."""
 
 _down_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1)
-"""Bounded by 1 / sqrt(in_features), as PEFT's."""
+"""Uniform, bounded by 1 / sqrt(in_features), as in PEFT."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAOptions:
-    """Which linear maps are adapted, and how.
+    """Targets, rank and scale of LoRA.
 
     Attributes:
-      rank: of the update.
-      alpha: the update is scaled by alpha / rank; None is as large as the rank.
-      targets: regular expression for whole names of linear maps, as `blocks.self_attention.query`.
+      rank: rank of the LoRA matrices.
+      alpha: LoRA outputs are scaled by alpha / rank; None is alpha = rank.
+      targets: regular expression that matches full names of linear maps, such as
+        `blocks.self_attention.query`.
     """
 
     rank: int = 16
@@ -60,7 +61,7 @@ class LoRAOptions:
 
 
 class LowRank(nnx.Module):
-    """An update of low rank to a linear map, or to one of each layer; zero at first.
+    """LoRA of a linear map, or of each layer of a stacked one; its output is zero at initialisation.
 
     Attributes:
       down: [in, rank], or [layers, in, rank].
@@ -80,22 +81,22 @@ class LowRank(nnx.Module):
 
 
 def linears(module: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """All linear maps of a module by dotted name; those of a stack are one."""
+    """Dotted name and module of each linear map; a stack of layers counts as one."""
     for path, inner in nnx.iter_modules(module, graph=False):
         if isinstance(inner, Linear):
             yield ".".join(map(str, path)), inner
 
 
 def adapted(module: nnx.Module) -> dict[str, Linear]:
-    """The linear maps that have an update."""
+    """Linear maps that have a LoRA, by dotted name."""
     return {name: linear for name, linear in linears(module) if hasattr(linear, ATTRIBUTE)}
 
 
 def add_low_rank(module: nnx.Module, options: LoRAOptions, *, rngs: nnx.Rngs) -> None:
-    """Gives the linear maps that are targets an update, in place.
+    """Attaches a LoRA to each target linear map, in place.
 
     Raises:
-      UserError: no name fits; there are names to choose from in the message.
+      UserError: no name matches `options.targets`; lists the names.
     """
     found = [linear for name, linear in linears(module) if re.fullmatch(options.targets, name)]
     if not found:
@@ -106,15 +107,15 @@ def add_low_rank(module: nnx.Module, options: LoRAOptions, *, rngs: nnx.Rngs) ->
 
 
 def merge_low_rank(module: nnx.Module) -> None:
-    """Adds the updates to the kernels, in place, and removes them; kernels stay sharded as they are.
+    """Merges each LoRA into its kernel, in place, and removes it; the kernels' sharding does not change.
 
-    Beside the new kernel of one map, memory holds the update of one of its layers.
+    Peak extra memory is one new kernel and the dense LoRA product of one layer.
     """
     for linear in adapted(module).values():
-        update: LowRank = getattr(linear, ATTRIBUTE)
+        lora: LowRank = getattr(linear, ATTRIBUTE)
         layers = range(linear.kernel.shape[0]) if linear.kernel.ndim == 3 else (None,)
-        changes = {layer: functools.partial(_product, update, layer) for layer in layers}
-        add_to_layers(linear.kernel, changes, scale=update.scale)
+        changes = {layer: functools.partial(_product, lora, layer) for layer in layers}
+        add_to_layers(linear.kernel, changes, scale=lora.scale)
         delattr(linear, ATTRIBUTE)
 
 
@@ -124,12 +125,12 @@ def add_to_layers(
     *,
     scale: float = 1.0,
 ) -> None:
-    """Adds changes to an array, in place, in float32; its sharding and type stay.
+    """Adds changes to a variable, in place, in float32; its sharding and dtype do not change.
 
     Args:
-      changes: gives the change of each layer of an array that holds several, or under None that of all of it;
-        one is in memory at a time.
-      scale: of the changes.
+      changes: functions that return the change of each layer of a stacked array, or of the full array under
+        the key None. One change is in memory at a time.
+      scale: factor of the changes.
     """
     sharding = variable.get_value().sharding
     value = jnp.copy(variable.get_value())
@@ -138,14 +139,14 @@ def add_to_layers(
         change = read()
         if isinstance(change, np.ndarray):
             change = place_like(change, variable, axes if layer is None else axes[1:])
-        # In programs of their own: in one, XLA (jax 0.10, CPUs) copies all layers of a bfloat16 array.
+        # Two jitted functions: in a single one, XLA (jax 0.10, CPUs) copies all layers of a bfloat16 array.
         summed = _sum(value, change, scale, layer)
         value = summed if layer is None else _with_layer(value, summed, layer)
     variable.set_value(jax.device_put(value, sharding))
 
 
 def place_like(array: np.ndarray, variable: nnx.Variable, axes: Sequence[str | None]) -> Array:
-    """`array`, whose dimensions have these logical axes, on the devices that have `variable`."""
+    """`array` on the devices of `variable`, sharded by its logical `axes`."""
     sharding = variable.get_value().sharding
     if not isinstance(sharding, NamedSharding):
         return jnp.asarray(array)
@@ -153,8 +154,8 @@ def place_like(array: np.ndarray, variable: nnx.Variable, axes: Sequence[str | N
     return jax.device_put(array, NamedSharding(sharding.mesh, spec))
 
 
-def _product(update: LowRank, layer: int | None) -> Array:
-    return _matmul(update.down[...], update.up[...], layer)
+def _product(lora: LowRank, layer: int | None) -> Array:
+    return _matmul(lora.down[...], lora.up[...], layer)
 
 
 @jax.jit

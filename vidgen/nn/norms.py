@@ -1,4 +1,4 @@
-"""Normalisation, always in float32; the result has the dtype of the input."""
+"""Normalisation layers: computed in float32, returned in the input's dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square over the last axis, and a learned scale (arXiv 1910.07467)."""
+    """Divides by the root mean square over the last axis, with a learned scale (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
         self.eps = eps
@@ -43,9 +43,9 @@ class RMSNorm(nnx.Module):
 
 
 class ChannelNorm(nnx.Module):
-    """Scales each position's channel vector to length sqrt(c) times a learned gain, as in Wan's VAE.
+    """Scales each position's channel vector to length sqrt(c), times a learned scale, as in Wan's VAE.
 
-    Differs from `RMSNorm` in where the floor is: the length is at least 1e-12, nothing is added to it.
+    Unlike `RMSNorm`, it clamps the length to at least 1e-12 instead of adding an epsilon.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""Equal layers as one: constructed by `vmap`, applied by `scan`, rematerialised by policy. Done only here."""
+"""Stacks of identical layers: built by `vmap`, applied by `scan`, rematerialised by policy."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -14,13 +14,13 @@ from vidgen.parallel.rules import fsdp_is_sharded
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
-"""What the backward pass finds saved: everything; matrix products and what attention gives; the latter alone;
-or nothing but each layer's input. With `offload` that lies in the host's memory. docs/tpu.md has
-what each takes."""
+"""Residuals saved for the backward pass: all (`none`), matrix products and attention outputs (`dots`),
+attention outputs (`attention`), layer inputs (`full`), or layer inputs in host memory (`offload`).
+docs/tpu.md lists the memory that each needs."""
 
 
 def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
-    """`count` layers in one module whose variables have a leading axis named `layers`."""
+    """One module holding `count` layers: its variables have a leading axis named `layers`."""
     stack = jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
     def name_axis(variable: nnx.Variable) -> nnx.Variable:
@@ -33,14 +33,14 @@ def make_stack(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) ->
 _INPUT = "layer_input"
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Everything, but of matrices the part that lies here, not what `parallel.rules.gathered` makes of it."""
+def _all_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy that saves all residuals but weights from `all_gather_fsdp`, whose shards are saved instead."""
     return primitive.name != "linear_call"
 
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 _POLICIES = {
-    "none": _all_but_gathered,
+    "none": _all_but_gathered_weights,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
     ),
@@ -58,7 +58,7 @@ _POLICIES = {
 def apply_stack(
     stack: nnx.Module, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
 ) -> Array:
-    """Runs the layers in order: x = apply(layer, x, **extra) for each; `extra` is the same for all."""
+    """Output of the last layer: applies x = apply(layer, x, **extra) layer by layer with the same `extra`."""
 
     def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
         return apply(layer, checkpoint_name(x, _INPUT), **extra), None

@@ -1,4 +1,4 @@
-"""Kinds of variables: trained parameters with logical axis names, and buffers."""
+"""Variable types: trained parameters with logical axis names, and buffers."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ from vidgen.core.typing import Array
 
 
 class Buffer(nnx.Variable):
-    """A value that belongs to a model but is not trained by gradients, such as latent statistics."""
+    """Model state that gradients do not train, such as latent statistics."""
 
 
 def param(
@@ -23,8 +23,8 @@ def param(
     """A float32 parameter whose dimensions carry logical axis names.
 
     Args:
-      rngs: the stream `params` is used.
-      init: `jax.nn.initializers`-style function of (key, shape).
+      rngs: source of the key, from the stream `params`.
+      init: function of (key, shape) in the style of `jax.nn.initializers`.
       shape: shape of the parameter.
       axes: one logical axis name, or None, per dimension; `parallel/rules.py` maps them to mesh axes.
 
@@ -51,7 +51,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def freeze(module: Module) -> Module:
-    """`module` with its parameters as buffers: no gradient, moment or average is made of them."""
+    """`module` with parameters as buffers: they get no gradients, optimizer moments or averages."""
 
     def frozen(variable: nnx.Variable) -> nnx.Variable:
         if not isinstance(variable, nnx.Param):
@@ -62,19 +62,19 @@ def freeze(module: Module) -> Module:
 
 
 def over_last_axis(vector: Array, x: Array) -> Array:
-    """A vector for each position of `x`, in its dtype (implicit rank promotion is an error in tests).
+    """`vector` broadcast to the shape and dtype of `x` (implicit rank promotion is an error in tests).
 
-    Its gradient is one sum over all positions. (Of a batch of one, a sum over the other axes alone is 10
-    times slower with XLA of jax 0.10 on CPUs.)
+    Its gradient is one sum over all leading axes. (At batch size 1, a sum that leaves out the batch axis is
+    10 times slower with XLA of jax 0.10 on CPUs.)
     """
     return jax.lax.broadcast_in_dim(vector.astype(x.dtype), x.shape, (x.ndim - 1,))
 
 
 def zeros(_key: Array, shape: tuple[int, ...]) -> Array:
-    """Initialiser of biases, and of layers that start silent."""
+    """Initialiser of biases, and of layers whose output starts at zero."""
     return jax.numpy.zeros(shape)
 
 
 def ones(_key: Array, shape: tuple[int, ...]) -> Array:
-    """Initialiser of gains."""
+    """Initialiser of norm scales."""
     return jax.numpy.ones(shape)

@@ -1,4 +1,4 @@
-"""Attention dispatch: one function for every model, the backend chosen by platform and shape."""
+"""Attention dispatch: one function for all models, which picks the backend by platform and shape."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from vidgen.ops.score_budget import ScoresTooLarge, check_scores, heads_here, re
 Implementation = Literal["auto", "xla", "blocks", "cudnn", "pallas_tpu", "pallas_gpu"]
 
 _MASK_BYTES = 2**28
-"""A mask of all scores that is larger than this is not given to cuDNN, which reads it from memory."""
+"""Largest mask in bytes (one per score) that is passed to cuDNN, which reads the mask from memory."""
 
 
 def attention(
@@ -34,23 +34,24 @@ def attention(
 ) -> Float[Array, "b s n k"]:
     """Softmax attention, scores and softmax in float32.
 
-    The backward pass computes scores anew, but where they are few. There is no forward-mode derivative
-    (`jax.jvp`) then.
+    The backward pass recomputes the scores unless there are few of them. With recomputation there is no
+    forward-mode derivative (`jax.jvp`).
 
     Args:
-      key_mask: which keys may be attended to; at least one per row.
-      segment_ids: of queries and keys, 0 or more; a query attends to keys of its own segment only.
+      key_mask: True for keys that may be attended to; at least one per example.
+      segment_ids: segment ids of queries and of keys, >= 0; a query attends only to keys of its segment.
       bias: added to the scores.
-      scale: of the products, 1 / sqrt(k) by default.
+      scale: factor on the query-key products, 1 / sqrt(k) by default.
       implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted
-        on CPUs, to test them); `cudnn` is NVIDIA's fused kernel, for 16 bits; `xla` is plain products and a
-        softmax, in blocks on CPUs where scores are many (`vidgen.ops.attention_cpu`); `blocks` is plain JAX
-        with the scores of some of the keys in memory at a time. `auto` takes the first that there is for the
-        device, the shapes and the dtype, and logs, once for each shape, why it takes no kernel.
+        on CPUs, for tests); `cudnn` is NVIDIA's fused kernel, for 16-bit dtypes; `xla` is two matrix products
+        and a softmax, blockwise on CPUs where there are many scores (`vidgen.ops.attention_cpu`); `blocks` is
+        plain JAX that holds the scores of one block of keys in memory at a time. `auto` takes the first that
+        supports the device, shapes and dtype; if that is not a kernel, it logs the reasons once per shape.
 
     Raises:
-      NotImplementedError: the implementation that was named takes no such shapes or dtypes.
-      ScoresTooLarge: it has more scores in memory than `score_budget.SCORE_BYTES`; with `auto`, all have.
+      NotImplementedError: the named implementation does not support these shapes or dtypes.
+      ScoresTooLarge: the named implementation, or every one with `auto`, would hold more than
+        `score_budget.SCORE_BYTES` of scores in memory.
     """
     masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
@@ -69,7 +70,7 @@ def attention(
 
 
 def _candidates(query: Array, key: Array, masks: Masks) -> Iterator[Implementation]:
-    """What is tried, the fastest first."""
+    """Implementations to try, fastest first."""
     platform, _ = device_kind()
     if platform == "tpu":
         yield "pallas_tpu"
@@ -86,7 +87,7 @@ def _candidates(query: Array, key: Array, masks: Masks) -> Iterator[Implementati
 
 
 def _score_bytes(implementation: Implementation, query: Array, key: Array) -> int:
-    """Scores that an implementation has in the memory of a device at once."""
+    """Bytes of scores that an implementation holds in one device's memory at a time."""
     (heads, queries), keys = heads_here(query), key.shape[1]
     if implementation == "blocks":
         return heads * block_score_bytes(queries, keys)
@@ -139,7 +140,7 @@ def _mask(masks: Masks) -> Array | None:
 def _reference(
     query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None, scale: float
 ) -> Array:
-    # `jax.nn.dot_product_attention` computes the same, but its backward pass is several times slower on CPU.
+    # `jax.nn.dot_product_attention` is equivalent, but its backward pass is several times slower on CPUs.
     scores = scale * jnp.einsum("bsnk,brnk->bnsr", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
@@ -156,7 +157,7 @@ def _recomputing(query: Array, key: Array, value: Array, masks: Masks, scale: fl
 
 def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float) -> tuple[Array, Any]:
     def plain(query: Array, key: Array, value: Array, masks: Masks) -> tuple[Array, SoftmaxStats]:
-        zeros = jnp.zeros_like(query[..., 0])  # Only the blocks of CPUs need these.
+        zeros = jnp.zeros_like(query[..., 0])  # Only the blockwise CPU backward pass reads the statistics.
         return _reference(query, key, value, _mask(masks), None, scale), SoftmaxStats(zeros, zeros)
 
     inputs = (query, key, value, masks)
@@ -176,7 +177,7 @@ def _backward(scale: float, residuals: Any, gradient: Array) -> tuple[Array, Arr
 
     def blocked(axes: Any, query: Array, key: Array, value: Array, masks: Masks, *others: Any) -> Any:
         d_query, *rest = attention_cpu.backward(query, key, value, masks, scale, *others)
-        # Devices with other queries of the same clips and heads see the same keys.
+        # Devices with other queries of the same clips and heads hold the same keys: sum their gradients.
         return d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
 
     def plain(query: Array, key: Array, value: Array, masks: Masks, y, statistics, gradient: Array) -> Any:

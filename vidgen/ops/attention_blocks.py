@@ -1,4 +1,4 @@
-"""Attention to parts of the keys, whose results merge: memory grows with the sequence, not its square."""
+"""Blockwise attention with mergeable partial results: memory is linear in the sequence length."""
 
 import dataclasses
 import functools
@@ -13,21 +13,21 @@ from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
 __all__ = ["ATTENTION", "AttentionKernel", "Blocks", "PartialAttention", "block_score_bytes", "merge"]
 
 ATTENTION = "attention"
-"""The name, for policies of what is saved, of what attention gives and its backward pass takes from it."""
+"""`checkpoint_name` of the attention outputs that the backward pass needs, for remat policies."""
 
 _LARGEST = 512
-"""Keys whose scores are in memory at once."""
+"""Most keys per block; the scores of one block are in memory at a time."""
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class PartialAttention(NamedTuple):
-    """Attention to some of the keys.
+    """Attention to a subset of the keys.
 
     Attributes:
-      mean: of the values, by their weights exp(score); zeros for a query that sees no key. Channels of all
-        heads are one axis, as TPU kernels have them: to split it there is a copy to another layout.
-      log_sum_exp: logarithm of the summed weights, float32; -inf for a query that sees no key.
+      mean: mean of the values weighted by exp(score); zeros for a query that sees no key. Heads and channels
+        share one axis, as in the TPU kernels: to split it on a TPU means a copy to another layout.
+      log_sum_exp: logarithm of the sum of exp(score), float32; -inf for a query that sees no key.
     """
 
     mean: Float[Array, "b s d"]
@@ -36,15 +36,15 @@ class PartialAttention(NamedTuple):
 
 @runtime_checkable
 class AttentionKernel(Protocol):
-    """Attention of queries to a part of their keys: `Blocks`, or `vidgen.ops.attention_kernels.Kernels`.
+    """Attention of queries to a subset of the keys: `Blocks` or `vidgen.ops.attention_kernels.Kernels`.
 
-    Both passes raise NotImplementedError where they take no such shapes or dtypes.
+    Both passes raise NotImplementedError for unsupported shapes or dtypes.
     """
 
     def forward(
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
-        """As `PartialAttention`, but the mean is `b s n k`, in the dtype of the values or in float32."""
+        """Returns mean, `b s n k`, float32 or `value`'s dtype, and log-sum-exp as in `PartialAttention`."""
         ...
 
     def backward(
@@ -59,21 +59,21 @@ class AttentionKernel(Protocol):
         scale: float,
         ranges: KeyRanges | None,
     ) -> tuple[Array, Array, Array]:
-        """What the part adds to the gradient of the query, and the gradients of its keys and values.
+        """Returns the subset's share of the query gradient, and the gradients of its keys and values.
 
         Args:
-          output, log_sum_exp: of attention to all keys, not only to this part.
-          cotangent: of that output.
+          output, log_sum_exp: results of attention to all keys, not only to this subset.
+          cotangent: gradient of the loss with respect to `output`.
         """
         ...
 
 
 def merge(one: PartialAttention, other: PartialAttention) -> PartialAttention:
-    """Attention to the keys of both, in float32."""
+    """Attention to the union of two disjoint key subsets, in float32."""
     log_sum_exp = jnp.logaddexp(one.log_sum_exp, other.log_sum_exp)
     finite = jnp.maximum(log_sum_exp, jnp.finfo(jnp.float32).min)
     heads = log_sum_exp.shape[1]
-    # A product repeats the head's share for each of its channels: it is exact, and in the layout of the mean.
+    # A product with 0/1 repeats each head's share over its channels: exact, and in the layout of the mean.
     channels = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), one.mean.shape[-1] // heads, axis=1)
 
     def weighted(part: PartialAttention) -> Array:
@@ -87,32 +87,32 @@ def merge(one: PartialAttention, other: PartialAttention) -> PartialAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """In plain JAX, block by block of the keys; results in float32."""
+    """`AttentionKernel` in plain JAX that loops over blocks of keys; results are float32."""
 
     def forward(
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
-        """As `AttentionKernel` has it, by an online softmax (arXiv 1805.02867)."""
-        lowest, cut = jnp.finfo(jnp.float32).min, _Cut(key, ranges)
+        """`AttentionKernel.forward` by an online softmax (arXiv 1805.02867)."""
+        lowest, key_blocks = jnp.finfo(jnp.float32).min, _KeyBlocks(key, ranges)
 
         def absorb(carry: tuple[Array, Array, Array], block: tuple):
             total, weight, largest_before = carry
             key, value, codes = block
-            scores, mask = _scores(query, key, scale, cut.ranges, codes)
+            scores, mask = _scores(query, key, scale, key_blocks.ranges, codes)
             if mask is not None:
                 scores = jnp.where(mask, scores, lowest)
             largest = jnp.maximum(largest_before, scores.max(-1))
             weights = jnp.exp(scores - largest[..., None])
-            if mask is not None:  # A query that has met none of its keys yet: its largest score is not one.
+            if mask is not None:  # Before a query's first visible key, `largest` is `lowest`: exp gives 1.
                 weights = jnp.where(mask, weights, 0.0)
             shrink = jnp.exp(largest_before - largest)
             added = _product("bnsr,brnk->bsnk", weights.astype(value.dtype), value)
             total = total * shrink.swapaxes(1, 2)[..., None] + added
             return (total, weight * shrink + weights.sum(-1), largest), None
 
-        rows = jnp.zeros_like(query[..., 0].swapaxes(1, 2), jnp.float32)
-        start = (jnp.zeros_like(query, jnp.float32), rows, rows + lowest)
-        (total, weight, largest), _ = jax.lax.scan(absorb, start, cut.blocks(key, value))
+        zeros = jnp.zeros_like(query[..., 0].swapaxes(1, 2), jnp.float32)
+        start = (jnp.zeros_like(query, jnp.float32), zeros, zeros + lowest)
+        (total, weight, largest), _ = jax.lax.scan(absorb, start, key_blocks.blocks(key, value))
         seen = weight > 0
         weight = jnp.where(seen, weight, 1.0)
         mean = total / weight.swapaxes(1, 2)[..., None]
@@ -130,12 +130,12 @@ class Blocks:
         scale: float,
         ranges: KeyRanges | None,
     ) -> tuple[Array, Array, Array]:
-        """As `AttentionKernel` has it; weights are computed again from scores (arXiv 2205.14135)."""
-        mean_cotangent, cut = _product("bsnk,bsnk->bns", output, cotangent), _Cut(key, ranges)
+        """`AttentionKernel.backward`; recomputes the softmax weights from scores (arXiv 2205.14135)."""
+        mean_cotangent, key_blocks = _product("bsnk,bsnk->bns", output, cotangent), _KeyBlocks(key, ranges)
 
         def one(sum_query: Array, block: tuple) -> tuple[Array, tuple[Array, Array]]:
             key, value, codes = block
-            scores, mask = _scores(query, key, scale, cut.ranges, codes)
+            scores, mask = _scores(query, key, scale, key_blocks.ranges, codes)
             weights = jnp.exp(scores - log_sum_exp[..., None])
             if mask is not None:
                 weights = jnp.where(mask, weights, 0.0)
@@ -146,8 +146,8 @@ class Blocks:
             return sum_query, (_product("bnsr,bsnk->brnk", of_scores, query), of_value)
 
         start = jnp.zeros_like(query, jnp.float32)
-        of_query, (of_key, of_value) = jax.lax.scan(one, start, cut.blocks(key, value))
-        return of_query, cut.joined(of_key), cut.joined(of_value)
+        of_query, (of_key, of_value) = jax.lax.scan(one, start, key_blocks.blocks(key, value))
+        return of_query, key_blocks.joined(of_key), key_blocks.joined(of_value)
 
 
 def _scores(
@@ -159,11 +159,12 @@ def _scores(
     return scores, KeyRanges(codes, ranges.low, ranges.high).visible()[:, None]
 
 
-class _Cut:
-    """Keys in equal blocks of at most `_LARGEST`, the last of them filled up with keys that nobody sees.
+class _KeyBlocks:
+    """Equal blocks of at most `_LARGEST` keys; the last block is padded with hidden keys.
 
     Attributes:
-      ranges: those given; where there are none and a block is filled up, ranges in which all other keys are.
+      ranges: the ranges passed in; if they are None and the last block is padded, ranges that hide only the
+        padding.
     """
 
     def __init__(self, key: Array, ranges: KeyRanges | None):
@@ -176,27 +177,27 @@ class _Cut:
         self.ranges = ranges
 
     def blocks(self, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
-        """Keys, values and the codes of keys, the blocks along a new first axis."""
-        codes = None if self.ranges is None else self._cut(self.ranges.codes, HIDDEN)
-        return self._cut(key), self._cut(value), codes
+        """Keys, values and key codes, with the blocks along a new leading axis."""
+        codes = None if self.ranges is None else self._split(self.ranges.codes, HIDDEN)
+        return self._split(key), self._split(value), codes
 
     def joined(self, x: Array) -> Array:
-        """Back from `blocks`."""
+        """Inverse of `blocks` for one array."""
         return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : self.length]
 
-    def _cut(self, x: Array, fill: int = 0) -> Array:
+    def _split(self, x: Array, fill: int = 0) -> Array:
         missing = self.count * self.size - self.length
         x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
         return x.reshape(x.shape[0], self.count, self.size, *x.shape[2:]).swapaxes(0, 1)
 
 
 def _block_count(length: int) -> int:
-    """Blocks of so many keys: equal ones without a remainder, if there are such that are not too small."""
+    """Number of blocks: one that needs no padding, up to 8 times the fewest; otherwise the fewest."""
     fewest = -(-length // _LARGEST)
     exact = (n for n in range(fewest, 8 * fewest + 1) if length % n == 0)
     return next(exact, fewest)
 
 
 def block_score_bytes(queries: int, keys: int) -> int:
-    """Bytes of the scores that `Blocks` has in memory at once, of one head of one clip."""
+    """Bytes of scores that `Blocks` holds in memory at a time, for one head of one clip."""
     return 4 * queries * -(-keys // _block_count(keys))

@@ -1,4 +1,4 @@
-"""Attention on CPUs: a few heads and a block of queries at a time, so that scores stay in the caches."""
+"""Blockwise attention on CPUs: a few heads and a block of queries at a time keep scores in the CPU cache."""
 
 import functools
 import math
@@ -11,16 +11,16 @@ import numpy as np
 from vidgen.core.typing import Array, Bool, Float, Int
 
 _BLOCK = 2**21
-"""Scores that are computed at a time: few enough to be in the caches still when they are read again."""
+"""Most scores computed at a time: few enough to stay in the CPU cache until they are read again."""
 _HIDDEN = float(np.finfo(np.float32).min)
 
 
 class Masks(NamedTuple):
-    """What says which keys a query may see; None is no limit.
+    """Which keys each query sees; a None field masks nothing.
 
     Attributes:
-      keys: which may be seen by any.
-      query_segments, key_segments: a query sees keys of its own segment.
+      keys: False for keys that no query sees.
+      query_segments, key_segments: segment ids; a query sees only keys of its segment.
     """
 
     keys: Bool[Array, "b r"] | None = None
@@ -29,14 +29,14 @@ class Masks(NamedTuple):
 
 
 class SoftmaxStats(NamedTuple):
-    """Of each query's softmax: the largest score, and the sum of the exponentials less it."""
+    """Softmax statistics per query and head: the largest score, and the sum of exp(score - largest)."""
 
     max: Float[Array, "b s n"]
     sum: Float[Array, "b s n"]
 
 
 def worth_blocking(query: Float[Array, "b s n k"], key: Float[Array, "b r n k"]) -> bool:
-    """Whether blocks are faster than all scores at once, which they are not where scores are few."""
+    """Whether blockwise attention is faster than all scores at a time: float32, `_BLOCK` scores or more."""
     batch, queries, heads, _ = query.shape
     return query.dtype == jnp.float32 and batch * heads * queries * key.shape[1] >= _BLOCK
 
@@ -48,11 +48,11 @@ def forward(
     masks: Masks,
     scale: float,
 ) -> tuple[Float[Array, "b s n k"], SoftmaxStats]:
-    """Attention and what `backward` needs of it, without an array of all scores.
+    """Attention and the statistics for `backward`, without an array of all scores.
 
-    All keys of a block are there at once, so nothing is ever rescaled.
+    A block of queries takes all keys at a time, so no partial sum needs rescaling.
     """
-    cut = _Cut(query, key)
+    plan = _Cut(query, key)
 
     def of_heads(inputs: Any) -> Any:
         query, key, value, masks = inputs
@@ -67,8 +67,8 @@ def forward(
 
         return jax.lax.map(of_block, (query, masks.query_segments))
 
-    inputs = (cut.queries(scale * query), cut.keys(key), cut.keys(value), cut.masks(masks))
-    y, largest, total = map(cut.joined, jax.lax.map(of_heads, inputs))
+    inputs = (plan.queries(scale * query), plan.keys(key), plan.keys(value), plan.masks(masks))
+    y, largest, total = map(plan.joined, jax.lax.map(of_heads, inputs))
     return y, SoftmaxStats(largest[..., 0], total[..., 0])
 
 
@@ -82,12 +82,12 @@ def backward(
     statistics: SoftmaxStats,
     gradient: Float[Array, "b s n k"],
 ) -> tuple[Float[Array, "b s n k"], Float[Array, "b r n k"], Float[Array, "b r n k"]]:
-    """Gradients of query, key and value, given that of `y`.
+    """Gradients of query, key and value, given the gradient of `y`.
 
-    Scores are computed anew (FlashAttention-2; arXiv 2307.08691).
+    Recomputes the scores (FlashAttention-2; arXiv 2307.08691).
     """
-    cut = _Cut(query, key)
-    # What divides the weights of a query divides this instead, in which there are fewer numbers.
+    plan = _Cut(query, key)
+    # Dividing the gradient by the softmax sum replaces dividing the weights, which are far more numbers.
     gradient = gradient / statistics.sum[..., None]
     mean = (gradient * y).sum(-1, keepdims=True)
 
@@ -99,7 +99,7 @@ def backward(
             scores = _masked(_products(query, key), segments, masks, _HIDDEN)
             weights = jnp.exp(scores - largest)
             d_scores = _masked(weights * (_products(gradient, value) - mean), segments, masks, 0.0)
-            # Written once, not computed for each of their uses.
+            # Stored once: without the barrier XLA recomputes them for each use.
             weights, d_scores = jax.lax.optimization_barrier((weights, d_scores))
             d_key = sums[0] + jnp.einsum("gsk,gsr->gkr", query, d_scores)
             d_value = sums[1] + jnp.einsum("gsk,gsr->gkr", gradient, weights)
@@ -109,19 +109,19 @@ def backward(
         sums, d_query = jax.lax.scan(of_block, (zeros, zeros), (*blocks, masks.query_segments))
         return d_query, *(jnp.swapaxes(x, 1, 2) for x in sums)
 
-    blocks = map(cut.queries, (scale * query, gradient, statistics.max[..., None], mean))
-    inputs = (*blocks, cut.keys(key), cut.keys(value), cut.masks(masks))
+    blocks = map(plan.queries, (scale * query, gradient, statistics.max[..., None], mean))
+    inputs = (*blocks, plan.keys(key), plan.keys(value), plan.masks(masks))
     d_query, d_key, d_value = jax.lax.map(of_heads, inputs)
     back = functools.partial(_heads_last, clips=key.shape[0])
-    return scale * cut.joined(d_query), back(d_key), back(d_value)
+    return scale * plan.joined(d_query), back(d_key), back(d_value)
 
 
 class _Cut:
-    """How arrays of all clips, heads and queries are cut into what is computed at a time.
+    """Splits clips, heads and queries into the blocks that are computed at a time.
 
     Attributes:
-      group: clips' heads at a time.
-      count, rows: blocks of queries, and queries per block; the last block is padded.
+      group: heads per step, counted over all clips (clips x heads in all).
+      count, rows: number of query blocks, and queries per block; the last block is padded.
     """
 
     def __init__(self, query: Array, key: Array):
@@ -133,11 +133,11 @@ class _Cut:
         self.count = math.ceil(self.length / self.rows)
 
     def keys(self, x: Array) -> Array:
-        """`b r n k` as groups, heads of a group, keys, channels."""
+        """Reshapes `b r n k` to groups, heads per group, keys, channels."""
         return self._grouped(_heads_first(x))
 
     def queries(self, x: Array) -> Array:
-        """`b s n k` as groups, blocks, heads of a group, queries of a block, channels."""
+        """Reshapes `b s n k` to groups, blocks, heads per group, queries per block, channels."""
         return self._blocks(_heads_first(x))
 
     def masks(self, masks: Masks) -> Masks:
@@ -149,7 +149,7 @@ class _Cut:
         )
 
     def joined(self, x: Array) -> Array:
-        """Back from `queries`."""
+        """Inverse of `queries`."""
         x = jnp.swapaxes(x, 1, 2)
         x = x.reshape(x.shape[0], self.group, self.count * self.rows, -1)[:, :, : self.length]
         return _heads_last(x, self.clips)

@@ -1,4 +1,4 @@
-"""The attention kernels of `pallas_kernels`, or `Blocks`, on each device of a mesh its part."""
+"""Runs an attention kernel (`pallas_kernels` or `Blocks`) per device under `shard_map`."""
 
 import dataclasses
 import functools
@@ -21,17 +21,17 @@ from vidgen.parallel.rules import partition_spec
 __all__ = ["Kernels", "device_kind", "kernel_attention", "key_ranges", "over_mesh"]
 
 _PADDING = 2**30
-"""The code of segment 0: rows end in padding, and codes that do not decrease leave out the most blocks."""
+"""Code of segment 0, the padding at the end of a packed row: nondecreasing codes skip the most blocks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The kernels of one kind of device, as `vidgen.pallas_kernels.attention.reference` has them.
+    """The Pallas kernels of one device kind; same contract as `vidgen.pallas_kernels.attention.reference`.
 
     Attributes:
       kind: `pallas_tpu` or `pallas_gpu`.
-      generation: of TPUs, as `vidgen.pallas_kernels.attention.specs` names them.
-      interpret: runs on a CPU, slowly, to test.
+      generation: TPU generation, a key of `vidgen.pallas_kernels.attention.specs.GENERATIONS`.
+      interpret: interprets the kernels on a CPU: slow, for tests.
     """
 
     kind: Literal["pallas_tpu", "pallas_gpu"]
@@ -40,10 +40,10 @@ class Kernels:
 
     @classmethod
     def of(cls, kind: Literal["pallas_tpu", "pallas_gpu"]) -> "Kernels":
-        """For the devices in use, and interpreted where they are CPUs.
+        """Kernels for the devices in use; interpreted on CPUs.
 
         Raises:
-          NotImplementedError: there are no such kernels for them.
+          NotImplementedError: this kind has no kernels for the devices in use.
         """
         platform, name = device_kind()
         if kind == "pallas_gpu":
@@ -57,7 +57,7 @@ class Kernels:
     def forward(
         self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
     ) -> tuple[Array, Array]:
-        """Output `b s n k`, log-sum-exp `b n s`."""
+        """Returns the output, `b s n k`, and the log-sum-exp, `b n s`."""
         inputs = (query, key, value)
         return self._module.forward(*inputs, scale=scale, ranges=ranges, **self._options)
 
@@ -88,7 +88,7 @@ class Kernels:
 
 
 def device_kind() -> tuple[str, str]:
-    """Platform and kind of the devices that a program is for: those of the mesh in context, or those here."""
+    """Platform and device kind of the mesh in context, or of `jax.devices()[0]` without one."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform or "cpu", described.device_kind
@@ -97,10 +97,11 @@ def device_kind() -> tuple[str, str]:
 
 
 def key_ranges(masks: Masks, query: Float[Array, "b s n k"]) -> KeyRanges | None:
-    """What the kernels are told of `masks`; None is everything."""
+    """`masks` as the kernels' key ranges; None if every query sees every key."""
     if masks.query_segments is not None and masks.key_segments is not None:
-        own, theirs = (jnp.where(x == 0, _PADDING, x) for x in (masks.query_segments, masks.key_segments))
-        return segment_ranges(own, theirs, masks.keys)
+        segments = (masks.query_segments, masks.key_segments)
+        query_codes, key_codes = (jnp.where(x == 0, _PADDING, x) for x in segments)
+        return segment_ranges(query_codes, key_codes, masks.keys)
     if masks.keys is None:
         return None
     zeros = jnp.zeros(query.shape[:2], jnp.int32)
@@ -116,10 +117,10 @@ def kernel_attention(
     scale: float,
     kernels: AttentionKernel,
 ) -> Float[Array, "b s n k"]:
-    """Softmax attention, each device its part; a query that sees no key gives zeros.
+    """Softmax attention, sharded over the mesh in context; zeros for a query that sees no key.
 
     Raises:
-      NotImplementedError: the kernels take no such shapes or dtypes.
+      NotImplementedError: the kernels do not support these shapes or dtypes.
     """
     return _forward(query, key, value, masks, scale, kernels)[0]
 
@@ -146,7 +147,7 @@ def _backward(scale: float, kernels: AttentionKernel, residuals: Any, cotangent:
             scale=scale,
             ranges=key_ranges(masks, query),
         )
-        # Devices with other queries of the same clips and heads see the same keys.
+        # Devices with other queries of the same clips and heads hold the same keys: sum their gradients.
         gradients = d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
         return tuple(grad.astype(x.dtype) for grad, x in zip(gradients, (query, key, value), strict=True))
 
@@ -165,12 +166,15 @@ def over_mesh(
     *others: Any,
     outputs: str,
 ) -> Any:
-    """`local(axes, ...)`, each device its clips, heads and queries: XLA cuts neither loops nor kernels.
+    """Runs `local` per device under `shard_map`, because XLA partitions neither loops nor kernels.
+
+    Clips and heads of all arrays are sharded; tokens of queries are sharded, keys hold all tokens.
 
     Args:
-      local: is given the mesh axes over which queries are cut, and its part of each array.
-      others: cut as queries are.
-      outputs: a letter for each output, `q` if it is cut as queries are, `k` if as keys; one is no tuple.
+      local: called with the mesh axes that shard query tokens (None if none do), then a shard of each array.
+      others: arrays sharded as `query`.
+      outputs: one letter per output: `q` if it is sharded as `query`, `k` as `key`; a single output comes
+        without a tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:

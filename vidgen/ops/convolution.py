@@ -1,4 +1,4 @@
-"""3D convolution: one function, the formulation chosen per platform, height and width cut over the mesh."""
+"""3D convolution, formulated per platform, with height and width sharded over the mesh."""
 
 import functools
 from collections.abc import Callable
@@ -25,11 +25,11 @@ def conv3d(
 ) -> Float[Array, "b t2 h2 w2 o"]:
     """Cross-correlation over time, height and width with zero padding.
 
-    The result is in the dtype of `x`. XLA's native 3D convolution is used everywhere but on CPU, where it is
-    several times slower than the 2D one (`vidgen.ops.convolution_cpu`).
+    The result has the dtype of `x`. Uses XLA's native 3D convolution except on CPUs, where it is several
+    times slower than the 2D one (`vidgen.ops.convolution_cpu`).
 
-    On a mesh, each device filters its part of the height and width, and neighbours exchange the rows and
-    columns that the filter reaches over: the result is that of one device.
+    On a mesh, each device filters its shard of height and width after a halo exchange with its neighbours
+    (the image rows and columns that the filter reaches); the result equals that of one device.
     """
     local = functools.partial(_on_one_device, strides=strides)
     return _over_mesh(local, x, kernel.astype(x.dtype), strides, padding)
@@ -38,10 +38,10 @@ def conv3d(
 def upsampled_conv3d(
     x: Float[Array, "b t h w c"], kernel: Float[Array, "kt 3 3 c o"]
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """`conv3d` of `x` with each pixel repeated 2 x 2, and zeros around in height and width.
+    """`conv3d` of `x` upsampled 2 x 2 (nearest), with one pixel of zero padding in height and width.
 
-    It is computed from the pixels as they are, with weights that fall on copies of one pixel added first:
-    fewer multiply-adds, and nothing of the larger size but the result.
+    Works on the pixels before upsampling, with the weights that meet copies of the same pixel summed first:
+    fewer multiply-adds, and no array of the larger size except the result.
     """
     return _over_mesh(_upsampled_on_one_device, x, kernel, (1, 1, 1), ((0, 0), (1, 1), (1, 1)))
 
@@ -49,23 +49,23 @@ def upsampled_conv3d(
 def _over_mesh(
     local: Callable[..., Array], x: Array, kernel: Array, strides: tuple[int, int, int], padding: Padding
 ) -> Array:
-    """`local(x, kernel, padding=padding)`, each device its part where there is a mesh."""
-    # Gathered whole before it is used: left to itself the partitioner makes one convolution per shard of
-    # `fsdp`, each over a few of the input channels.
+    """`local(x, kernel, padding=padding)`, run per device on its shard if there is a mesh."""
+    # All-gathered before use: otherwise the partitioner makes one convolution per shard of `fsdp`, each over
+    # a few of the input channels.
     kernel = constrain(kernel, None, None, None, None, "conv_out")
     if jax.sharding.get_abstract_mesh().empty:
         return local(x, kernel, padding=padding)
-    spec = _cut(x.shape, kernel.shape, strides, padding)
+    spec = _shardable_spec(x.shape, kernel.shape, strides, padding)
     if spec[2] is None and spec[3] is None:
         return local(constrain(x, "batch", None, None, None, None), kernel, padding=padding)
     surrounded = functools.partial(_with_neighbours, local, spec=spec, padding=padding)
     return jax.shard_map(surrounded, in_specs=(spec, PartitionSpec()), out_specs=spec)(x, kernel)
 
 
-def _cut(
+def _shardable_spec(
     shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int, int], padding: Padding
 ) -> PartitionSpec:
-    """How `x` is laid over the mesh in context: along sides of which every device makes an equal part."""
+    """How `x` is sharded over the mesh in context: a side only if each device makes an equal part of it."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = list(partition_spec(_AXES, shape, mesh))
     for dim in (2, 3):
@@ -81,24 +81,24 @@ def _cut(
 def _with_neighbours(
     local: Callable[..., Array], x: Array, kernel: Array, *, spec: PartitionSpec, padding: Padding
 ) -> Array:
-    """One device's part of the result: what others hold of its surroundings takes the padding's place.
+    """One device's shard of the result: the neighbours' halo replaces the padding.
 
-    It is written out since the partitioner's own (jax 0.10) gives wrong gradients of the kernel, without a
-    word, where a mesh axis is left over: it sums over copies too.
+    Explicit because the partitioner's halo exchange (jax 0.10) silently gives wrong kernel gradients if `x`
+    is replicated over a mesh axis: it sums over the replicas too.
     """
-    padding_left = list(padding)
+    remaining_padding = list(padding)
     for dim in (2, 3):
         axis = spec[dim]
         if axis is not None:
             x = _extended(x, dim, axis, *padding[dim - 1])
-            padding_left[dim - 1] = (0, 0)
-    return local(x, kernel, padding=padding_left)
+            remaining_padding[dim - 1] = (0, 0)
+    return local(x, kernel, padding=remaining_padding)
 
 
 def _extended(x: Array, dim: int, axis: str, before: int, after: int) -> Array:
-    """`x` between the last `before` rows of the device before and the first `after` rows of the one after.
+    """`x` with a halo along `dim`: the previous device's last `before` slices, the next one's first `after`.
 
-    At the ends of the mesh axis there is nothing to receive, which is zeros: the padding.
+    At the ends of the mesh axis `ppermute` receives zeros, which are the padding.
     """
     count, size = jax.lax.axis_size(axis), x.shape[dim]
     forward = [(i, i + 1) for i in range(count - 1)]
@@ -122,7 +122,7 @@ def _on_one_device(x: Array, kernel: Array, *, strides: tuple[int, int, int], pa
 
 
 _SPREAD = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]], np.float32)
-"""A filter of three weights over copies of pixels, as one of four over pixels with zeros in between."""
+"""Maps a 3-tap filter over repeated pixels to a 4-tap filter over pixels with zeros in between."""
 
 
 def _upsampled_on_one_device(x: Array, kernel: Array, *, padding: Padding) -> Array:

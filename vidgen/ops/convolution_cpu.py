@@ -1,4 +1,4 @@
-"""3D convolution on CPUs: XLA's 2D one, the faster of its two, and Winograd's algorithm for large ones."""
+"""3D convolution on CPUs: by XLA's 2D convolution, faster than its 3D one; Winograd for large inputs."""
 
 import functools
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from vidgen.core.typing import Array, Float
 
 Padding = Sequence[tuple[int, int]]
-"""Zeros before and after, along time, height and width."""
+"""Numbers of zeros before and after, along time, height and width."""
 
 _MIN_CHANNELS = 32
 _MIN_SIZE = 2**17
-"""With a smaller input the sums around the products cost more than the products saved."""
+"""Least input elements for Winograd: below, its additions cost more than the multiplications it saves."""
 _MANY_CHANNELS = 192
-"""From here on the same holds along height."""
+"""Least channels for Winograd along height as well as time."""
 
 
 def convolve(
@@ -25,11 +25,11 @@ def convolve(
     strides: tuple[int, int, int],
     padding: Padding,
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """As `vidgen.ops.convolution.conv3d` on one device (measured by `benchmarks/convolution.py`).
+    """`vidgen.ops.convolution.conv3d` on one CPU device (measured by `benchmarks/convolution.py`).
 
-    Large ones in float32 go by Winograd's algorithm over time, four frames at a time with half of the
-    multiply-adds, and with many channels over height too. Its rounding errors are some three times those of
-    the products that it saves.
+    Large float32 inputs use Winograd's algorithm over time, four frames at a time with half of the
+    multiply-adds, and with many channels over height too. Its rounding errors are about three times those of
+    direct convolution.
     """
     channels = min(kernel.shape[-2:])
     large = x.size >= _MIN_SIZE and channels >= _MIN_CHANNELS
@@ -41,20 +41,20 @@ def convolve(
 
 
 _ADDED = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-"""Which of three weights fall on the same of two pixels, for the first and second copy of a pixel."""
+"""Which of three weights meet which of two neighbouring pixels, for a pixel's first and second copy."""
 
 
 def convolve_upsampled(
     x: Float[Array, "b t h w c"], kernel: Float[Array, "kt 3 3 c o"], padding: Padding
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """As `vidgen.ops.convolution.upsampled_conv3d` on one device, by 4/9 of its multiply-adds.
+    """`vidgen.ops.convolution.upsampled_conv3d` on one CPU device, with 4/9 of the multiply-adds.
 
     Args:
-      padding: zeros around in pixels as they are: one on each side, or none where a neighbour's pixels are.
+      padding: zeros, in pixels before upsampling: one per side, or none on a side with a neighbour's halo.
     """
     x, features = _padded(x, padding), kernel.shape[-1]
     kernel = jnp.einsum("iph,jqw,thwco->tpqcijo", _ADDED, _ADDED, kernel).astype(x.dtype)
-    # For every place between pixels, what the four copies around it are: one of each of its neighbours.
+    # Each corner between four pixels gives four outputs: the copy nearest to it of each of the four.
     y = convolve(x, kernel.reshape(*kernel.shape[:4], -1), (1, 1, 1), ((0, 0),) * 3)
     batch, frames, height, width = y.shape[:4]
     y = y.reshape(batch, frames, height, width, 2, 2, features)
@@ -66,12 +66,12 @@ def convolve_upsampled(
 
 
 def _padded(x: Array, padding: Padding) -> Array:
-    """With zeros around the first dimensions after the batch."""
+    """`x` with zero padding of the first dimensions after the batch."""
     return jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * (x.ndim - 1 - len(padding))))
 
 
 def _time_taps_as_channels(x: Array, kernel: Array, strides: tuple[int, int, int], space: Padding) -> Array:
-    """One 2D convolution of all frames, those that the filter spans side by side in channels."""
+    """One 2D convolution over all frames, with the frames that the filter spans stacked as channels."""
     taps, height, width, channels, features = kernel.shape
     batch, frames, *_ = x.shape
     out_frames = (frames - taps) // strides[0] + 1
@@ -88,7 +88,7 @@ def _time_taps_as_channels(x: Array, kernel: Array, strides: tuple[int, int, int
 
 
 def _winograd(x: Array, kernel: Array, dims: tuple[int, ...], space: Padding) -> Array:
-    """Over each of `dims` in which the filter has three taps, 4 and then 2 of its outputs at a time."""
+    """Winograd along each of `dims` with three taps: 4 outputs at a time (time axis only), then 2."""
     if not dims:
         return _time_taps_as_channels(x, kernel, (1, 1, 1), space)
     dim, *others = dims
@@ -109,7 +109,7 @@ def _winograd(x: Array, kernel: Array, dims: tuple[int, ...], space: Padding) ->
 
 
 def _by_groups(x: Array, kernel: Array, dim: int, size: int, rest: tuple[int, ...], space: Padding) -> Array:
-    """`size` outputs of three taps from `size + 2` products, not `3 * size` (arXiv 1509.09308)."""
+    """`size` outputs of a 3-tap filter from `size + 2` products instead of `3 * size` (arXiv 1509.09308)."""
     of_inputs, of_filters, of_products = _transforms(size)
     last = x.shape[dim] - size - 1
     inputs = [jax.lax.slice_in_dim(x, i, i + last, size, axis=dim) for i in range(size + 2)]
@@ -122,9 +122,9 @@ def _by_groups(x: Array, kernel: Array, dim: int, size: int, rest: tuple[int, ..
 
 @functools.cache
 def _transforms(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matrices of Toom and Cook over inputs, filters and products, for `size` outputs of three taps.
+    """Toom-Cook matrices for inputs, filters and products, for `size` outputs of a 3-tap filter.
 
-    The points are ones with small rounding errors (Barabasz et al., arXiv 1803.10986).
+    The points are chosen for small rounding errors (Barabasz et al., arXiv 1803.10986).
     """
     points = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 0.5, -2.0)}[size]
     powers = np.vander(points, size + 2, increasing=True)
@@ -139,7 +139,7 @@ def _transforms(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _mixed(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
-    """Sums of `parts`, with the factors of each row of `matrix`."""
+    """Linear combinations of `parts`, one per row of `matrix`."""
     return [
         functools.reduce(jnp.add, [part * factor for part, factor in zip(parts, row, strict=True) if factor])
         for row in matrix.tolist()

@@ -5,10 +5,10 @@ from vidgen.parallel.rules import is_sharded
 
 
 def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """`x @ kernel`, as a product of two matrices where tokens are not cut over the mesh.
+    """`x @ kernel`, as a product of two matrices unless tokens are sharded over the mesh.
 
-    With more axes XLA (jax 0.10) on CPUs makes a transposed copy of `x` for the gradient of `kernel`, and
-    computes what `x` comes from in that order: the training step of a transformer takes a fifth longer.
+    With more than two axes XLA (jax 0.10) on CPUs makes a transposed copy of `x` for the gradient of `kernel`
+    and computes the producers of `x` in that layout: a transformer's training step takes a fifth longer.
     """
     if x.ndim < 3 or is_sharded("tokens"):
         return x @ kernel

@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding of queries and keys in one pass over memory: the kernel, on a mesh or not."""
+"""RMS norm and RoPE of queries and keys in one pass over memory: runs the TPU kernel, on a mesh or not."""
 
 import jax
 from jax.sharding import PartitionSpec
@@ -20,14 +20,14 @@ def norm_rope(
     eps: float,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b s n k"]:
-    """Normalised over all heads and scaled, then each head's pairs turned by `angles`; rounded once.
+    """RMS norm over all heads with `scale`, then RoPE with `angles` per pair of channels; rounded once.
 
     Args:
-      implementation: of attention; this one goes with the kernels for TPUs.
+      implementation: the attention implementation; `pallas_tpu`, or `auto` on TPUs, has a kernel here.
 
     Raises:
-      NotImplementedError: another implementation or device; shapes or dtypes that the kernel does not take; a
-        token's channels are cut over the mesh. `nn.RMSNorm` and `nn.apply_rope` do the same then.
+      NotImplementedError: another implementation or device; unsupported shapes or dtypes; channels sharded
+        over the mesh. `nn.RMSNorm` followed by `nn.apply_rope` is the equivalent to fall back to.
     """
     platform, kind = device_kind()
     if implementation not in ("auto", "pallas_tpu") or (implementation == "auto" and platform != "tpu"):
@@ -40,13 +40,13 @@ def norm_rope(
     if not mesh.empty and not mesh.manual_axes:
         clips, tokens, channels = partition_spec(("batch", "tokens", "heads"), x.shape, mesh)
         if channels is not None:
-            raise NotImplementedError("norm_rope: the channels of a token lie on several devices")
+            raise NotImplementedError("norm_rope: the channels of a token are sharded over several devices")
         spec = PartitionSpec(clips, tokens)
         of_angles = PartitionSpec(clips if angles.shape[0] > 1 else None, tokens)
         local = jax.shard_map(
             local,
             in_specs=(spec, PartitionSpec(), of_angles),
             out_specs=spec,
-            check_vma=False,  # Kernels do not say over which axes their results vary.
+            check_vma=False,  # Kernels do not declare the mesh axes that their results vary over.
         )
     return local(x, scale, angles).reshape(*x.shape[:2], -1, 2 * angles.shape[-1])

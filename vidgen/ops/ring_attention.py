@@ -1,7 +1,7 @@
-"""Attention over a ring of devices: keys and values travel, queries stay (arXiv 2310.01889).
+"""Ring attention: devices pass keys and values around a ring and hold their queries (arXiv 2310.01889).
 
-What a turn sends leaves before its attention is computed, and arrives meanwhile. Results of turns merge, and
-gradients add up, in float32.
+Each step's `ppermute` overlaps with the attention of that step. Partial results are merged, and gradients
+summed, in float32.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ __all__ = ["Ring", "ring_attention"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ring:
-    """Devices that pass on to each other, two or more; several such rings lie along a mesh axis.
+    """A ring of two or more devices along a mesh axis, which may hold several interleaved rings.
 
     Attributes:
-      axis: of the mesh.
-      devices: of that axis.
-      stride: how far apart along the axis the neighbours are; how many rings there are.
+      axis: name of the mesh axis.
+      devices: size of the mesh axis.
+      stride: distance along the axis between neighbours of a ring; also the number of rings.
     """
 
     axis: str
@@ -47,15 +47,15 @@ class Ring:
 
     @property
     def size(self) -> int:
-        """Devices of one ring."""
+        """Number of devices in one ring."""
         return self.devices // self.stride
 
     def ring_index(self) -> Array:
-        """This device's place in its ring."""
+        """This device's position in its ring, in [0, size)."""
         return jax.lax.axis_index(self.axis) // self.stride
 
     def send_to_next(self, x: Array) -> Array:
-        """Sends to the next device of the ring, receives from the one before."""
+        """Sends `x` to the next device of the ring and returns the array of the previous device."""
         to_next = [(i, (i + self.stride) % self.devices) for i in range(self.devices)]
         return jax.lax.ppermute(x, self.axis, to_next)
 
@@ -69,23 +69,25 @@ def ring_attention(
     key_mask: Bool[Array, "b r"] | None = None,
     segments: Int[Array, "b r"] | None = None,
 ) -> Float[Array, "b s n k"]:
-    """Softmax self-attention, within `shard_map`; a query that sees no key gives zeros.
+    """Softmax self-attention inside `shard_map`; zeros for a query that sees no key.
 
     Args:
-      implementation: a Pallas kernel, that of TPUs for `auto` on TPUs; or plain JAX in blocks (also `cudnn`).
-      query, key, value: of this device's tokens.
-      key_mask, segments: of all tokens of the ring, as `vidgen.ops.sequence_parallel` has them.
+      implementation: `pallas_tpu` or `pallas_gpu`; `auto` is the TPU kernel on TPUs; anything else, `cudnn`
+        included, is `Blocks`.
+      query, key, value: this device's tokens.
+      key_mask, segments: mask and segment ids of all tokens of the ring, as in
+        `vidgen.ops.sequence_parallel.sequence_attention`.
 
     Raises:
-      NotImplementedError: the implementation that was named takes no such shapes or dtypes.
-      ScoresTooLarge: plain JAX would have more than `score_budget.SCORE_BYTES` of scores in memory.
+      NotImplementedError: the named implementation does not support these shapes or dtypes.
+      ScoresTooLarge: `Blocks` would hold more than `score_budget.SCORE_BYTES` of scores in memory.
     """
-    turns = _RingStep(ring=ring, parts=_parts(implementation), scale=query.shape[-1] ** -0.5)
-    return _attend(turns, query, key, value, key_mask, segments)
+    ring_step = _RingStep(ring=ring, kernels=_kernels(implementation), scale=query.shape[-1] ** -0.5)
+    return _attend(ring_step, query, key, value, key_mask, segments)
 
 
-def _parts(implementation: Implementation) -> tuple[AttentionKernel, ...]:
-    """What may compute, the fastest first."""
+def _kernels(implementation: Implementation) -> tuple[AttentionKernel, ...]:
+    """Kernels to try, fastest first."""
     if implementation == "pallas_tpu" or implementation == "pallas_gpu":
         return (Kernels.of(implementation),)
     if implementation == "auto" and device_kind()[0] == "tpu":
@@ -98,23 +100,23 @@ def _parts(implementation: Implementation) -> tuple[AttentionKernel, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _RingStep:
-    """What devices do in a turn of the ring.
+    """Computation and communication of one step of the ring.
 
-    Arrays that travel are `b s (n k)`, as TPU kernels read them: no turn copies them to another layout.
+    Arrays in flight are `b s (n k)`, the TPU kernels' layout, so that no step copies to another layout.
 
     Attributes:
-      parts: what computes, the first that takes the shapes and the dtype.
-      scale: of the products.
+      kernels: kernels to try; the first that supports the shapes and dtype computes.
+      scale: factor on the query-key products.
     """
 
     ring: Ring
-    parts: tuple[AttentionKernel, ...]
+    kernels: tuple[AttentionKernel, ...]
     scale: float
 
     def attend(self, query: Array, keys: tuple[Array, ...], ranges: KeyRanges | None) -> PartialAttention:
         arrays = (query, *(x.reshape(query.shape) for x in keys))
-        call = lambda part: part.forward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
-        mean, log_sum_exp = _first_possible(call, self.parts, *arrays[:2])
+        call = lambda kernel: kernel.forward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
+        mean, log_sum_exp = _first_supported(call, self.kernels, *arrays[:2])
         return PartialAttention(_flat(mean), log_sum_exp)
 
     def gradients(
@@ -125,54 +127,56 @@ class _RingStep:
         cotangent: Array,
         ranges: KeyRanges | None,
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Of the query, and of keys and values; kernels round them to the inputs' dtype, `Blocks` not."""
+        """Gradients of query, and of keys and values: float32 from `Blocks`, else in the inputs' dtype."""
         arrays = (query, *(x.reshape(query.shape) for x in keys), *results, cotangent)
-        call = lambda part: part.backward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
-        of_query, *rest = (_flat(x) for x in _first_possible(call, self.parts, *arrays[:2]))
+        call = lambda kernel: kernel.backward(*arrays, scale=self.scale, ranges=ranges)  # noqa: E731
+        of_query, *rest = (_flat(x) for x in _first_supported(call, self.kernels, *arrays[:2]))
         return of_query, tuple(rest)
 
     def overlap_with_send(self, compute: Callable[[], Any], in_flight: Any) -> tuple[Any, Any]:
-        """The result of `compute`, and what comes in place of the arrays that are sent on during it."""
-        coming = jax.tree.map(self.ring.send_to_next, in_flight)
-        # Nothing that uses the result begins before all has come. The compiler, which does not know how long
-        # a kernel takes, then sends before the kernel; else it may send during the little that follows.
-        return jax.lax.optimization_barrier((compute(), coming))
+        """The result of `compute`, and the arrays received while `in_flight` is sent to the next device."""
+        received = jax.tree.map(self.ring.send_to_next, in_flight)
+        # The barrier makes users of the result wait for the transfer, so that XLA starts the transfer before
+        # the kernel. XLA cannot estimate a kernel's duration: it may otherwise overlap the transfer with the
+        # short operations that follow.
+        return jax.lax.optimization_barrier((compute(), received))
 
     def ranges(
         self, query: Array, key_mask: Array | None, segments: Array | None, step: Array | int
     ) -> KeyRanges | None:
-        """What this device's tokens see of the keys that have come to it after so many steps."""
+        """Key ranges of this device's queries over the keys that it holds after `step` steps."""
         length = query.shape[1]
-        here = self.ring.ring_index()
-        whose = (here - step) % self.ring.size
+        query_index = self.ring.ring_index()
+        key_index = (query_index - step) % self.ring.size
 
-        def part(x: Array | None, place: Array) -> Array | None:
-            return None if x is None else jax.lax.dynamic_slice_in_dim(x, place * length, length, axis=1)
+        def part(x: Array | None, index: Array) -> Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * length, length, axis=1)
 
-        return key_ranges(Masks(part(key_mask, whose), part(segments, here), part(segments, whose)), query)
+        masks = Masks(part(key_mask, key_index), part(segments, query_index), part(segments, key_index))
+        return key_ranges(masks, query)
 
 
 def _flat(x: Array) -> Array:
-    """`b s n k` as `b s (n k)`."""
+    """Reshapes `b s n k` to `b s (n k)`."""
     return x.reshape(*x.shape[:2], -1)
 
 
-def _first_possible(
-    call: Callable[[AttentionKernel], Any], parts: tuple[AttentionKernel, ...], query: Array, key: Array
+def _first_supported(
+    call: Callable[[AttentionKernel], Any], kernels: tuple[AttentionKernel, ...], query: Array, key: Array
 ) -> Any:
-    """What the first part that takes the arrays gives; what refused is logged.
+    """Result of `call` with the first kernel that supports the arrays; logs why others do not.
 
     Raises:
-      NotImplementedError: the last part refuses too.
-      ScoresTooLarge: it has too many scores in memory.
+      NotImplementedError: the last kernel does not support them either.
+      ScoresTooLarge: the last kernel is `Blocks` and would hold too many scores in memory.
     """
-    *preferred, last = parts
+    *preferred, last = kernels
     reasons: dict[str, Exception] = {}
-    for part in preferred:
+    for kernel in preferred:
         try:
-            return call(part)
+            return call(kernel)
         except NotImplementedError as error:
-            reasons[getattr(part, "kind", "blocks")] = error
+            reasons[getattr(kernel, "kind", "blocks")] = error
     if isinstance(last, Blocks):
         size = query.shape[0] * query.shape[2] * block_score_bytes(query.shape[1], key.shape[1])
         check_scores("blocks", size)
@@ -182,52 +186,63 @@ def _first_possible(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    turns: _RingStep, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
+    ring_step: _RingStep,
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    segments: Array | None,
 ) -> Array:
-    return _forward(turns, query, key, value, key_mask, segments)[0]
+    return _forward(ring_step, query, key, value, key_mask, segments)[0]
 
 
 def _forward(
-    turns: _RingStep, query: Array, key: Array, value: Array, key_mask: Array | None, segments: Array | None
+    ring_step: _RingStep,
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    segments: Array | None,
 ):
     def attend(keys: tuple[Array, ...], step: Array | int) -> PartialAttention:
-        return turns.attend(query, keys, turns.ranges(query, key_mask, segments, step))
+        return ring_step.attend(query, keys, ring_step.ranges(query, key_mask, segments, step))
 
-    def turn(carry, step: Array):
+    def body(carry, step: Array):
         attended, keys = carry
-        part, keys = turns.overlap_with_send(lambda: attend(keys, step), keys)
+        part, keys = ring_step.overlap_with_send(lambda: attend(keys, step), keys)
         return (merge(attended, part), keys), None
 
-    rows = jnp.full_like(query[..., 0].swapaxes(1, 2), -jnp.inf, jnp.float32)
-    nothing = PartialAttention(jnp.zeros_like(_flat(query), jnp.float32), rows)
-    last = turns.ring.size - 1
-    (attended, keys), _ = jax.lax.scan(turn, (nothing, (_flat(key), _flat(value))), jnp.arange(last))
+    minus_inf = jnp.full_like(query[..., 0].swapaxes(1, 2), -jnp.inf, jnp.float32)
+    nothing = PartialAttention(jnp.zeros_like(_flat(query), jnp.float32), minus_inf)
+    last = ring_step.ring.size - 1
+    (attended, keys), _ = jax.lax.scan(body, (nothing, (_flat(key), _flat(value))), jnp.arange(last))
     attended = merge(attended, attend(keys, last))
     results = (attended.mean.astype(query.dtype).reshape(query.shape), attended.log_sum_exp)
     results = tuple(checkpoint_name(x, ATTENTION) for x in results)
     return results[0], (query, key, value, key_mask, segments, results)
 
 
-def _backward(turns: _RingStep, saved, cotangent: Array):
-    """Keys and values travel again; the sums of their gradients follow one turn behind, and end at home."""
+def _backward(ring_step: _RingStep, saved, cotangent: Array):
+    """Passes keys and values around again; gradient sums follow one step later and return to their device."""
     query, key, value, key_mask, segments, results = saved
     keys = (_flat(key), _flat(value))
-    last = turns.ring.size - 1
+    last = ring_step.ring.size - 1
 
     def gradients(keys: tuple[Array, ...], step: Array | int) -> tuple[Array, tuple[Array, ...]]:
-        return turns.gradients(query, keys, results, cotangent, turns.ranges(query, key_mask, segments, step))
+        ranges = ring_step.ranges(query, key_mask, segments, step)
+        return ring_step.gradients(query, keys, results, cotangent, ranges)
 
-    def turn(carry, step: Array):
+    def body(carry, step: Array):
         sums, keys = carry
-        parts, (of_others, keys) = turns.overlap_with_send(lambda: gradients(keys, step), (sums[1], keys))
-        return (jax.tree.map(jnp.add, (sums[0], of_others), parts), keys), None
+        parts, (of_keys, keys) = ring_step.overlap_with_send(lambda: gradients(keys, step), (sums[1], keys))
+        return (jax.tree.map(jnp.add, (sums[0], of_keys), parts), keys), None
 
-    first, keys = turns.overlap_with_send(lambda: gradients(keys, 0), keys)
+    first, keys = ring_step.overlap_with_send(lambda: gradients(keys, 0), keys)
     sums = jax.tree.map(lambda x: x.astype(jnp.float32), first)
-    (sums, keys), _ = jax.lax.scan(turn, (sums, keys), jnp.arange(1, last))
-    parts, of_others = turns.overlap_with_send(lambda: gradients(keys, last), sums[1])
-    of_query, of_others = jax.tree.map(jnp.add, (sums[0], of_others), parts)
-    grads = (of_query, *map(turns.ring.send_to_next, of_others))
+    (sums, keys), _ = jax.lax.scan(body, (sums, keys), jnp.arange(1, last))
+    parts, of_keys = ring_step.overlap_with_send(lambda: gradients(keys, last), sums[1])
+    of_query, of_keys = jax.tree.map(jnp.add, (sums[0], of_keys), parts)
+    grads = (of_query, *map(ring_step.ring.send_to_next, of_keys))
     return (*(grad.astype(query.dtype).reshape(query.shape) for grad in grads), None, None)
 
 

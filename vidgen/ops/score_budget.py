@@ -1,4 +1,4 @@
-"""How much memory attention's scores may take, and what is said when no kernel takes a call."""
+"""Memory budget of attention scores, and the log messages and errors for calls without a kernel."""
 
 import functools
 import logging
@@ -19,10 +19,10 @@ __all__ = ["SCORE_BYTES", "ScoresTooLarge", "check_scores", "heads_here", "refus
 _log = get_logger(__name__)
 
 SCORE_BYTES = 2**32
-"""Scores that are in the memory of one device at once, at most, where no kernel takes a call."""
+"""Most bytes of scores in one device's memory at a time, for a call that no kernel supports."""
 
 _WARNED = 2**28
-"""Scores of so many bytes cost noticeable memory and time: that no kernel takes them is then a warning."""
+"""Bytes of scores that cost noticeable memory and time: from here on a fallback is logged as a warning."""
 
 
 _REMEDY = (
@@ -32,13 +32,13 @@ _REMEDY = (
 
 
 class ScoresTooLarge(UserError):
-    """No implementation computes a call of attention within `SCORE_BYTES`; the message says what to do."""
+    """No implementation computes an attention call within `SCORE_BYTES`; the message names remedies."""
 
 
 def heads_here(query: Array) -> tuple[int, int]:
-    """Heads of all clips, and queries, that one device attends with, of `b s n k`.
+    """Clips x heads, and queries, of one device's shard of `query`, `b s n k`.
 
-    Inside `shard_map` and without a mesh these are all of `query`; otherwise as `partition_spec` cuts them.
+    Inside `shard_map` and without a mesh that is all of `query`; otherwise `partition_spec` shards it.
     """
     mesh, shape = jax.sharding.get_abstract_mesh(), query.shape
     if not mesh.empty and not mesh.manual_axes:
@@ -48,18 +48,18 @@ def heads_here(query: Array) -> tuple[int, int]:
 
 
 def check_scores(implementation: str, num_bytes: int) -> None:
-    """Raises ScoresTooLarge where an implementation has more bytes of scores in memory than there may be."""
+    """Raises ScoresTooLarge if `num_bytes` of scores exceed `SCORE_BYTES`."""
     if num_bytes > SCORE_BYTES:
         raise ScoresTooLarge(
-            f"attention: {implementation} would have {_gib(num_bytes)} of scores in the memory of a device, "
-            f"of {_gib(SCORE_BYTES)} that it may (vidgen.ops.score_budget.SCORE_BYTES){_REMEDY}"
+            f"attention: {implementation} would have {_gib(num_bytes)} of scores in the memory of a device; "
+            f"the limit is {_gib(SCORE_BYTES)} (vidgen.ops.score_budget.SCORE_BYTES){_REMEDY}"
         )
 
 
 def report_fallback(
     query: Any, key: Any, chosen: str, num_bytes: int, reasons: Mapping[str, Exception]
 ) -> None:
-    """Logs once, for each shape, what is used in the place of the implementations that refused."""
+    """Logs, once per shape, the chosen implementation and why the preferred ones do not support the call."""
     if not reasons:
         return
     _log_once(
@@ -70,7 +70,7 @@ def report_fallback(
 
 
 def refusal(query: Any, key: Any, reasons: Mapping[str, Exception]) -> ScoresTooLarge:
-    """The error where every implementation refused."""
+    """The error to raise if no implementation supports the call, with each one's reason."""
     return ScoresTooLarge(f"{_shapes(query, key)}: no implementation takes it: {_listed(reasons)}{_REMEDY}")
 
 

@@ -1,9 +1,9 @@
-"""Self-attention of a sequence whose tokens are cut over the mesh axis `context`.
+"""Self-attention of a sequence whose tokens are sharded over the mesh axis `context`.
 
-Four ways, all exact: `gather` (each device fetches all keys and values), `ulysses` (devices exchange tokens
-for heads before and after attention, so that each attends over the whole sequence with some of the heads;
-arXiv 2309.14509), `ring` (keys and values travel from device to device; arXiv 2310.01889), and rings of
-groups that exchange heads (arXiv 2405.07719), where there are more devices than heads to exchange.
+Four methods, all exact: `gather` (all-gather of keys and values), `ulysses` (all-to-all between tokens and
+heads before and after attention, so that each device attends over the full sequence with some of the heads;
+arXiv 2309.14509), `ring` (ppermute of keys and values; arXiv 2310.01889), and rings of `ulysses` groups
+(arXiv 2405.07719) where there are more devices than heads.
 """
 
 import dataclasses
@@ -30,13 +30,14 @@ _AXIS = "context"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceParallel:
-    """How tokens that are cut over the mesh axis `context` attend to each other.
+    """Method of self-attention over tokens that are sharded over the mesh axis `context`.
 
     Attributes:
-      method: `auto` exchanges heads among as many devices as the heads allow and makes rings of the rest;
-        `ulysses` exchanges heads; `ring` passes keys and values around; `gather` fetches all of them.
-      ulysses: for that method, how many of the devices exchange heads with each other, neighbours first; the
-        rest form rings. None is all.
+      method: `ulysses` is an all-to-all of heads; `ring` a ppermute of keys and values; `gather` an
+        all-gather of them; `auto` is `ulysses` in the largest groups that the number of heads allows, and
+        rings of such groups.
+      ulysses: for that method, devices per all-to-all group, which are neighbours; the groups form rings.
+        None is one group of all devices.
     """
 
     method: Literal["auto", "gather", "ulysses", "ring"] = "auto"
@@ -50,14 +51,14 @@ class SequenceParallel:
             )
 
     def degree(self, context: int, heads: int) -> int:
-        """How many devices exchange heads with each other.
+        """Number of devices per all-to-all group.
 
         Args:
-          context: devices over which tokens are cut.
-          heads: that each of them has.
+          context: number of devices that shard the tokens.
+          heads: heads per device.
 
         Raises:
-          UserError: the heads or the devices do not divide into so many; names the degrees that work.
+          UserError: heads or devices are no multiple of `ulysses`; the message names the values that work.
         """
         if self.method == "ring":
             return 1
@@ -68,9 +69,9 @@ class SequenceParallel:
             common = math.gcd(context, heads)
             works = [str(d) for d in range(1, common + 1) if common % d == 0]
             raise UserError(
-                f"sequence: {degree} devices shall exchange heads, of {context} over which tokens are cut, "
-                f"with {heads} heads on each (those of the model over the mesh axis `tensor`): both numbers "
-                f'must be multiples of `ulysses`. Use ulysses={" or ".join(works)}, or method="auto"'
+                f"sequence: ulysses={degree} must divide the {context} devices of the mesh axis `context` "
+                f"and the {heads} heads on each (the model's heads, sharded over the mesh axis `tensor`). "
+                f'Use ulysses={" or ".join(works)}, or method="auto"'
             )
         return degree
 
@@ -85,20 +86,20 @@ def sequence_attention(
     segment_ids: Int[Array, "b s"] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b s n k"]:
-    """Softmax self-attention; on a mesh in context, of tokens that lie over the axis `context`.
+    """Softmax self-attention, with tokens sharded over the axis `context` of the mesh in context.
 
-    With the method `auto`, where the tokens do not divide over `context` every device has all of them, as
-    `partition_spec` lays them, and attends for itself.
+    With `auto` or `gather`, if `context` does not divide the tokens, `partition_spec` replicates them and
+    each device attends over all of them.
 
     Args:
-      key_mask: which tokens may be attended to; at least one per row.
-      segment_ids: a token attends to those of its own segment only.
-      implementation: of attention on each device. In rings it is a Pallas kernel, that of TPUs for `auto` on
-        TPUs, or plain JAX in blocks, which `cudnn` too stands for there.
+      key_mask: True for tokens that may be attended to; at least one per example.
+      segment_ids: a token attends only to tokens of its segment.
+      implementation: attention implementation on each device. In rings it is a Pallas kernel (`auto`: only on
+        TPUs) or `Blocks`; `cudnn` means `Blocks` there.
 
     Raises:
-      UserError: the tokens, or the heads, do not divide as the method asks.
-      NotImplementedError: the implementation that was named takes no such shapes or dtypes.
+      UserError: the method requires a number of tokens or heads that the mesh divides.
+      NotImplementedError: the named implementation does not support these shapes or dtypes.
     """
     plain = functools.partial(attention, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
@@ -113,18 +114,19 @@ def sequence_attention(
         return _gathered(plain, query, key, value, key_mask, segment_ids)
     heads = query.shape[2] // (1 if spec[2] is None else mesh.shape[spec[2]])
     layout = _Layout(context, options.degree(context, heads))
-    whole = PartitionSpec(spec[0], None)  # Numbers of tokens are few: every device has those of all.
+    # Mask and segment ids are small: they are replicated over `context`.
+    replicated = PartitionSpec(spec[0], None)
     y = jax.shard_map(
         functools.partial(_on_each_device, layout, implementation),
-        in_specs=(spec, spec, spec, whole, whole),
+        in_specs=(spec, spec, spec, replicated, replicated),
         out_specs=spec,
-        check_vma=False,  # Kernels do not say over which axes their results vary.
+        check_vma=False,  # Kernels do not declare the mesh axes that their results vary over.
     )(query, key, value, key_mask, segment_ids)
     return checkpoint_name(y, ATTENTION)
 
 
 class _Layout(NamedTuple):
-    """Devices along `context`: number `ring * ulysses + i` is the i-th of its group, which exchange heads."""
+    """Layout along `context`: device `ring_index * ulysses + i` is the i-th of its all-to-all group."""
 
     context: int
     ulysses: int
@@ -134,7 +136,7 @@ class _Layout(NamedTuple):
         return self.context // self.ulysses
 
     def exchange(self, x: Array, split: int, joined: int) -> Array:
-        """Cuts dimension `split` within the group, and joins what the others send along `joined`."""
+        """All-to-all within the group: splits dimension `split` and concatenates along `joined`."""
         if self.ulysses == 1:
             return x
         groups = [[ring * self.ulysses + i for i in range(self.ulysses)] for ring in range(self.ring)]
@@ -184,5 +186,5 @@ def _not_divisible(tokens: int, context: int, method: str) -> str:
     nearest = f"{lower} or {lower + context}" if lower else f"{context}"
     return (
         f'sequence: {tokens} tokens do not divide over context={context} devices, which method="{method}" '
-        f"needs; the nearest numbers that do are {nearest}: change the size of the video, or the mesh"
+        f"needs; the nearest multiples are {nearest}: change the size of the video, or the mesh"
     )

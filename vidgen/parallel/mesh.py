@@ -1,4 +1,4 @@
-"""The device mesh: how many ways data, parameters, tokens and matrices are divided."""
+"""The device mesh: sizes of the axes that shard data, parameters, tokens and matrices."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from vidgen.core.errors import UserError
 __all__ = ["AXES", "MeshOptions", "frame_mesh"]
 
 AXES = ("data", "fsdp", "context", "tensor")
-"""Mesh axes: replicas of the model, shards of its state, of the sequence, and of its matrices."""
+"""Mesh axes: data parallelism, fully sharded state, context (sequence) and tensor parallelism."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """Size of each mesh axis; at most one may be -1 and takes the devices that the others leave."""
+    """Size of each mesh axis; at most one may be -1, which takes all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -47,7 +47,7 @@ class MeshOptions:
         if num_devices % fixed or (not free and fixed != num_devices):
             raise UserError(
                 f"mesh ({shown}) needs {'a multiple of ' if free else ''}{fixed} devices, "
-                f"found {num_devices}: change the sizes, or set one to -1 to take the devices that are left"
+                f"found {num_devices}: change the sizes, or set one to -1 to take all remaining devices"
             )
         for name in free:
             sizes[name] = num_devices // fixed
@@ -55,13 +55,13 @@ class MeshOptions:
 
 
 def frame_mesh(num_devices: int, height: int, width: int) -> MeshOptions:
-    """How devices best share the frames of one video: height over `tensor`, width over `context`.
+    """The best mesh for the frames of one video: height sharded over `tensor`, width over `context`.
 
-    As many devices as can take part do, each with a part as nearly square as possible, for what neighbours
-    exchange are its edges; copies of the rest are `data`.
+    Uses as many devices as divide the frame, with shards as nearly square as possible, because neighbours
+    exchange the edges of a shard. Remaining devices go to `data` and hold replicas.
 
     Args:
-      height, width: of the latents.
+      height, width: size of the latents.
     """
     shares = [
         MeshOptions(data=num_devices // (rows * columns), context=columns, tensor=rows)

@@ -1,4 +1,4 @@
-"""Several processes as one program: starting them, dividing a batch, stopping at the same step."""
+"""Multi-process programs: start-up, sharding of a batch over processes, stop at a common step."""
 
 import math
 import os
@@ -34,23 +34,23 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PRO
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes of this program; call before anything touches a device.
+    """Connects this process to the others of the program; call before the first use of a device.
 
-    What is not given comes from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID).
-    With a coordinator of "auto", jax asks the cluster (TPU pods, Slurm, ...). Without a coordinator this is
-    one process and nothing happens.
+    Arguments that are None come from the environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID). With the coordinator "auto", jax detects the cluster (TPU pods, Slurm, ...). Without a
+    coordinator the program has one process and this does nothing.
 
     Args:
       coordinator: host:port of process 0, or "auto".
 
     Raises:
-      UserError: a coordinator without the number of processes and the number of this one.
+      UserError: a coordinator address without the number of processes or without this process's index.
     """
     coordinator = coordinator or os.environ.get(COORDINATOR)
     if coordinator is None:
         return
     if coordinator == "auto":
-        os.environ.pop(COORDINATOR, None)  # jax would take the word for an address.
+        os.environ.pop(COORDINATOR, None)  # jax would read "auto" as an address.
         jax.distributed.initialize()
         return
     num_processes = _number(num_processes, NUM_PROCESSES)
@@ -66,25 +66,25 @@ def _number(value: int | None, variable: str) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes files."""
+    """Whether this is process 0, which prints and writes files."""
     return jax.process_index() == 0
 
 
 def sync(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether `holds` is true on every process; all of them must call this."""
+    """Whether `holds` is true on every process; a collective, which every process must call."""
     if jax.process_count() == 1:
         return holds
     return bool(np.all(multihost_utils.process_allgather(np.array(holds))))
 
 
 def broadcast_text(text: str) -> str:
-    """What process 0 gives, on every process; all of them must call this."""
+    """The `text` of process 0, on every process; a collective, which every process must call."""
     if jax.process_count() == 1:
         return text
     data = text.encode() if is_main_process() else b""
@@ -96,20 +96,20 @@ def broadcast_text(text: str) -> str:
 
 
 def is_shared(mesh: Mesh) -> bool:
-    """Whether devices of several processes are in a mesh."""
+    """Whether the mesh holds devices of more than one process."""
     return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def anywhere(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Which flags are set on any process: the same on all of them. All must call this, with as many flags."""
+    """Elementwise "any" of `flags` over processes; a collective, called by all with equally many flags."""
     return np.asarray(np.asarray(multihost_utils.process_allgather(flags)).any(0))
 
 
 def stop_requested_anywhere(step: int, requested_here: bool) -> bool:
-    """Whether to stop after `step`: the same answer, at the same step, on every process.
+    """Whether to stop after `step`: True at the same step on every process.
 
-    With one process it is the flag of this one. With several, jax's coordination service listens for SIGTERM
-    on each of them and agrees on a step; all processes must call this at every step.
+    With one process it is `requested_here`. With several, jax's coordination service listens for SIGTERM on
+    each and agrees on a step; every process must call this at every step.
     """
     if jax.process_count() == 1:
         return requested_here
@@ -117,12 +117,12 @@ def stop_requested_anywhere(step: int, requested_here: bool) -> bool:
 
 
 def row_shard(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a global batch this process must load: (index, count), as a `Loader` takes them.
+    """The part of a global batch that this process must load: (index, count), the arguments of a `Loader`.
 
-    Processes whose devices hold the same rows (those that share a model, not a batch) get the same index.
+    Processes whose devices hold the same examples (they shard the model, not the batch) get the same index.
 
     Raises:
-      UserError: the processes' rows do not cut the batch into equal contiguous parts.
+      UserError: the processes do not hold equal contiguous parts of the batch.
     """
     rows_of: dict[int, set[int]] = {}
     batch_axes = [mesh.axis_names.index(name) for name in RULES["batch"]]
@@ -137,16 +137,16 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     if not equal or total != len(set().union(*rows_of.values())):
         raise UserError(
             f"the mesh {dict(mesh.shape)} over {len(rows_of)} processes gives them unequal rows of a batch "
-            f"({rows_of}): make data * fsdp a multiple or a divisor of the number of processes"
+            f"(process: rows, {rows_of}): make data * fsdp a multiple or a divisor of the number of processes"
         )
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 
 
 def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process' rows of a batch as global arrays, cut over the mesh along the first axis.
+    """Global arrays, sharded over the mesh along the first axis, from this process's part of a batch.
 
     Raises:
-      UserError: the rows do not divide over the devices that share the batch.
+      UserError: data * fsdp does not divide the global batch size.
     """
     sharding = batch_sharding(mesh)
     _, count = row_shard(mesh)
@@ -159,13 +159,14 @@ def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Arra
 
 
 def check_rows(rows: int, mesh: Mesh, name: str = "clips", *, parts: int = 1) -> None:
-    """Sees to it that a global batch of `rows` can be cut over the mesh.
+    """Checks that a global batch of `rows` examples (or packed rows) can be sharded over the mesh.
 
     Args:
-      parts: micro-batches that it is computed in, each of which is cut over the mesh.
+      name: what the error message calls them.
+      parts: number of micro-batches, each of which is sharded over the mesh.
 
     Raises:
-      UserError: it cannot.
+      UserError: data * fsdp * parts does not divide `rows`.
     """
     ways = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
     if rows % (ways * parts):
@@ -173,19 +174,19 @@ def check_rows(rows: int, mesh: Mesh, name: str = "clips", *, parts: int = 1) ->
         fewer = ", or run.grad_accumulation smaller" if parts > 1 else ""
         raise UserError(
             f"a batch of {rows} rows ({name}){inside} does not divide over data * fsdp = {ways} devices: "
-            f"make batch_size a multiple of {ways * parts}{fewer}, or give the mesh fewer"
+            f"make batch_size a multiple of {ways * parts}{fewer}, or make data * fsdp of the mesh smaller"
         )
 
 
 def check_tokens(tokens: int, mesh: Mesh) -> None:
-    """Sees to it that a clip of so many tokens can be cut over the mesh.
+    """Checks that a clip of `tokens` tokens can be sharded over the mesh axis `context`.
 
     Raises:
-      UserError: it cannot.
+      UserError: `context` does not divide `tokens`.
     """
     ways = mesh.shape["context"]
     if tokens % ways:
         raise UserError(
             f"a clip of {tokens} tokens does not divide over context = {ways} devices: give the mesh "
-            f"context = {math.gcd(tokens, ways)}, or choose a size of clips with a multiple of {ways} tokens"
+            f"context = {math.gcd(tokens, ways)}, or choose a clip size with a multiple of {ways} tokens"
         )

@@ -1,4 +1,4 @@
-"""The one table from logical axis names to mesh axes, and the shardings that follow from it."""
+"""The table from logical axis names to mesh axes, and the shardings derived from it."""
 
 import difflib
 from collections.abc import Sequence
@@ -23,8 +23,7 @@ __all__ = [
 ]
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Parameters: matrices are cut both ways, along `fsdp` where they touch the residual stream, along
-    # `tensor` inside.
+    # Parameters: matrices are sharded over `fsdp` on the residual-stream side, over `tensor` on the other.
     "layers": (),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
@@ -32,30 +31,30 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "conv_in": ("fsdp",),
-    "conv_out": (),  # In convolutions `tensor` cuts the height of what they filter.
+    "conv_out": (),  # In convolutions `tensor` shards the height of activations instead.
     "patch": (),
-    "features": (),  # What another model or a fixed embedding gives.
-    "rank": (),
-    # Activations. The batch goes first, so `embed` of an activation finds `fsdp` taken and stays whole.
+    "features": (),  # Features of another model or of a fixed embedding.
+    "rank": (),  # Rank of a LoRA.
+    # Activations. The batch takes `fsdp` first, so `embed` of an activation is not sharded.
     "batch": ("data", "fsdp"),
     "tokens": ("context",),
     "time": (),
     "height": ("tensor",),
     "width": ("context",),
 }
-"""Mesh axes by logical axis name, in the order in which a dimension is cut."""
+"""Mesh axes by logical axis name, in the order in which they shard a dimension."""
 
 
 def partition_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """How an array with these logical axes is cut over the mesh.
+    """The partition spec of an array with these logical axes.
 
-    A mesh axis is used once per array, by the first dimension that asks for it, and only where it divides
-    that dimension; everything else is replicated.
+    Each mesh axis shards at most one dimension: the first whose rule lists it and whose size it divides.
+    Everything else is replicated.
 
     Raises:
-      UserError: a name that the table does not have, or not one name per dimension.
+      UserError: a name is not in `RULES`, or there is not one name per dimension.
     """
     if len(axes) != len(shape):
         raise UserError(f"an array of shape {tuple(shape)} has the logical axes {tuple(axes)}: one name each")
@@ -75,11 +74,10 @@ def partition_spec(
 
 
 def shardings(abstract_tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """The sharding of every array of a tree: variables with `axes` metadata by the table, others replicated.
+    """The sharding of every array in a tree: variables with `axes` metadata by `RULES`, others replicated.
 
     Args:
-      abstract_tree: arrays or `jax.ShapeDtypeStruct`s, as they are or in `nnx.Variable`s; of an optimizer's
-        state too.
+      abstract_tree: arrays or `jax.ShapeDtypeStruct`s, bare or in `nnx.Variable`s; may be optimizer state.
     """
 
     def of_variable(node):
@@ -95,7 +93,7 @@ def shardings(abstract_tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the rows of a batch lie on the mesh, whatever the other dimensions."""
+    """The sharding of a batch along its first axis; the other dimensions are replicated."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
@@ -130,7 +128,7 @@ def all_gather_fsdp(x: Array, *axes: str | None) -> Array:
     def to(spec: PartitionSpec):
         return lambda _, x: jax.lax.with_sharding_constraint(x, spec)
 
-    # Not a constraint alone: that would leave the gradient whole, too.
+    # A bare sharding constraint would replicate the gradient as well.
     return jax.custom_derivatives.linear_call(to(used), to(stored), (), x)
 
 
@@ -140,7 +138,7 @@ def fsdp_is_sharded() -> bool:
 
 
 def is_sharded(name: str) -> bool:
-    """Whether the mesh in context shards dimensions of this logical name, where it divides them."""
+    """Whether the mesh in context shards dimensions of this logical name whose size it divides."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(mesh.shape[axis] > 1 for axis in _rule(name))
 

@@ -1,4 +1,4 @@
-"""The Python face: load a model, call it with a prompt."""
+"""The Python API: load a model and call it with a prompt."""
 
 from vidgen.pipeline.load import load
 from vidgen.pipeline.pipeline import Pipeline

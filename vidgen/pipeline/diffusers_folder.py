@@ -1,4 +1,4 @@
-"""Whole models as diffusers keeps them: model_index.json, and a folder for each part."""
+"""Reads whole models in diffusers' layout: model_index.json and one folder per part."""
 
 import functools
 import pathlib
@@ -52,14 +52,14 @@ PARTS = (
     "image_processor",
     "scheduler",
 )
-"""Folders of a checkpoint; `byte_encoder` is of models that were trained here."""
+"""Folders of a checkpoint; only models trained by vidgen have `byte_encoder`."""
 
 _CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _DTYPE = Literal["float32", "bfloat16"]
 
 
 def is_checkpoint(folder: pathlib.Path | str) -> bool:
-    """Whether a whole model of diffusers is in `folder`, of whatever kind."""
+    """Whether `folder` holds a whole diffusers model, of any kind."""
     return (pathlib.Path(folder) / INDEX).exists()
 
 
@@ -70,21 +70,21 @@ def load_checkpoint(
     dtype: _DTYPE = "float32",
     cache: pathlib.Path | str | None = None,
 ) -> Pipeline:
-    """Wan 2.1's or 2.2's model in `folder`, the VAE in float32; the text encoder follows when it is needed.
+    """Loads the Wan 2.1 or 2.2 model in `folder`; the VAE is float32, the text encoder loads on first use.
 
     Args:
-      mesh: over which the weights are laid.
-      dtype: of matrix products, in which the transformer's and the encoders' matrices are kept too.
-      cache: folder for features of prompts; None keeps none.
+      mesh: the weights are sharded over it.
+      dtype: of matrix products, and of the stored matrices of the transformer and the encoders.
+      cache: folder that caches prompt features; None caches none.
 
     Raises:
       FileNotFoundError: a part is missing.
-      UserError: it is of another kind, or asks for what is not supported here.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      UserError: the model is of another kind, or needs a feature that is not supported.
+      WeightsError: lists every tensor that is missing, unexpected or of another shape.
     """
     folder = pathlib.Path(folder)
     index = read_index(folder)
-    read_scheduler(folder / "scheduler")  # What is wrong with it is found before the weights are read.
+    read_scheduler(folder / "scheduler")  # Raises its errors before the weights are read.
     text = _byte_encoder(folder / "byte_encoder", mesh)
     model = TextToVideo(load_transformers(folder, mesh, dtype=dtype), text)
     vae = vae_folder.load_diffusers(folder / "vae")
@@ -107,11 +107,11 @@ def load_checkpoint(
 
 
 def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
-    """What model_index.json says.
+    """The validated contents of model_index.json.
 
     Raises:
-      FileNotFoundError: there is none.
-      UserError: it is of another kind of model.
+      FileNotFoundError: the file is missing.
+      UserError: the model is of another kind, or a value is wrong.
     """
     path = pathlib.Path(folder) / INDEX
     index = read_json(path, remedy="give the folder of a whole checkpoint of Wan for diffusers")
@@ -132,10 +132,10 @@ def read_index(folder: pathlib.Path | str) -> dict[str, Any]:
 def load_transformers(
     folder: pathlib.Path | str, mesh: Mesh, *, dtype: _DTYPE = "float32"
 ) -> DiT | NoiseLevelExperts:
-    """The transformer of a checkpoint, or its two.
+    """Loads the transformer of a checkpoint, or its two experts.
 
     Raises:
-      FileNotFoundError, UserError, WeightsError: as `load_checkpoint`.
+      FileNotFoundError, UserError, WeightsError: as in `load_checkpoint`.
     """
     folder = pathlib.Path(folder)
     index = read_index(folder)
@@ -149,7 +149,7 @@ def load_transformers(
 
 
 def _byte_encoder(folder: pathlib.Path, mesh: Mesh) -> ByteEncoder | None:
-    """The text encoder of a model that was trained here."""
+    """Loads the byte encoder of a model trained by vidgen; None if `folder` does not exist."""
     if not folder.is_dir():
         return None
     described = folder / "config.json"
@@ -168,6 +168,6 @@ def _prompts(folder: pathlib.Path, mesh: Mesh, dtype: _DTYPE, cache: pathlib.Pat
 def _images(
     model: TextToVideo, latent_channels: int, temporal_factor: int, index: Mapping[str, Any]
 ) -> ImageConditioning | None:
-    enter = infer_image_conditioning(model.dit.config, latent_channels, temporal_factor)
-    # A timestep for each token, with which Wan 2.2's TI2V was trained, the others not.
-    return None if enter == "first" and not index.get("expand_timesteps") else enter
+    conditioning = infer_image_conditioning(model.dit.config, latent_channels, temporal_factor)
+    # "first" needs a timestep per token; of Wan's models only 2.2 TI2V was trained with one.
+    return None if conditioning == "first" and not index.get("expand_timesteps") else conditioning

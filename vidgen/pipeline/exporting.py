@@ -1,4 +1,4 @@
-"""Trained runs and checkpoints to files of other programs."""
+"""Exports trained runs and checkpoints to file formats of other programs."""
 
 import pathlib
 from typing import Literal
@@ -48,27 +48,27 @@ def export(
     step: int | None = None,
     spelling: Spelling = "peft",
 ) -> None:
-    """Writes a model for other programs; `target` appears whole.
+    """Writes a model for other programs; `target` is written atomically.
 
-    - `diffusers`: a folder with `transformer`, `vae` and `scheduler`, and the text encoder. That of a run
-      with a byte encoder is in `byte_encoder`, which diffusers does not know: there it takes the features,
-      without those beyond the prompt. `sampling.json`, which diffusers does not know either, has the size,
-      the rate and the options of sampling, so that `vidgen.load` samples as it does from the run.
-    - `safetensors`: a file for each part, with the names of Wan's own checkpoints, as ComfyUI reads them,
+    - `diffusers`: a folder with `transformer`, `vae`, `scheduler` and the text encoder. A byte encoder is
+      written to `byte_encoder`, which diffusers ignores: there the model takes prompt features, without the
+      padding after the prompt. `sampling.json`, which diffusers ignores too, has the size, the frame rate and
+      the sampling options, so that `vidgen.load` samples from the export as from the run.
+    - `safetensors`: one file per part, with the tensor names of Wan's own checkpoints, as ComfyUI reads them,
       and `sampling.json`.
-    - `orbax`: a pytree of arrays by our names, and `sampling.json`.
-    - `lora`: the updates of a run with `task.lora`, alone, in one file.
+    - `orbax`: a pytree of arrays under vidgen's names, and `sampling.json`.
+    - `lora`: the LoRA weights of a run with `task.lora`, in one file.
 
-    Other than in `lora`, updates of low rank are merged into the weights.
+    All formats except `lora` merge LoRA weights into the model's weights.
 
     Args:
       source: workdir of a text-to-video run (its averaged weights), or a checkpoint in diffusers' layout.
-      step: which checkpoint of a run; None is the newest.
-      spelling: of a LoRA file's names.
+      step: checkpoint of the run; None is the newest.
+      spelling: naming scheme of a LoRA file's tensors.
 
     Raises:
       FileNotFoundError: `source` is neither.
-      UserError: the model has what the format has not; `target` is not empty.
+      UserError: the format cannot hold the model, or `target` is not empty.
     """
     check_target(target, folder=format != "lora")
     if is_checkpoint(source) and format == "diffusers":
@@ -92,7 +92,7 @@ def export(
 def _parts(
     source: pathlib.Path | str, mesh: Mesh, step: int | None
 ) -> tuple[TextToVideo, VideoVAE, TextToVideoTask | None, SamplingDefaults]:
-    """The model, its VAE, what trained it, if that was here, and how it is sampled."""
+    """The model, its VAE, the task that trained it (None for a checkpoint) and its sampling defaults."""
     if is_checkpoint(source):
         vae = vae_folder.load_diffusers(pathlib.Path(source) / "vae")
         dit = load_transformers(source, mesh)
@@ -101,8 +101,8 @@ def _parts(
     experiment, _, model = load_run(source, mesh, step=step)
     if not isinstance(model, TextToVideo):
         raise UserError(
-            f"{source} is a run of kind {experiment.task.kind!r}; only those of 'text_to_video' are exported "
-            "whole (a VAE's weights are in its folder `vae`)"
+            f"{source} is a run of kind {experiment.task.kind!r}; only runs of kind 'text_to_video' can be "
+            "exported (a VAE's weights are in its run's folder `vae`)"
         )
     assert isinstance(experiment.task, TextToVideoTask)
     data = experiment.data
@@ -145,9 +145,9 @@ def _write_diffusers(
         encoder = pathlib.Path(task.text_encoder.path)
         for name in ("text_encoder", "tokenizer"):
             copy_part(encoder / name, folder / name)
-        theirs = read_index(encoder) if is_checkpoint(encoder) else {}
-        index["text_encoder"] = theirs.get("text_encoder", ["transformers", "UMT5EncoderModel"])
-        index["tokenizer"] = theirs.get("tokenizer", ["transformers", "T5TokenizerFast"])
+        source = read_index(encoder) if is_checkpoint(encoder) else {}
+        index["text_encoder"] = source.get("text_encoder", ["transformers", "UMT5EncoderModel"])
+        index["tokenizer"] = source.get("tokenizer", ["transformers", "T5TokenizerFast"])
     write_json(folder / INDEX, index)
 
 
@@ -168,7 +168,7 @@ def _write_files(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> Non
 def _write_orbax(model: TextToVideo, vae: VideoVAE, folder: pathlib.Path) -> None:
     trees = {"model": model, "vae": vae}
     arrays = {
-        name: {place: jax.numpy.asarray(leaf) for place, leaf in named_leaves(nnx.state(tree)).items()}
+        name: {path: jax.numpy.asarray(leaf) for path, leaf in named_leaves(nnx.state(tree)).items()}
         for name, tree in trees.items()
     }
     ocp.save(str((folder / "weights").absolute()), arrays)

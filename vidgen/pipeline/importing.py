@@ -1,4 +1,4 @@
-"""Checkpoints of other programs to one folder in diffusers' layout, which everything here reads."""
+"""Converts checkpoints of other programs to diffusers' layout, the layout that vidgen reads."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ _log = get_logger(__name__)
 _TRANSFORMERS = ("transformer", "transformer_2")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _EXPERTS = ("high_noise_model", "low_noise_model")
-"""Folders of Wan 2.2's A14B, as its authors published it."""
+"""Transformer folders of Wan 2.2's A14B, as its authors published it."""
 
 
 def import_checkpoint(
@@ -42,22 +42,22 @@ def import_checkpoint(
     parts: pathlib.Path | str | None = None,
     num_heads: int | None = None,
 ) -> None:
-    """Writes a checkpoint to `target`, which appears whole; every number stays as it is.
+    """Writes a checkpoint to `target` atomically, with every value unchanged.
 
-    The transformers and the VAE pass over the mesh, each device's part of one array at a time, and are
-    checked against their configs; of what else there is (text and image encoder, tokenizer, scheduler) the
-    files that the format has are copied, when `vidgen.pipeline.parts` has found them to be what they should.
+    The transformers and the VAE are loaded onto the mesh, one shard of one array at a time, and checked
+    against their configs. For the other parts (text and image encoder, tokenizer, scheduler) the files that
+    belong to the format are copied, after `vidgen.pipeline.parts` has checked them.
 
     Args:
-      source: a whole checkpoint for diffusers, or its folder `transformer`; a folder that Wan's authors
-        published; or one file of a transformer, with either's names.
-      parts: a whole checkpoint for diffusers, for what `source` lacks.
-      num_heads: of a transformer that is neither Wan's nor has a config.json.
+      source: a whole diffusers checkpoint, or its folder `transformer`; a folder in the layout of Wan's
+        authors; or a transformer in one file, with diffusers' or Wan's tensor names.
+      parts: a whole diffusers checkpoint that provides the parts that `source` lacks.
+      num_heads: for a transformer that is neither one of Wan's nor has a config.json.
 
     Raises:
-      FileNotFoundError: there is nothing that can be imported.
+      FileNotFoundError: `source` has nothing to import.
       UserError: the weights are pickled, or of another model; `target` is not empty.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      WeightsError: lists every tensor that is missing, unexpected or of another shape.
     """
     source = pathlib.Path(source)
     check_target(target, folder=True)
@@ -67,7 +67,7 @@ def import_checkpoint(
     rest = pathlib.Path(parts) if parts is not None else source if is_checkpoint(source) else None
     transformers = _transformers(source, num_heads)
     with new_folder(target) as folder:
-        # The small parts first: what is wrong with them is found before much is written.
+        # The small parts come first, so that their errors are found before large files are written.
         if rest is not None:
             _copy_rest(rest, folder, mesh, of_parts=parts is not None, experts=len(transformers) == 2)
         for name, (path, load) in transformers.items():
@@ -76,7 +76,7 @@ def import_checkpoint(
 
 
 def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tuple[pathlib.Path, Any]]:
-    """Where each transformer is, and what loads it onto a mesh."""
+    """Folder name -> (path, function that loads the transformer onto a mesh)."""
     if source.is_file():
         return {"transformer": (source, functools.partial(load_wan, source, num_heads=num_heads))}
     if not source.is_dir():
@@ -91,9 +91,9 @@ def _transformers(source: pathlib.Path, num_heads: int | None) -> dict[str, tupl
 
 
 def _one(folder: pathlib.Path, num_heads: int | None) -> tuple[pathlib.Path, Any]:
-    """The transformer of a folder that holds nothing else that can be read."""
+    """Path and loader of the transformer in a folder that holds only a transformer."""
     config = folder / "config.json"
-    values = read_json(config, remedy="take it from where the weights are from") if config.exists() else {}
+    values = read_json(config, remedy="download it again from the weights' source") if config.exists() else {}
     if values.get("_class_name") == "WanTransformer3DModel":
         return folder, _diffusers(folder)
     files = [path for path in (folder / _WEIGHTS, *sorted(folder.glob("*.safetensors"))) if path.exists()]
@@ -120,29 +120,29 @@ def _copy_rest(
         if (index.get(name) or [None])[0] is None or name in _TRANSFORMERS:
             continue
         if not (source / name).is_dir():
-            raise FileNotFoundError(f"{source / name} is missing, which {source / INDEX} lists: get it too")
+            raise FileNotFoundError(f"{source / name} is missing, which {source / INDEX} lists: download it")
         if name == "vae":
             vae = vae_folder.load_diffusers(source / name, keep_dtypes=True)
             vae_folder.save_diffusers(jax.device_put(vae, shardings(vae, mesh)), folder / name)
         else:
             copy_part(source / name, folder / name)
     two = ["diffusers", "WanTransformer3DModel"] if experts else [None, None]
-    kept = index | ({"transformer_2": two} if "transformer_2" in index or experts else {})
-    if experts and kept.get("boundary_ratio") is None:
+    new_index = index | ({"transformer_2": two} if "transformer_2" in index or experts else {})
+    if experts and new_index.get("boundary_ratio") is None:
         raise UserError(
             f"{source / INDEX} has no boundary_ratio, which two transformers need: "
             f"{'--parts must be' if of_parts else 'it must be'} of the same model"
         )
-    write_json(folder / INDEX, kept)
+    write_json(folder / INDEX, new_index)
     copy_sampling(source, folder)
 
 
 @contextlib.contextmanager
 def new_folder(target: pathlib.Path | str) -> Iterator[pathlib.Path]:
-    """A folder that appears under its name when the block ends well, and not at all otherwise.
+    """Creates a folder atomically: it is renamed to `target` when the block succeeds, deleted when it fails.
 
-    Until then it has a name of its own beside the target; nothing else is touched. With several processes all
-    of them must call this; process 0 makes it.
+    Until then it has a temporary name next to `target`. All processes must call this; process 0 creates the
+    folder.
 
     Raises:
       UserError: `target` exists and is not an empty folder, or cannot be written.

@@ -1,4 +1,4 @@
-"""Models by the folder that they are in."""
+"""Loads a model from its folder."""
 
 import dataclasses
 import pathlib
@@ -30,19 +30,19 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     cache: pathlib.Path | str | None = None,
 ) -> Pipeline:
-    """A pipeline from the workdir of a text-to-video training run, or a checkpoint of Wan.
+    """Loads a pipeline from the workdir of a text-to-video training run, or from a checkpoint of Wan.
 
     Args:
-      path: a workdir; or a folder in diffusers' layout, with model_index.json, as Wan's models are published
-        for diffusers and `vidgen import` and `vidgen export` write them.
-      mesh: where to lay the weights; by default all devices, each with a copy.
-      dtype: of matrix products; None is that of training, and float32 for a checkpoint. With bfloat16 the
-        matrices of a checkpoint are kept in it too.
-      cache: folder that keeps features of prompts by a large text encoder, between calls and programs; None
-        keeps none.
+      path: a workdir; or a folder in diffusers' layout, with model_index.json, as published for Wan's models
+        and as written by `vidgen import` and `vidgen export`.
+      mesh: the weights are sharded over it; by default they are replicated on all devices.
+      dtype: of matrix products; None is the dtype of training, and float32 for a checkpoint. bfloat16 also
+        stores the matrices of a checkpoint in bfloat16.
+      cache: folder that caches prompt features of a large text encoder across calls and programs; None is
+        the run's folder, and no cache for a checkpoint.
 
     Raises:
-      FileNotFoundError: neither is there, or a part of it is missing.
+      FileNotFoundError: the folder or a part of it is missing.
       UserError: the run trained something else, or the checkpoint is of another model.
     """
     path = local_path(path, "the checkpoint")
@@ -59,12 +59,14 @@ def load(
     data, task = experiment.data, experiment.task
     assert isinstance(task, TextToVideoTask)
     encoder = task.text_encoder
-    kept = None if encoder is None else str(cache) if cache is not None else encoder.cache
+    cache_path = None if encoder is None else str(cache) if cache is not None else encoder.cache
     merge_low_rank(model)
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
-        BytePrompts(model) if encoder is None else dataclasses.replace(encoder, cache=kept).prompts(mesh),
+        BytePrompts(model)
+        if encoder is None
+        else dataclasses.replace(encoder, cache=cache_path).prompts(mesh),
         size=(data.num_frames, data.height, data.width),
         fps=data.fps,
         mesh=mesh,

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint that are copied as they are: which files they have, and that they can be used."""
+"""Checks and copies the parts of a checkpoint that need no conversion."""
 
 import pathlib
 import shutil
@@ -22,7 +22,7 @@ from vidgen.pipeline.sampling_file import read_scheduler
 __all__ = ["copy_part", "refuse_pickles"]
 
 _WEIGHTS = "model.safetensors"
-_AGAIN = "take it from where the checkpoint is from"
+_AGAIN = "download it again from the checkpoint's source"
 
 
 def _check_byte_encoder(folder: pathlib.Path) -> None:
@@ -50,7 +50,7 @@ _FILES: Mapping[str, tuple[str, ...]] = {
     "image_processor": ("preprocessor_config.json",),
     "scheduler": ("scheduler_config.json",),
 }
-"""Files that a part may have; weights may be several files with an index."""
+"""Files that a part may have; weights may be several files listed in an index."""
 
 _CHECKS: Mapping[str, Callable[[pathlib.Path], object]] = {
     "text_encoder": t5_folder.check_folder,
@@ -63,19 +63,19 @@ _CHECKS: Mapping[str, Callable[[pathlib.Path], object]] = {
 
 
 def copy_part(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the files that the format has for a part; checks before that the part can be loaded.
+    """Copies the files that the format defines for a part, after checking that the part can be loaded.
 
-    A file may be a symbolic link to one within the checkpoint, or, in Hugging Face's cache, to one of its
-    blobs; a part may be a link to another folder.
+    A file may be a symbolic link to a file within the checkpoint or, in Hugging Face's cache, to one of the
+    cache's blobs. A part may be a link to another folder.
 
     Args:
-      source: folder of the part, in that of its checkpoint.
-      target: a new folder; its name is that of the part.
+      source: folder of the part, within the folder of its checkpoint.
+      target: a new folder, named after the part.
 
     Raises:
       FileNotFoundError: a file is missing.
-      UserError: the part cannot be loaded here, is pickled, or has a link that leaves its folder.
-      WeightsError: weights that do not fit their config.
+      UserError: the part cannot be loaded, is pickled, or has a link that leaves its folder.
+      WeightsError: the weights do not fit their config.
     """
     files: list[pathlib.Path] = []
     for name in _FILES[target.name]:
@@ -98,10 +98,10 @@ def copy_part(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def refuse_pickles(source: pathlib.Path) -> None:
-    """Says what to do about weights that are pickled.
+    """Raises an error that explains how to convert pickled weights.
 
     Raises:
-      UserError: `source` is a pickle, or a folder whose weights all are.
+      UserError: `source` is a pickle, or a folder whose weights are all pickles.
     """
     pickled = [source] if source.suffix in PICKLES else []
     if source.is_dir() and not any(source.rglob("*.safetensors")):
@@ -122,18 +122,18 @@ def _refuse_pickles_alone(folder: pathlib.Path) -> None:
 
 
 def _check_inside(path: pathlib.Path, part: pathlib.Path) -> None:
-    """Sees to it that a file is a regular one, of the checkpoint."""
+    """Raises UserError unless a file is missing, or is a regular file of the checkpoint."""
     if not path.exists():
         return
     roots = [part.parent.resolve(), part.resolve()]
-    # Of Hugging Face's cache: models--NAME/snapshots/REVISION/part, whose files link to models--NAME/blobs.
+    # In Hugging Face's cache, files in models--NAME/snapshots/REVISION/part link to models--NAME/blobs.
     roots += [
         parent.parent / "blobs" for root in roots for parent in root.parents if parent.name == "snapshots"
     ]
-    place = path.resolve()
-    if not any(place.is_relative_to(root) for root in roots):
+    resolved = path.resolve()
+    if not any(resolved.is_relative_to(root) for root in roots):
         raise UserError(
-            f"{path} is a link to {place}, outside of {part.parent}: only what is inside is copied; "
+            f"{path} is a link to {resolved}, outside of {part.parent}: only what is inside is copied; "
             "put the file itself there if it belongs to the checkpoint"
         )
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""A video model as a function from prompt, and image, to video."""
+"""A video model as a function from a prompt, and optionally images, to a video."""
 
 import contextlib
 import dataclasses
@@ -40,22 +40,22 @@ from vidgen.sampling.time_grid import Convention
 __all__ = ["AnyImage", "Pipeline"]
 
 AnyImage: TypeAlias = pathlib.Path | str | Image.Image | UInt8[np.ndarray, "_h _w 3"]
-"""A file, or pixels."""
+"""A file, a PIL image, or pixels."""
 
 
 class Pipeline:
-    """A video model with all that it needs.
+    """A video model with its VAE, encoders and sampling defaults.
 
     Attributes:
-      model: the transformer, or two, and a text encoder that was trained with it.
+      model: one or two transformers, and the byte encoder if one was trained with them.
       vae: the video autoencoder.
-      encode_prompts: what the transformer is told of prompts.
-      size: default frames, height and width.
+      encode_prompts: encodes prompts as conditions of the transformer.
+      size: default frames, height and width, in pixels.
       fps: frames per second.
-      mesh: devices over which weights and batches are laid.
-      options: how the model is sampled where a call does not say.
-      images: how given frames enter; None where the model takes none.
-      image_encoder: for transformers that are told what an image shows.
+      mesh: devices over which weights and batches are sharded.
+      options: default sampling options.
+      images: how images condition the model; None for a text-to-video model.
+      image_encoder: CLIP encoder, for transformers that attend to image features.
     """
 
     def __init__(
@@ -104,36 +104,36 @@ class Pipeline:
         noise: Float[np.ndarray, "b tz hz wz z"] | None = None,
         on_progress: OnProgress | None = None,
     ) -> UInt8[np.ndarray, "t h w 3"] | UInt8[np.ndarray, "b t h w 3"]:
-        """A video for a prompt, or one for each of several prompts (seeded by seed, seed + 1, ...).
+        """Generates a video for a prompt, or one for each of several prompts (seeds seed, seed + 1, ...).
 
-        What is not given is as `options` say: as the model was trained or published with.
+        Arguments that are None default to `self.size` and `self.options`.
 
         Args:
-          negative_prompt: what guidance leads away from.
-          image: the first frame of all videos, for models that take one; its middle in another shape.
-          last_image: the last frame, for models that take channels beside the noise.
+          negative_prompt: text that guidance steers away from.
+          image: the first frame of all videos, for image-to-video models; cropped to the video's aspect.
+          last_image: the last frame, for models conditioned by concatenated channels.
           num_frames: 1 + 4 n for the default VAE; 1 gives an image.
-          height, width: in pixels, multiples of the VAE's and the transformer's patches together.
+          height, width: in pixels, multiples of the VAE's factor times the transformer's patch size.
           steps: of the sampler.
-          guidance_scale: 1 is none.
-          guidance_scale_2: of the transformer for little noise, where there are two; else `guidance_scale`.
-          guidance: how the velocities with and without the prompt are combined.
-          guidance_interval: timesteps, from 0 (data) to 1 (noise), between which there is guidance.
+          guidance_scale: 1 turns guidance off.
+          guidance_scale_2: scale for the low-noise transformer of two; by default `guidance_scale`.
+          guidance: rule that combines the velocities with and without the prompt.
+          guidance_interval: range of timesteps, from 0 (data) to 1 (noise), with guidance.
           shift: moves the sampler's timesteps towards noise; for sizes larger than those of training.
-          cache: reuses what most of the transformer computed in steps that are like the last.
+          cache: reuses the residual of the transformer's blocks in similar steps.
           stepper: integrator.
           convention: of the timesteps, as in `TimeGrid`; with a new stepper `even`, or `unipc` for `UniPC`.
           seed: the same seed gives the same video on any number of devices.
-          noise: of the shape of the latents, in the place of that of the seed.
-          on_progress: is called as each step and the decoding begin.
+          noise: initial noise, in the shape of the latents, instead of noise from the seed.
+          on_progress: called at the start of each step and of the decoding.
 
         Returns:
           uint8 frames `t h w 3`, with a leading batch axis if `prompt` is a sequence.
 
         Raises:
-          UserError: a size that the models do not take (the message names the nearest); an option out of its
-            range; a prompt that is no text; an image that is missing or not taken; not enough memory.
-          PromptTooLong: names what would be cut.
+          UserError: the models do not support the size (the message names the nearest); an option is out of
+            range; a prompt is no text; an image is missing, or the model takes none; memory is exhausted.
+          PromptTooLong: names the prompt that would be truncated.
         """
         prompts = _texts([prompt] if isinstance(prompt, str) else prompt, negative_prompt)
         frames, rows, columns = self._size(num_frames, height, width)
@@ -149,12 +149,12 @@ class Pipeline:
             cache=cache,
         )
         with jax.set_mesh(self.mesh), _memory_errors((frames, rows, columns), len(prompts)):
-            start = self._noise(prompts, (frames, rows, columns), seed, noise)
-            parts = self._given(image, last_image, start, (frames, rows, columns))
+            initial = self._noise(prompts, (frames, rows, columns), seed, noise)
+            parts = self._image_conditions(image, last_image, initial, (frames, rows, columns))
             videos = denoise(
                 self.model,
                 self.vae,
-                start,
+                initial,
                 self.encode_prompts(prompts)._replace(**parts),
                 self.encode_prompts([negative_prompt] * len(prompts))._replace(**parts),
                 options=options,
@@ -169,16 +169,16 @@ class Pipeline:
         scale: float = 1.0,
         expert: Literal["high_noise", "low_noise"] | None = None,
     ) -> None:
-        """Adds the update of a LoRA file (PEFT's or ComfyUI's spelling) to the transformer's weights.
+        """Merges a LoRA file (PEFT's or ComfyUI's names) into the transformer's weights.
 
         Args:
-          scale: of the update; a second call with the negative of it takes it away, but for rounding.
+          scale: of the LoRA weights; a second call with the negated scale removes them, up to rounding.
           expert: which of two transformers; None is both.
 
         Raises:
-          FileNotFoundError: no such file.
+          FileNotFoundError: there is no such file.
           WeightsError: the file holds something else, or is of another model.
-          UserError: `expert` of a model that has one transformer; a scale out of range.
+          UserError: `expert` is set and the model has one transformer; `scale` is out of range.
         """
         LORA_SCALE.check(scale, "scale")
         dit = self.model.dit
@@ -201,18 +201,18 @@ class Pipeline:
         convention: Convention | None = None,
         **others: Any,
     ) -> SamplingOptions:
-        """The pipeline's options but for those that are given; `others` are fields of `SamplingOptions`."""
+        """The pipeline's options with arguments that are not None; `others` are `SamplingOptions` fields."""
         default = self.options
         if convention is None and stepper is not None and stepper != default.stepper:
             convention = "unipc" if isinstance(stepper, UniPC) else "even"
         grid = {"num_steps": steps, "shift": shift, "convention": convention}
-        given = {"stepper": stepper, **others}
+        changes = {"stepper": stepper, **others}
         if others.get("guidance_scale") is not None and others.get("guidance_scale_2") is None:
             default = dataclasses.replace(default, guidance_scale_2=None)
         return dataclasses.replace(
             default,
             grid=dataclasses.replace(default.grid, **_without_none(grid)),
-            **_without_none(given),
+            **_without_none(changes),
         )
 
     def _size(self, *given: int | None) -> tuple[int, int, int]:
@@ -232,14 +232,14 @@ class Pipeline:
             raise UserError(f"noise has the shape {noise.shape}; expected {(len(prompts), *shape)}")
         return jnp.asarray(noise, jnp.float32)
 
-    def _given(
+    def _image_conditions(
         self,
         image: AnyImage | None,
         last_image: AnyImage | None,
         noise: Latents,
         size: tuple[int, int, int],
     ) -> dict[str, jax.Array]:
-        """The parts of the condition that come from images."""
+        """Fields of `Condition` that images provide."""
         self._check_images(image, last_image)
         if image is None:
             return {}
@@ -248,8 +248,8 @@ class Pipeline:
         fitted = [pixels.to_float(jnp.asarray(_fitted(picture, size[1:]))[None, None]) for picture in shown]
         repeated = lambda x: jnp.repeat(x, count, axis=0)  # noqa: E731
         if self.images == "first":
-            given, known_mask = first_frame(self.vae, repeated(fitted[0]), noise)
-            return {"known_latents": given, "known_mask": known_mask}
+            known_latents, known_mask = first_frame(self.vae, repeated(fitted[0]), noise)
+            return {"known_latents": known_latents, "known_mask": known_mask}
         video = jnp.zeros((1, num_frames, *size[1:], 3)).at[:, :1].set(fitted[0])
         if last_image is not None:
             video = video.at[:, -1:].set(fitted[1])
@@ -265,19 +265,19 @@ class Pipeline:
 
     def _check_images(self, image: AnyImage | None, last_image: AnyImage | None) -> None:
         if image is None and (self.images == "beside" or last_image is not None):
-            raise UserError("image is missing: the model makes videos of a first frame")
+            raise UserError("image is missing: the model generates videos from a first frame")
         if image is not None and self.images is None:
             raise UserError("the model makes videos of text alone; leave out image, or load another model")
         if last_image is not None and self.images != "beside":
             raise UserError("the model takes a first frame, but no last_image; leave it out")
         positions = self.model.dit.config.image_positions
         if positions and image is not None and last_image is None:
-            raise UserError("last_image is missing: the model makes videos of a first and a last frame")
+            raise UserError("last_image is missing: the model generates videos from a first and a last frame")
 
 
 @contextlib.contextmanager
 def _memory_errors(size: tuple[int, int, int], count: int) -> Iterator[None]:
-    """Says what to do where the devices have not the memory."""
+    """Turns an out-of-memory error into a UserError that says what to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -308,7 +308,7 @@ def _image_features(encoder: CLIPVision, images: jax.Array) -> jax.Array:
 
 
 def _fitted(image: AnyImage, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels of an image: as they are, or the middle of it in that size."""
+    """Pixels of an image, resized and center-cropped to `size` if it is given."""
     if isinstance(image, pathlib.Path | str):
         return _read(pathlib.Path(image), size)
     if isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""How a model in diffusers' layout is sampled: sampling.json, which is ours, and diffusers' scheduler."""
+"""Sampling defaults of a model in diffusers' layout: vidgen's sampling.json and diffusers' scheduler."""
 
 import dataclasses
 import math
@@ -32,10 +32,10 @@ __all__ = [
 _log = get_logger(__name__)
 
 SAMPLING = "sampling.json"
-"""`SamplingDefaults` as JSON; diffusers does not read it."""
+"""`SamplingDefaults` as JSON; diffusers ignores the file."""
 _SCHEDULER = pathlib.Path("scheduler") / "scheduler_config.json"
 _CONVERTED_SHIFT = 3.0
-"""What diffusers' conversion wrote for models of two transformers, whose authors sample with more."""
+"""Shift that diffusers' conversion wrote for models with two transformers; the authors use a larger one."""
 _UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
@@ -45,10 +45,10 @@ def write_defaults(folder: pathlib.Path, defaults: SamplingDefaults) -> None:
 
 
 def copy_sampling(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the sampling.json of one folder, if there is one, to another.
+    """Copies sampling.json from one folder to another, if it exists.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     if (source / SAMPLING).exists():
         write_defaults(target, _read(source / SAMPLING))
@@ -57,10 +57,10 @@ def copy_sampling(source: pathlib.Path, target: pathlib.Path) -> None:
 def write_scheduler(
     folder: pathlib.Path, defaults: SamplingDefaults, dit: DiTConfig, vae: VAEConfig
 ) -> list[str]:
-    """Writes diffusers' scheduler, with the shift of the default size, and the same stepper if it has it.
+    """Writes diffusers' scheduler with the shift for the default size: UniPC for `UniPC`, otherwise Euler.
 
     Returns:
-      What model_index.json says of it.
+      The scheduler's entry in model_index.json: library and class.
     """
     shift = _shift(defaults, dit, vae)
     if isinstance(defaults.options.stepper, UniPC):
@@ -74,37 +74,37 @@ def write_scheduler(
 def read_defaults(
     folder: pathlib.Path | str, dit: DiTConfig, vae: VAEConfig, *, experts: bool
 ) -> SamplingDefaults:
-    """How the model in `folder` is sampled.
+    """Sampling defaults of the model in `folder`: those of sampling.json if it exists.
 
-    That is what sampling.json says. Without one it is what its authors published, by the shape of the
-    transformer, with the stepper and the shift of the folder's scheduler; but for Wan 2.2's A14B, for which
-    diffusers' folders have the shift 3 of all models.
+    Otherwise they are the authors' published defaults, found by the shape of the transformer, with the
+    stepper and shift of the folder's scheduler. For Wan 2.2's A14B a scheduler shift of 3, which diffusers'
+    conversion writes for all models, is replaced by the authors' shift.
 
     Args:
-      dit: of the transformer.
-      experts: there are two.
+      dit: config of the transformer.
+      experts: whether the model has two transformers.
 
     Raises:
       FileNotFoundError: the scheduler has no configuration.
-      UserError: the scheduler, or an option of it, is not supported; sampling.json is damaged.
+      UserError: the scheduler or one of its options is not supported; sampling.json is damaged.
     """
     folder = pathlib.Path(folder)
     scheduler = read_scheduler(folder / "scheduler")
     if (folder / SAMPLING).exists():
         defaults = _read(folder / SAMPLING)
-        ours, theirs = _shift(defaults, dit, vae), scheduler.grid.shift
-        if isinstance(theirs, float) and not math.isclose(ours, theirs, rel_tol=1e-6):
+        shift, scheduler_shift = _shift(defaults, dit, vae), scheduler.grid.shift
+        if isinstance(scheduler_shift, float) and not math.isclose(shift, scheduler_shift, rel_tol=1e-6):
             _log.warning(
-                "%s has a shift of %g, %s one of %g, which counts",
+                "%s has a shift of %g, %s one of %g, which is used",
                 folder / _SCHEDULER,
-                theirs,
+                scheduler_shift,
                 SAMPLING,
-                ours,
+                shift,
             )
         return defaults
     row = published(dit, experts=experts)
     if row is None:
-        # Of no model that is known: the size and the rate of the Wan model with the same VAE's compression.
+        # An unknown model gets the size and frame rate of the Wan model with the same VAE compression.
         large = vae.spatial_factor == 16
         size, fps = ((121, 704, 1280), 24.0) if large else ((81, 480, 832), 16.0)
         return SamplingDefaults(
@@ -129,11 +129,11 @@ def read_defaults(
 
 
 def read_scheduler(folder: pathlib.Path | str) -> SamplingOptions:
-    """The stepper and the timesteps of a scheduler of diffusers, for 50 steps.
+    """Sampling options (stepper, timesteps) equal to a diffusers scheduler, for 50 steps.
 
     Raises:
-      FileNotFoundError: it has no configuration.
-      UserError: the scheduler, or an option of it, is not supported.
+      FileNotFoundError: the scheduler has no configuration.
+      UserError: the scheduler or one of its options is not supported.
     """
     path = pathlib.Path(folder) / "scheduler_config.json"
     values = read_json(path, remedy="give the folder `scheduler` of a checkpoint of Wan")
@@ -176,7 +176,7 @@ def _read(path: pathlib.Path) -> SamplingDefaults:
 
 
 def _shift(defaults: SamplingDefaults, dit: DiTConfig, vae: VAEConfig) -> float:
-    """Of the default size."""
+    """The timestep shift at the default size."""
     shift = defaults.options.grid.shift
     tokens = math.prod(dit.token_grid(*latent_shape(vae, dit, defaults.size)[:3]))
     return 1.0 if shift is None else float(shift_at(shift, tokens))

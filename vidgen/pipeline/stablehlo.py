@@ -1,4 +1,4 @@
-"""A sampler as a program (StableHLO, by `jax.export`) that a Python with nothing but JAX runs."""
+"""Exports a sampler as a StableHLO program (by `jax.export`) that needs only JAX to run."""
 
 import pathlib
 from typing import Any
@@ -34,22 +34,21 @@ def export_sampler(
     steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> None:
-    """Writes the sampler of `pipe` for clips of one size as a folder, which appears whole.
+    """Writes the sampler of `pipe` for clips of one size to a new folder, atomically.
 
-    In it are the program for CPUs, NVIDIA's GPUs and TPUs, the weights, and `sample.py`, which shows how to
-    call it with nothing but JAX (and flatbuffers, in which JAX writes programs). The program takes seeds and,
-    for a model with a byte encoder, the bytes of prompts; for one with another text encoder, its features.
+    The folder holds the program for CPUs, NVIDIA GPUs and TPUs, the weights, and `sample.py`, which shows how
+    to call it with only JAX (and flatbuffers, JAX's serialization format). The program takes seeds, and the
+    bytes of the prompts for a model with a byte encoder or prompt features for another text encoder.
 
     Args:
-      size: frames, height and width; None is the pipeline's.
-      steps, guidance_scale: as in `Pipeline.__call__`; they are fixed in the program.
+      size: frames, height and width, in pixels; None is the pipeline's.
+      steps, guidance_scale: as in `Pipeline.__call__`; the program fixes them.
 
     Raises:
-      UserError: a size that the model does not take; a model that makes videos of images alone; `target` is
-        not empty.
+      UserError: the model does not support the size, or needs an image; `target` is not empty.
     """
     if pipe.images == "beside":
-        raise UserError("the model makes videos of images, which an exported sampler does not take")
+        raise UserError("the model generates videos from images, which an exported sampler does not take")
     size = pipe.size if size is None else size
     shape = latent_shape(pipe.vae.config, pipe.model.dit.config, size)
     options = pipe.with_options(steps=steps, guidance_scale=guidance_scale)
@@ -77,7 +76,7 @@ def export_sampler(
 
 
 def _text_inputs(pipe: Pipeline, batch_size: int) -> tuple[tuple[jax.ShapeDtypeStruct, ...], dict[str, Any]]:
-    """Shapes of what stands for prompts, and what to say of them."""
+    """Shapes of the program's prompt inputs, and their description in config.json."""
     text = pipe.model.text
     if text is None:
         features = jax.eval_shape(lambda: pipe.encode_prompts([""]).text)
@@ -90,7 +89,7 @@ def _text_inputs(pipe: Pipeline, batch_size: int) -> tuple[tuple[jax.ShapeDtypeS
 
 
 def _save_arrays(path: pathlib.Path, leaves: list[Array]) -> None:
-    """In order. NumPy's format has no bfloat16: its bits are kept as 16-bit integers."""
+    """Saves arrays in order. NumPy's format has no bfloat16: its bits are stored as 16-bit integers."""
     arrays = [np.asarray(leaf) for leaf in leaves]
     plain = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
     np.savez(path, allow_pickle=False, **{f"{index:05}": x for index, x in enumerate(plain)})
@@ -99,7 +98,7 @@ def _save_arrays(path: pathlib.Path, leaves: list[Array]) -> None:
 _SAMPLE = '''\
 """Runs the sampler in this folder with JAX alone: python sample.py "a prompt" [seed]
 
-Besides JAX and NumPy, which comes with it, it needs flatbuffers, in which jax.export writes its files.
+It needs JAX, NumPy (which JAX installs) and flatbuffers, the format of jax.export's files.
 
 Writes video.npy: uint8 frames [clips, frames, height, width, 3].
 """

@@ -1,4 +1,4 @@
-"""The real training step of an experiment, compiled ahead of time for devices that need not exist."""
+"""Compiles an experiment's real training step ahead of time, for devices that need not exist."""
 
 import dataclasses
 import math
@@ -35,11 +35,11 @@ __all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "la
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TooLarge:
-    """The compiler's refusal: the program needs more memory than a device has.
+    """The compiler's out-of-memory error: the program needs more memory than a device has.
 
     Attributes:
-      needed_bytes: as the compiler states it.
-      message: its own words.
+      needed_bytes: bytes per device, as the compiler states them.
+      message: the compiler's message.
     """
 
     needed_bytes: int
@@ -48,14 +48,14 @@ class TooLarge:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """A training step and what it was compiled for.
+    """A compiled training step, with its mesh and arguments.
 
     Attributes:
       state, frozen, batch: arguments, as `jax.ShapeDtypeStruct`s with shardings.
-      encoder_bytes: of the weights of the task's text encoder on one device; 0 where there is none.
-      flops: of the whole step's matrix products and convolutions, over all devices.
-      executable: what the compiler made, or its refusal.
-      seconds: that tracing and compiling took.
+      encoder_bytes: bytes of the text encoder's weights on one device; 0 without a text encoder.
+      flops: matrix products and convolutions of the whole step, over all devices.
+      executable: the compiled program, or the compiler's out-of-memory error.
+      seconds: duration of tracing and compiling.
     """
 
     mesh: Mesh
@@ -69,17 +69,17 @@ class CompiledStep:
 
 
 def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = None) -> CompiledStep:
-    """Compiles what `vidgen.train.loop.fit` runs: same task, optimizer, options and shardings.
+    """Compiles the step of `vidgen.train.loop.fit`: same task, optimizer, options and shardings.
 
-    Nothing is computed and no array is made, of the weights or of anything else. Of several buckets, all that
-    could need the most memory are compiled, and the one that does is returned.
+    It allocates no array and computes nothing. With several buckets it compiles every bucket that could need
+    the most memory and returns the one that does.
 
     Args:
-      mesh: over devices that exist, or over those of `topology_devices`.
-      vae: shape of the frozen VAE, for the tasks that use one.
+      mesh: of devices that exist, or of `topology_devices`.
+      vae: config of the frozen VAE, for tasks that use one.
 
     Raises:
-      PreflightError: the batch does not divide over the mesh.
+      PreflightError: the batch is not divisible over the mesh.
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
@@ -112,7 +112,7 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
 
 
 def _needed(step: CompiledStep) -> tuple[bool, int]:
-    """By which steps of one state are compared: those that the compiler refuses are the largest."""
+    """Sort key by memory of steps with the same state: out-of-memory errors come last."""
     if isinstance(step.executable, TooLarge):
         return True, step.executable.needed_bytes
     found: Any = step.executable.memory_analysis()
@@ -120,7 +120,7 @@ def _needed(step: CompiledStep) -> tuple[bool, int]:
 
 
 def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
-    """What the compiler makes of a `jax.stages.Traced`, or its refusal where memory does not suffice."""
+    """Compiles a `jax.stages.Traced`; returns an out-of-memory error of the compiler as `TooLarge`."""
     try:
         return traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -133,7 +133,7 @@ def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
 def _abstract_frozen(
     task: Task, vae: VAEConfig | None, mesh: Mesh
 ) -> tuple[nnx.GraphDef, PyTree] | tuple[None, None]:
-    """What `task.frozen` would read from files: the VAE, or the network of the perceptual loss."""
+    """Abstract version of `task.frozen`: the VAE, or the network of the perceptual loss, or None."""
     if vae is not None:
         module = nnx.eval_shape(lambda: VideoVAE(vae, rngs=nnx.Rngs(0)))
     elif isinstance(task, VAETask) and task.perceptual_weight:
@@ -147,38 +147,39 @@ def _abstract_frozen(
 def _abstract_batches(
     experiment: Experiment, task: Task, mesh: Mesh, vae: VAEConfig | None
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Batches as `vidgen.parallel.processes.global_batch` lays them out.
+    """Abstract batches, sharded as by `vidgen.parallel.processes.global_batch`.
 
-    Of packed clips it is one of rows; of clips, one for each size that `largest_sizes` gives.
+    Packed clips have one batch of packed rows; other data has one batch per size of `largest_sizes`.
     """
-    data, rows = experiment.data, experiment.run.batch_size
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    of_sizes = [(data, rows)]
+    data, batch_size = experiment.data, experiment.run.batch_size
+    num_shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    sized_data = [(data, batch_size)]
     if not isinstance(data, LatentsData):
         config = task.model if isinstance(task, VAETask) else vae
-        sizes = largest_sizes(training_sizes(data, rows), 1 if config is None else config.temporal_factor)
-        of_sizes = [(with_size(data, size), size.batch_size or rows) for size in sizes]
+        temporal_factor = 1 if config is None else config.temporal_factor
+        sizes = largest_sizes(training_sizes(data, batch_size), temporal_factor)
+        sized_data = [(with_size(data, size), size.batch_size or batch_size) for size in sizes]
     batches = []
-    for data, rows in of_sizes:
+    for data, batch_size in sized_data:
         parts = experiment.run.grad_accumulation
-        if (rows // parts) % ways:
+        if (batch_size // parts) % num_shards:
             raise PreflightError(
-                f"a batch_size of {rows} in {parts} micro-batches does not fit data * fsdp = {ways} devices: "
-                f"make it a multiple of {ways * parts}"
+                f"a batch_size of {batch_size} in {parts} micro-batches does not fit data * fsdp = "
+                f"{num_shards} devices: make it a multiple of {num_shards * parts}"
             )
-        batch = task.batch_spec(data, rows)
+        batch = task.batch_spec(data, batch_size)
         batches.append(placed(batch, dict.fromkeys(batch, batch_sharding(mesh))))
     return batches
 
 
 def largest_sizes(sizes: Sequence[Bucket], temporal_factor: int) -> list[Bucket]:
-    """The sizes of batches that could need the most memory: no other one is as large in every way.
+    """Batch sizes that could need the most memory: those that no other size reaches in every measure.
 
-    Ways are what grows with memory: pixels (the VAE), latents (tokens), and scores of attention, within a
-    clip and within its frames. An image of as many pixels as a clip has more tokens.
+    The measures are pixels (the VAE), latents (tokens), and attention scores within a clip and within its
+    frames. An image with as many pixels as a clip has more tokens.
     """
 
-    def ways(size: Bucket) -> tuple[int, ...]:
+    def measures(size: Bucket) -> tuple[int, ...]:
         clips, area = size.batch_size or 1, size.height * size.width
         frames = 1 + (size.num_frames - 1) // temporal_factor
         return (
@@ -190,16 +191,16 @@ def largest_sizes(sizes: Sequence[Bucket], temporal_factor: int) -> list[Bucket]
 
     found: dict[tuple[int, ...], Bucket] = {}
     for size in sizes:
-        found.setdefault(ways(size), size)
+        found.setdefault(measures(size), size)
     return [
         size
-        for mine, size in found.items()
-        if not any(mine != other and all(a <= b for a, b in zip(mine, other, strict=True)) for other in found)
+        for this, size in found.items()
+        if not any(this != other and all(a <= b for a, b in zip(this, other, strict=True)) for other in found)
     ]
 
 
 def placed(tree: PyTree, places: PyTree) -> PyTree:
-    """`jax.ShapeDtypeStruct`s with these shardings."""
+    """`jax.ShapeDtypeStruct`s of `tree` with the shardings `places`."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places
     )
@@ -209,7 +210,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 def _refusal(message: str) -> TooLarge | None:
-    """The compiler's error as a value, where it is about the memory of a device."""
+    """Parses the compiler's out-of-memory error; None for any other error."""
     for pattern in (
         r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
         r"\(([\d.]+)([KMGT]?)\) exceeds available HBM",

@@ -1,4 +1,4 @@
-"""Decoding a long video, compiled ahead of time: what it takes of each device of a slice."""
+"""Compiles the decoding of a long video ahead of time: memory and flops on a TPU slice."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ class DecodeReport:
     """A compiled decoder in numbers.
 
     Attributes:
-      devices: what it was compiled for.
+      devices: number and kind of the devices.
       video: frames, height and width.
-      latents: their shape.
-      memory: of which the outputs are the frames, 8 bits a colour.
-      collectives: None where the program is too large.
+      latents: shape of the latents.
+      memory: bytes per device; the outputs are the frames, uint8.
+      collectives: instructions by kind; None if the program is too large.
       flops: over all devices, matrix products and convolutions only.
-      least_seconds: for the whole video, were the matrix units busy all the time; a bound, not a prediction.
+      least_seconds: for the whole video at the peak flop rate; a lower bound, not a prediction.
     """
 
     topology: str
@@ -54,15 +54,15 @@ class DecodeReport:
 
     @property
     def ok(self) -> bool:
-        """Whether it fits."""
+        """Whether the program fits the devices' memory."""
         return self.memory.fits
 
     def to_json(self) -> str:
-        """One line."""
+        """The report as one line of JSON."""
         return json.dumps(dataclasses.asdict(self) | {"fits": self.memory.fits, "ok": self.ok})
 
     def table(self) -> str:
-        """For people."""
+        """The report as a table."""
         frames, height, width = self.video
         rows = [
             ("devices", f"{self.topology}: {self.devices}"),
@@ -83,18 +83,18 @@ class DecodeReport:
 def compile_decode(
     config: VAEConfig, devices: Sequence[Any], video: tuple[int, int, int], topology: str
 ) -> DecodeReport:
-    """Compiles `vidgen.models.video_vae.streaming.decode` of one video, its frames cut over the devices.
+    """Compiles `vidgen.models.video_vae.streaming.decode` of one video, its frames sharded over the devices.
 
-    Nothing is computed and no array is made. The carry of the scan is what memory there is beside the
-    latents and the finished frames: it does not grow with the number of frames.
+    It allocates no array and computes nothing. Besides the latents and the decoded frames the program needs
+    memory for the scan's carry, which does not grow with the number of frames.
 
     Args:
-      devices: that exist, or those of `topology_devices`.
+      devices: existing devices, or those of `topology_devices`.
       video: frames, height and width.
-      topology: how the devices are called.
+      topology: name of the devices in the report.
 
     Raises:
-      UserError: the size is not one that the VAE takes; names the nearest.
+      UserError: the VAE does not support the size; names the nearest.
     """
     start = time.monotonic()
     latents_shape = (1, *config.latent_shape(*video))
@@ -105,7 +105,7 @@ def compile_decode(
     latents = jax.ShapeDtypeStruct(latents_shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
     def decode(state: nnx.State, latents: Array) -> Array:
-        return streaming.decode(nnx.merge(graphdef, state), latents, emit=_rows_of_bytes)
+        return streaming.decode(nnx.merge(graphdef, state), latents, emit=_packed_colours)
 
     with jax.set_mesh(mesh):
         traced = jax.jit(decode).trace(state, latents)
@@ -127,6 +127,6 @@ def compile_decode(
     )
 
 
-def _rows_of_bytes(video: Video) -> UInt8[Array, "b t h w3"]:
-    """Colours beside each other: a TPU would fill a last dimension of 3 up to 128."""
+def _packed_colours(video: Video) -> UInt8[Array, "b t h w3"]:
+    """uint8 frames with width and colours in one axis: a TPU would pad a last dimension of 3 to 128."""
     return pixels.to_uint8(video).reshape(*video.shape[:3], -1)

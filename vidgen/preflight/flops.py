@@ -1,4 +1,4 @@
-"""Operations of a traced function, counted where they are exact: in its matrix products and convolutions."""
+"""Counts the flops of a traced function's matrix products and convolutions."""
 
 import math
 from typing import Any
@@ -9,13 +9,12 @@ __all__ = ["matmul_flops"]
 
 
 def matmul_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr | Any) -> float:
-    """Two per multiply-add of every matrix product and convolution, over all devices.
+    """Flops of all matrix products and convolutions, over all devices; a multiply-add counts as two.
 
-    The body of a `scan` counts as often as it runs, which XLA's own estimate leaves out; what is recomputed
-    in the backward pass counts again; what `shard_map` gives a device counts for each; of a `cond`'s branches
-    the most expensive one counts, and where they are of platforms, the one of those without a branch of
-    their own. The body of a `while` counts once. A Pallas kernel with matrix products counts as it estimates
-    itself: attention as if nothing were masked.
+    The body of a `scan` counts once per iteration, unlike in XLA's own estimate; recomputation in the
+    backward pass counts again; the body of a `shard_map` counts once per device. A `cond` counts its most
+    expensive branch; if the branches are chosen by platform, the default branch. The body of a `while` counts
+    once. A Pallas kernel with matrix products counts its cost estimate: attention as if nothing were masked.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -43,7 +42,7 @@ def _branches(equation: Any) -> list[Any]:
 
 
 def _times(equation: Any) -> int:
-    """How often the inside of an equation runs, over all devices."""
+    """Number of times that an equation's inner jaxpr runs, over all devices."""
     if equation.primitive.name == "shard_map":
         mesh = equation.params["mesh"]
         [axes] = [axes for name, axes in equation.params.items() if name.endswith("manual_axes")]
@@ -60,8 +59,8 @@ def _dot(equation: Any) -> float:
 def _convolution(equation: Any) -> float:
     kernel = equation.invars[1].aval.shape
     output_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    # Every output element sums over the taps and the input channels of its group. A dilated input, as the
-    # gradient of a strided convolution has, is mostly zeros that are not worth counting.
+    # Every output element sums over the taps and the input channels of its group. A dilated input, as in the
+    # gradient of a strided convolution, is mostly zeros, which are not counted.
     dilation = math.prod(equation.params["lhs_dilation"])
     output = math.prod(equation.outvars[0].aval.shape)
     return 2.0 * output * math.prod(kernel) / output_features / dilation

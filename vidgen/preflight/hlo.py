@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, counted in its text."""
+"""Counts the collectives in a compiled program's HLO text."""
 
 import collections
 import re
@@ -12,7 +12,7 @@ _OPERATION = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = .*? ({'|'.join(COLLECTIVES)
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
-    """How many instructions of each kind the program has; one inside a loop counts once.
+    """Number of collective instructions of each kind; an instruction inside a loop counts once.
 
     On TPU a reduce-scatter is a fused computation named all-reduce-scatter, with an all-reduce inside.
     """

@@ -1,4 +1,4 @@
-"""Whether a compiled step leaves the state on the devices as asked: each parameter, average and moment."""
+"""Compares the shardings of a compiled step's output state with the requested ones."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ __all__ = ["Layout", "compare_layout"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the arrays of a training state are, in bytes over all devices but for `per_chip_bytes`.
+    """Shardings of a training state's arrays, in bytes of the global arrays except `per_chip_bytes`.
 
     Attributes:
-      num_arrays: parameters, averages and moments compared.
-      as_asked: how many lie as asked: a parameter by its logical axes, an average and a moment as their
-        parameter.
-      moved: the others, by name, with what was asked and what was found.
-      total_bytes: of all of them, each counted once.
-      sharded_bytes: of those that are cut over the devices.
-      per_chip_bytes: of all of them on one device.
-      replicated: those that every device holds whole, by name, with their bytes; largest first.
+      num_arrays: number of parameters, averages and moments compared.
+      as_asked: number of arrays with the requested sharding: a parameter by its logical axes, an average or
+        moment as its parameter.
+      moved: the other arrays: name -> requested and found sharding.
+      total_bytes: of all arrays.
+      sharded_bytes: of the arrays that are not fully replicated.
+      per_chip_bytes: of all arrays on one device.
+      replicated: name -> bytes of the fully replicated arrays, largest first.
     """
 
     num_arrays: int
@@ -38,11 +38,11 @@ class Layout:
 
 
 def compare_layout(state: TrainState, found: TrainState) -> Layout:
-    """Compares the state that is given to a step with the shardings of the one that comes out.
+    """Compares the shardings of a step's input state with those of its output state.
 
     Args:
-      state: `jax.ShapeDtypeStruct`s with the shardings asked for.
-      found: shardings in their places, as `compiled.output_shardings` has them.
+      state: `jax.ShapeDtypeStruct`s with the requested shardings.
+      found: the same tree with shardings as leaves, from `compiled.output_shardings`.
     """
     asked = named_leaves(state.params)
     moved: dict[str, str] = {}
@@ -89,7 +89,7 @@ def _shardings(tree: PyTree) -> list[jax.sharding.Sharding]:
 
 
 def _parameter_of(name: str, leaf: Any, parameters: dict[str, Any]) -> Any:
-    """The parameter that an array belongs to, or None: its name ends with the parameter's."""
+    """The parameter whose name ends the array's name, if the shapes are equal; otherwise None."""
     parts = name.split(".")
     for start in range(1, len(parts)):
         parameter = parameters.get(".".join(parts[start:]))

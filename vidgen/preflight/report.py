@@ -1,4 +1,4 @@
-"""What is known of a run before it is started, as a table and as JSON."""
+"""The preflight report of a run, as a table and as JSON."""
 
 import dataclasses
 import json
@@ -27,13 +27,14 @@ class Memory:
 
     Attributes:
       arguments: state, frozen weights and batch.
-      outputs: of which the state takes the place of the arguments'.
+      outputs: of the step; the state aliases the arguments.
       temporaries: activations, gradients and the rest.
       code: the program.
-      text_encoder: weights of a text encoder that is not trained: they lie beside the step once a caption is
-        not in the cache. What it takes to encode one is not counted.
-      peak: all of it; where the program is too large, the compiler's sum, the parts then being unknown.
-      available: what a program may use; None where it is not known (CPU).
+      text_encoder: weights of the frozen text encoder, which stay in memory from the first caption that is
+        not in the cache. Memory for encoding a caption is not counted.
+      peak: the sum, aliases counted once; if the program is too large, the compiler's sum, with the parts
+        unknown.
+      available: memory that a program may use; None if it is unknown (CPU).
     """
 
     arguments: int
@@ -52,7 +53,7 @@ class Memory:
         available: int | None,
         text_encoder: int = 0,
     ) -> "Memory":
-        """What the compiler says.
+        """Reads the memory analysis of a compiled program.
 
         Args:
           arguments: of the program, as `jax.ShapeDtypeStruct`s with shardings.
@@ -72,15 +73,15 @@ class Memory:
                 available=available,
             )
         found: Any = executable.memory_analysis()
-        given, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
+        inputs, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
         temporaries, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
         return cls(
-            arguments=given,
+            arguments=inputs,
             outputs=outputs,
             temporaries=temporaries,
             code=code,
             text_encoder=text_encoder,
-            peak=given + outputs - found.alias_size_in_bytes + temporaries + code + text_encoder,
+            peak=inputs + outputs - found.alias_size_in_bytes + temporaries + code + text_encoder,
             available=available,
         )
 
@@ -89,7 +90,7 @@ class Memory:
         return self.available is None or self.peak <= self.available
 
     def rows(self) -> list[tuple[str, str]]:
-        """For people."""
+        """(name, text) pairs for the report's table."""
         rows = [("memory per chip", "")]
         for name in ("arguments", "outputs", "temporaries", "code"):
             rows += [(f"  {name}", _gib(getattr(self, name)))]
@@ -107,15 +108,15 @@ class Report:
     """A compiled step in numbers.
 
     Attributes:
-      devices: what it was compiled for.
-      layout, collectives: None where the program is too large.
-      num_parameters: that are trained.
-      parameters_per_chip: as many numbers of them are on one device.
-      flops: per step over all devices, matrix products and convolutions only, masked attention as if nothing
-        were masked and with what is recomputed.
-      seconds_at_peak: per step, were `flops` done at peak rate. Not a bound where attention is masked (packed
-        rows, causality): kernels leave out what is not seen.
-      advice: what to change, if it does not fit.
+      devices: number and kind of the devices.
+      layout, collectives: None if the program is too large.
+      num_parameters: trained parameters.
+      parameters_per_chip: elements of the trained parameters on one device.
+      flops: per step over all devices, matrix products and convolutions only, with recomputation; attention
+        counts as if nothing were masked.
+      seconds_at_peak: per step, with `flops` at the peak rate. No lower bound if attention is masked (packed
+        rows, causality), because kernels skip masked blocks.
+      advice: what to change if the step does not fit.
     """
 
     topology: str
@@ -135,16 +136,16 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the step fits and leaves the state where it was asked to be."""
+        """Whether the step fits and keeps the requested sharding of the state."""
         return self.memory.fits and (self.layout is None or not self.layout.moved)
 
     def to_json(self) -> str:
-        """One line."""
+        """The report as one line of JSON."""
         values = dataclasses.asdict(self) | {"fits": self.memory.fits, "ok": self.ok}
         return json.dumps(values)
 
     def table(self) -> str:
-        """For people."""
+        """The report as a table."""
         rows = [("devices", f"{self.topology}: {self.devices}")]
         rows += [("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.items()))]
         rows += [("batch", ", ".join(f"{name} {list(shape)}" for name, shape in self.batch.items()))]
@@ -169,15 +170,15 @@ class Report:
 
 
 def lines(rows: list[tuple[str, str]]) -> str:
-    """A table of names and texts."""
+    """Formats (name, text) pairs as a table."""
     return "\n".join(f"{name:<17} {text}".rstrip() for name, text in rows)
 
 
 def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -> Report:
-    """Reads the compiled step.
+    """Builds the report of a compiled step.
 
     Args:
-      topology: how the devices are called.
+      topology: name of the devices in the report.
     """
     devices = compiled.mesh.devices
     chip = chip_of(devices.flat[0])
@@ -189,7 +190,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
     )
     executable = compiled.executable
     refused = isinstance(executable, TooLarge)
-    least = compiled.flops / devices.size / chip.bf16_flops if chip else None
+    seconds_at_peak = compiled.flops / devices.size / chip.bf16_flops if chip else None
     return Report(
         topology=topology,
         devices=f"{devices.size} x {devices.flat[0].device_kind}",
@@ -202,7 +203,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         parameters_per_chip=_numbers_per_chip(compiled.state.params),
         frozen_parameters=count(compiled.frozen),
         flops=compiled.flops,
-        seconds_at_peak=least,
+        seconds_at_peak=seconds_at_peak,
         compile_seconds=compiled.seconds,
         advice=() if memory.fits else _advice(experiment, compiled),
     )
@@ -225,8 +226,8 @@ def _layout_rows(layout: Layout | None) -> list[tuple[str, str]]:
     ]
     moved = [f"{name}: {text}" for name, text in layout.moved.items()]
     rows += [("not as asked" if not index else "", line) for index, line in enumerate(_some(moved))]
-    whole = sum(layout.replicated.values())
-    rows += [("on every chip", f"{len(layout.replicated)} arrays, {whole / 2**20:.2f} MiB; largest:")]
+    replicated = sum(layout.replicated.values())
+    rows += [("replicated", f"{len(layout.replicated)} arrays, {replicated / 2**20:.2f} MiB; largest:")]
     largest = [f"{name} {size / 2**10:.1f} KiB" for name, size in layout.replicated.items()]
     return rows + [("", line) for line in _some(largest)]
 
@@ -236,12 +237,12 @@ def _some(lines: list[str]) -> list[str]:
 
 
 def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
-    """What makes a step smaller, the cheapest first."""
+    """Changes that make a step smaller, the cheapest first."""
     mesh, run, advice = compiled.mesh, experiment.run, []
-    rows = run.batch_size // run.grad_accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
-    if rows > 1:
+    clips = run.batch_size // run.grad_accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if clips > 1:
         advice.append(
-            f"{rows} clips are on a chip at once: raise --config.run.grad_accumulation "
+            f"{clips} clips are on a chip at once: raise --config.run.grad_accumulation "
             f"(now {run.grad_accumulation}), or lower --config.run.batch_size (now {run.batch_size})"
         )
     model = getattr(experiment.task, "dit", None) or getattr(experiment.task, "model", None)
@@ -252,7 +253,7 @@ def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
         advice.append(f"--config.task.{path}.dtype=bfloat16 halves activations (now {model.dtype})")
     if mesh.shape["data"] > 1:
         advice.append(
-            f"--config.mesh.data=1 --config.mesh.fsdp=-1 cuts the state {mesh.shape['data']} times finer"
+            f"--config.mesh.data=1 --config.mesh.fsdp=-1 shards the state {mesh.shape['data']} times finer"
         )
     data = experiment.data
     if isinstance(data, LatentsData):
@@ -264,7 +265,7 @@ def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
             f".width ({data.width})"
         )
         product = "their product"
-    advice.append(f"{sizes}; attention's scores grow with the square of {product}")
+    advice.append(f"{sizes}; attention scores grow with the square of {product}")
     advice.append("a larger slice, or chips with more memory: --topology")
     return tuple(advice)
 

@@ -1,4 +1,4 @@
-"""TPU slices that are not here: their devices as jax describes them, and what each device can hold and do."""
+"""TPU slices that need not exist: their devices as jax describes them, with memory and peak flop rate."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 class PreflightError(UserError):
-    """A step that cannot be compiled here; the message says what to do."""
+    """A step cannot be compiled on this machine; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Chip:
 
     Attributes:
       kind: jax's `device_kind`.
-      hbm_bytes: what a program may use, as the compiler states it when a program is too large (libtpu
-        0.0.42); a little less than the memory that the data sheet names.
-      bf16_flops: peak per second, from Google Cloud's "System architecture" pages.
+      hbm_bytes: memory that a program may use, from the compiler's out-of-memory error (libtpu 0.0.42); a
+        little less than the data sheet's.
+      bf16_flops: peak flops per second, from Google Cloud's "System architecture" pages.
     """
 
     kind: str
@@ -41,24 +41,24 @@ CHIPS: dict[str, Chip] = {
     # A chip has two cores, and each is a device: half of the chip's 192 GiB and 2307 Tflop/s.
     "tpu7x": Chip(kind="TPU7x", hbm_bytes=int(94.75 * GIB), bf16_flops=1153.5e12),
 }
-"""Devices by the name that begins a topology."""
+"""Devices by the generation name at the start of a topology."""
 
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what libtpu and jax read when they load, to compile without a TPU; call before jax is imported."""
+    """Sets the environment variables for compiling without a TPU; call it before jax is imported."""
     environment["JAX_PLATFORMS"] = "cpu"
-    environment["TPU_SKIP_MDS_QUERY"] = "1"  # Asks no metadata server which TPU this is.
+    environment["TPU_SKIP_MDS_QUERY"] = "1"  # Skips the query of the metadata server.
     environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     environment.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # A program from the cache has no statistics of memory.
+    # A cached program has no memory statistics.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice such as "v5e:4x4" or "v5p:2x2x4"; none of them need exist.
+    """The devices of a TPU slice such as "v5e:4x4" or "v5p:2x2x4"; they need not exist.
 
     Raises:
-      PreflightError: libtpu is not installed, or there is no such slice.
+      PreflightError: libtpu is not installed, or has no such slice.
     """
     known = ", ".join(CHIPS)
     if not re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+(x\d+)?", name):
@@ -75,10 +75,10 @@ def topology_devices(name: str) -> list[Any]:
 
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:  # libtpu raises several types, all with a sentence.
+    except Exception as error:  # libtpu raises several types, all with a readable message.
         raise PreflightError(f"--topology={name} is no slice that libtpu knows: {error}") from error
 
 
 def chip_of(device: Any) -> Chip | None:
-    """What a device can hold and do, or None for one that the table does not have (a CPU)."""
+    """The entry of a device in `CHIPS`; None for other devices (CPUs)."""
     return next((chip for chip in CHIPS.values() if chip.kind == device.device_kind), None)

@@ -1,4 +1,4 @@
-"""Feature caching: steps that skip the transformer's blocks and add their last residual again."""
+"""Feature caching: some steps skip the transformer's blocks and reuse their last residual."""
 
 import dataclasses
 import math
@@ -20,28 +20,28 @@ __all__ = ["CachePolicy", "CachedDenoiser", "TeaCache"]
 
 @runtime_checkable
 class CachePolicy(Protocol):
-    """Chooses the steps that compute the blocks."""
+    """Selects the steps that compute the transformer's blocks."""
 
     def computed(
         self, dit: DiT, timesteps: Float[Array, "s"], forced: Bool[np.ndarray, "s"]
     ) -> Bool[Array, "s"]:
-        """Whether each step computes the blocks, from the model's timesteps; `forced` steps do."""
+        """Mask of the steps that compute the blocks, from the model's timesteps; includes `forced` steps."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeaCache:
-    """Computes again when the timestep's modulation has changed enough (arXiv 2411.19108).
+    """Recomputes the blocks when the timestep's modulation has changed enough (arXiv 2411.19108).
 
     The change from step to step is the relative L1 distance of the modulation vectors that all blocks share,
-    as in the paper's implementation for Wan, and is summed until it reaches the threshold. It depends on the
-    timesteps and the weights alone: all clips of a batch, with a prompt and without, reuse the same steps,
-    and no video depends on what it is sampled with.
+    as in the paper's implementation for Wan; changes are summed until they reach the threshold. The decision
+    depends only on the timesteps and the weights: all clips of a batch, with and without a prompt, skip the
+    same steps, so no video depends on the rest of its batch.
 
     Attributes:
-      threshold: more is faster and less faithful; at 0 every step is computed.
-      coefficients: of the polynomial that makes the change of the blocks' output of the distance, highest
-        power first; empty takes the distance itself.
+      threshold: a larger value is faster and less faithful; 0 computes every step.
+      coefficients: of a polynomial from this distance to the change of the blocks' output, highest power
+        first; empty uses the distance itself.
     """
 
     kind: Literal["teacache"] = "teacache"
@@ -62,8 +62,8 @@ class TeaCache:
             distance = jnp.polyval(jnp.asarray(self.coefficients), distance)
 
         def body(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            distance, must = inputs
-            compute = must | (total + distance >= self.threshold) | (self.threshold == 0.0)
+            distance, is_forced = inputs
+            compute = is_forced | (total + distance >= self.threshold) | (self.threshold == 0.0)
             return jnp.where(compute, 0.0, total + distance), compute
 
         inputs = (jnp.concatenate([jnp.zeros(1), distance]), jnp.asarray(forced))
@@ -72,10 +72,10 @@ class TeaCache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedDenoiser:
-    """A denoiser that reuses what the blocks added to the tokens in an earlier step.
+    """A denoiser that reuses the blocks' residual, their output minus their input, from an earlier step.
 
     Attributes:
-      computed: whether each step computes the blocks; the first one does.
+      computed: mask of the steps that compute the blocks; true for the first step.
     """
 
     model: TextToVideo
@@ -84,8 +84,8 @@ class CachedDenoiser:
     def init(self, latents: Latents) -> PyTree:
         config = self.model.dit.config
         num_tokens = math.prod(config.token_grid(*latents.shape[1:4]))
-        added = jnp.zeros((len(latents), num_tokens, config.model_dim), config.dtype)
-        return constrain(added, "batch", "tokens", None)
+        residual = jnp.zeros((len(latents), num_tokens, config.model_dim), config.dtype)
+        return constrain(residual, "batch", "tokens", None)
 
     def apply(
         self,
@@ -95,19 +95,19 @@ class CachedDenoiser:
         state: PyTree,
         step: Int[Array, ""],
     ) -> tuple[Latents, PyTree]:
-        left: list[Array] = []
+        residuals: list[Array] = []
 
         def run_blocks(dit: DiT, x: Array, conditions: dict[str, Any]) -> Array:
-            def compute(x: Array, added: Array) -> tuple[Array, Array]:
+            def compute(x: Array, residual: Array) -> tuple[Array, Array]:
                 out = dit.apply_blocks(x, conditions)
                 return out, out - x
 
-            def reuse(x: Array, added: Array) -> tuple[Array, Array]:
-                return x + added, added
+            def reuse(x: Array, residual: Array) -> tuple[Array, Array]:
+                return x + residual, residual
 
-            x, added = jax.lax.cond(self.computed[step], compute, reuse, x, state)
-            left.append(added)
+            x, residual = jax.lax.cond(self.computed[step], compute, reuse, x, state)
+            residuals.append(residual)
             return x
 
         velocity = self.model.velocity(latents, timestep, condition, run_blocks)
-        return velocity, left[0]
+        return velocity, residuals[0]

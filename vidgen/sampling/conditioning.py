@@ -1,4 +1,4 @@
-"""Image conditions: known frames as concatenated channels or as known latents."""
+"""Image conditioning: known frames as concatenated channels, or as known latents."""
 
 from typing import Literal
 
@@ -14,14 +14,14 @@ from vidgen.models.video_vae.model import VideoVAE
 __all__ = ["ImageConditioning", "concat_condition", "first_frame", "infer_image_conditioning"]
 
 ImageConditioning = Literal["beside", "first"]
-"""`beside`: known frames in channels concatenated to the noise. `first`: the first latent frame is known."""
+"""`beside`: channels of the known frames are concatenated. `first`: the first latent frame is known."""
 
 
 def infer_image_conditioning(dit: DiTConfig, latent_channels: int, temporal_factor: int) -> ImageConditioning:
-    """The image condition that a transformer takes, by its channels.
+    """Infers a transformer's image conditioning from its numbers of channels.
 
     Raises:
-      UserError: its channels are neither the latents' nor those of Wan's image to video.
+      UserError: the channels fit neither the latents nor Wan's image-to-video input.
     """
     extra = dit.in_channels - dit.velocity_channels
     if dit.velocity_channels == latent_channels:
@@ -30,9 +30,9 @@ def infer_image_conditioning(dit: DiTConfig, latent_channels: int, temporal_fact
         if extra == temporal_factor + latent_channels:
             return "beside"
     raise UserError(
-        f"the transformer takes {dit.in_channels} channels and gives {dit.velocity_channels}; with "
-        f"{latent_channels} channels of latents expected are {latent_channels}, or "
-        f"{2 * latent_channels + temporal_factor} and {latent_channels}"
+        f"the transformer takes {dit.in_channels} channels and gives {dit.velocity_channels}; for latents "
+        f"of {latent_channels} channels it must take {latent_channels} or "
+        f"{2 * latent_channels + temporal_factor}, and give {latent_channels}"
     )
 
 
@@ -40,15 +40,15 @@ def infer_image_conditioning(dit: DiTConfig, latent_channels: int, temporal_fact
 def concat_condition(
     vae: VideoVAE, video: Video, known_mask: Bool[Array, "t"]
 ) -> Float[Array, "b tz hz wz x"]:
-    """Channels that Wan's image to video concatenates to the noise: a mask, and latents of the known frames.
+    """Channels that Wan's image-to-video models concatenate to the noise: a mask and latents of known frames.
 
     Args:
-      video: in [-1, 1]; frames that are not known count as 0 (grey).
+      video: in [-1, 1]; unknown frames are replaced by 0 (grey).
       known_mask: true for known frames.
 
     Returns:
-      `temporal_factor` channels of the mask, one for each frame of a latent frame (the first frame stands for
-      all of its own), then the latents, float32.
+      `temporal_factor` mask channels, one per frame of a latent frame (the first frame fills all channels of
+      the first latent frame), then the channels of the latents, float32.
     """
     factor = vae.config.temporal_factor
     shown = jnp.where(known_mask[None, :, None, None, None], video, 0.0)
@@ -61,11 +61,11 @@ def concat_condition(
 
 @jax.jit
 def first_frame(vae: VideoVAE, image: Video, noise: Latents) -> tuple[Latents, Bool[Array, "b tz hz wz"]]:
-    """Known latents, zero but for the first frame, and their mask.
+    """Known latents, zero except the first latent frame, and their mask.
 
     Args:
       image: in [-1, 1], one frame per clip.
-      noise: of the clips; gives the shape.
+      noise: has the shape of the result.
     """
     latents = vae.encode(image)
     known_latents = jnp.zeros_like(noise).at[:, :1].set(latents)

@@ -1,4 +1,4 @@
-"""Prompts to videos with a trained model and its VAE."""
+"""Generates videos from prompts with a trained model and its VAE."""
 
 import dataclasses
 import functools
@@ -35,12 +35,12 @@ __all__ = ["OnProgress", "Progress", "denoise", "denoise_on_device", "generate",
 
 
 class Progress(NamedTuple):
-    """How far sampling is.
+    """Progress of sampling.
 
     Attributes:
-      stage: what begins now. The first step and the decoding compile their programs before they run.
-      done: steps that are computed.
-      count: of all steps.
+      stage: the stage that begins. The first step and the decoding compile their programs before they run.
+      done: number of finished steps.
+      count: number of all steps.
     """
 
     stage: Literal["step", "decoding"]
@@ -53,7 +53,7 @@ OnProgress: TypeAlias = Callable[[Progress], None]
 
 _DEFAULT = SamplingOptions()
 _MAX_STEPS = int(SAMPLER_STEPS.high)
-"""What differs from step to step is padded to this length, so that one program takes any number of steps."""
+"""Per-step values are padded to this length, so that one program serves any number of steps."""
 
 
 def generate(
@@ -66,18 +66,18 @@ def generate(
     negative_prompt: str = "",
     options: SamplingOptions = _DEFAULT,
 ) -> UInt8[np.ndarray, "b t h w 3"]:
-    """One video per prompt; a video depends on its prompt and seed, not on the others or the devices.
+    """Generates one video per prompt, which depends only on the prompt and its seed, not on the devices.
 
     Args:
-      model: with a text encoder of its own.
-      size: frames, height and width in pixels.
+      model: includes a byte encoder.
+      size: frames, height and width, in pixels.
       seeds: one per prompt.
-      negative_prompt: what guidance leads away from.
+      negative_prompt: text that guidance steers away from.
 
     Raises:
-      UserError: a size that the models do not take, a seed that is no uint32, numbers of prompts and seeds
-        that differ.
-      PromptTooLong: a prompt is longer than the text encoder takes.
+      UserError: the models do not support the size, a seed is no uint32, or the numbers of prompts and seeds
+        differ.
+      PromptTooLong: a prompt is longer than the text encoder's limit.
     """
     if not prompts or len(prompts) != len(seeds):
         raise UserError(
@@ -90,13 +90,13 @@ def generate(
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int, int]) -> Latents:
-    """Noise of one clip per seed, laid over the mesh in context.
+    """Noise for one clip per seed, sharded over the mesh in context.
 
     Args:
       shape: of a clip's latents.
 
     Raises:
-      UserError: a seed that is no uint32.
+      UserError: a seed is no uint32.
     """
     for seed in seeds:
         SEED.check(seed, "seed")
@@ -113,26 +113,26 @@ def denoise(
     options: SamplingOptions = _DEFAULT,
     on_progress: OnProgress | None = None,
 ) -> UInt8[np.ndarray, "b t h w 3"]:
-    """Videos out of noise, a program per step: one serves any number of steps, shift and scales.
+    """Denoises and decodes, one program call per step; the program serves any steps, shift and scales.
 
     Args:
       positive: conditions of the clips.
-      negative: what guidance leads away from; not looked at without guidance.
-      on_progress: is called as each step and the decoding begin, once what came before is computed.
+      negative: conditions that guidance steers away from; unused without guidance.
+      on_progress: called at the start of each step and of the decoding, after the previous step has finished.
 
     Raises:
-      UserError: an option that the model has no use for.
+      UserError: an option does not apply to the model.
     """
     report = on_progress or (lambda _: None)
-    how, plan = _plan(model, noise, options)
-    negative_used = None if how.guided == "never" else negative
+    static, plan = _plan(model, noise, options)
+    negative_used = None if static.guided == "never" else negative
     plan = jax.tree.map(lambda x: np.pad(x, (0, _MAX_STEPS + 1 - len(x))), plan)
-    state, count = _begin(model, noise, positive, negative_used, plan, how=how), options.grid.num_steps
+    state, count = _begin(model, noise, positive, negative_used, plan, static=static), options.grid.num_steps
     for step in range(count):
         if on_progress is not None:
             jax.block_until_ready(state)
         report(Progress("step", step, count))
-        state = _advance(model, state, positive, negative_used, plan, np.int32(step), how=how)
+        state = _advance(model, state, positive, negative_used, plan, np.int32(step), static=static)
     if on_progress is not None:
         jax.block_until_ready(state)
     report(Progress("decoding", count, count))
@@ -148,15 +148,15 @@ def denoise_on_device(
     *,
     options: SamplingOptions = _DEFAULT,
 ) -> UInt8[Array, "b t h w 3"]:
-    """`denoise` as one program on the devices, which may be a part of another."""
-    how, plan = _plan(model, noise, options)
-    network = _network(model, positive, None if how.guided == "never" else negative, plan, how)
+    """`denoise` as one traceable program, which may be part of another program."""
+    static, plan = _plan(model, noise, options)
+    network = _network(model, positive, None if static.guided == "never" else negative, plan, static)
 
     def body(state: SamplerState, step: Array) -> tuple[SamplerState, None]:
-        return sampler.step(network, state, step, plan.timesteps, how.stepper), None
+        return sampler.step(network, state, step, plan.timesteps, static.stepper), None
 
-    start = sampler.init_state(network, noise, how.stepper)
-    state, _ = jax.lax.scan(body, start, jnp.arange(options.grid.num_steps))
+    initial = sampler.init_state(network, noise, static.stepper)
+    state, _ = jax.lax.scan(body, initial, jnp.arange(options.grid.num_steps))
     return _decode(vae, state.latents, positive)
 
 
@@ -166,12 +166,12 @@ def _noise(seeds: UInt32[Array, "b"], *, shape: tuple[int, int, int, int]) -> La
 
 
 class _Plan(NamedTuple):
-    """What differs from step to step; arrays that may go on beyond the last step.
+    """Per-step values, which may be padded after the last step.
 
     Attributes:
-      scales: of guidance.
-      guided: whether there is guidance.
-      computed: whether the transformer's blocks are computed; None without a cache.
+      scales: guidance scale.
+      guided: whether the step uses guidance.
+      computed: whether the step computes the transformer's blocks; None without a cache.
     """
 
     timesteps: Timesteps
@@ -181,30 +181,30 @@ class _Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
-    """What is fixed in the program of a step."""
+class _Static:
+    """Options that are static in the program of a step."""
 
     stepper: AnyStepper
     guidance: AnyGuidance
     guided: Literal["always", "sometimes", "never"]
 
 
-def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple[_How, _Plan]:
+def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple[_Static, _Plan]:
     experts = isinstance(model.dit, NoiseLevelExperts)
     if options.cache is not None and experts:
-        raise UserError("cache: a model with two transformers has none; leave it out")
+        raise UserError("cache: a model with two transformers does not support one; leave it out")
     if options.guidance_scale_2 is not None and not experts:
         raise UserError("guidance_scale_2 is for models with two transformers; leave it out")
     grid = options.grid.for_tokens(math.prod(model.dit.config.token_grid(*noise.shape[1:4])))
     timesteps, model_timesteps = grid.timesteps(), grid.model_timesteps()
     scale = options.guidance_scale
     second = scale if options.guidance_scale_2 is None else options.guidance_scale_2
-    # The first scale; below the boundary of two transformers the second.
+    # The second scale applies below the boundary of two transformers.
     boundary = np.float32(model.dit.boundary if isinstance(model.dit, NoiseLevelExperts) else 0.0)
     scales = np.where(model_timesteps[:-1] >= boundary, scale, second).astype(np.float32)
     low, high = options.guidance_interval
     guided = (low < timesteps[:-1]) & (timesteps[:-1] <= high) & ((scale, second) != (1.0, 1.0))
-    how = _How(
+    static = _Static(
         options.stepper,
         options.guidance,
         "always" if guided.all() else "sometimes" if guided.any() else "never",
@@ -212,7 +212,7 @@ def _plan(model: TextToVideo, noise: Latents, options: SamplingOptions) -> tuple
     computed = (
         None if options.cache is None else _computed(model, options.cache, model_timesteps[:-1], guided)
     )
-    return how, _Plan(Timesteps(timesteps, model_timesteps), scales, guided, computed)
+    return static, _Plan(Timesteps(timesteps, model_timesteps), scales, guided, computed)
 
 
 def _computed(
@@ -221,40 +221,40 @@ def _computed(
     model_timesteps: Float[np.ndarray, "s"],
     guided: Bool[np.ndarray, "s"],
 ) -> Bool[np.ndarray, "s"] | Bool[Array, "s"]:
-    """The steps in which the blocks are computed."""
-    # What the negative prompt's tokens had added is not known where guidance begins.
+    """Mask of the steps that compute the blocks."""
+    # Where guidance begins, the negative prompt has no residual to reuse.
     forced = guided & ~np.roll(guided, 1)
     forced[[0, -1]] = True
     assert isinstance(model.dit, DiT)
     computed = jax.jit(
         lambda dit: constrain(cache.computed(dit, jnp.asarray(model_timesteps), forced), None)
     )(model.dit)
-    # Within another program it stays on the device.
+    # Inside another program the mask is traced.
     return computed if isinstance(computed, Tracer) else np.asarray(computed)
 
 
 def _network(
-    model: TextToVideo, positive: Condition, negative: Condition | None, plan: _Plan, how: _How
+    model: TextToVideo, positive: Condition, negative: Condition | None, plan: _Plan, static: _Static
 ) -> StatefulNetwork:
     denoiser = (
         UncachedDenoiser(model.velocity)
         if plan.computed is None
         else CachedDenoiser(model=model, computed=jnp.asarray(plan.computed))
     )
-    if how.guided == "never":
+    if static.guided == "never":
         return Conditional(denoiser=denoiser, condition=positive)
     return Guided(
         denoiser=denoiser,
         positive=positive,
         negative=negative,
-        guidance=how.guidance,
+        guidance=static.guidance,
         scale=jnp.asarray(plan.scales),
-        steps=None if how.guided == "always" else jnp.asarray(plan.guided),
+        steps=None if static.guided == "always" else jnp.asarray(plan.guided),
         where=None if positive.known_mask is None else ~positive.known_mask[..., None],
     )
 
 
-@functools.partial(jax.jit, static_argnames="how")
+@functools.partial(jax.jit, static_argnames="static")
 def _begin(
     model: TextToVideo,
     noise: Latents,
@@ -262,12 +262,13 @@ def _begin(
     negative: Condition | None,
     plan: _Plan,
     *,
-    how: _How,
+    static: _Static,
 ) -> SamplerState:
-    return _placed(sampler.init_state(_network(model, positive, negative, plan, how), noise, how.stepper))
+    network = _network(model, positive, negative, plan, static)
+    return _placed(sampler.init_state(network, noise, static.stepper))
 
 
-@functools.partial(jax.jit, static_argnames="how", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def _advance(
     model: TextToVideo,
     state: SamplerState,
@@ -276,17 +277,17 @@ def _advance(
     plan: _Plan,
     step: Int[Array, ""],
     *,
-    how: _How,
+    static: _Static,
 ) -> SamplerState:
-    network = _network(model, positive, negative, plan, how)
-    return _placed(sampler.step(network, state, step, plan.timesteps, how.stepper))
+    network = _network(model, positive, negative, plan, static)
+    return _placed(sampler.step(network, state, step, plan.timesteps, static.stepper))
 
 
 def _placed(state: SamplerState) -> SamplerState:
-    """The state as it is sharded in every step, so that one program serves them all."""
+    """The state with the same sharding after every step, so that one program serves all steps."""
 
     def place(x: Array) -> Array:
-        if x.ndim == 3:  # Tokens, which a cache keeps.
+        if x.ndim == 3:  # A cached residual of the tokens.
             return constrain(x, "batch", "tokens", None)
         return constrain(x, *("batch" if axis == 0 else None for axis in range(x.ndim)))
 
@@ -296,5 +297,5 @@ def _placed(state: SamplerState) -> SamplerState:
 @jax.jit
 def _decode(vae: VideoVAE, latents: Latents, condition: Condition) -> UInt8[Array, "b t h w 3"]:
     video = streaming.decode(vae, with_known(latents, condition), emit=pixels.to_uint8)
-    # Whole on every device, so that each process can read it.
+    # Replicated, so that each process can read it.
     return constrain(video, None, None, None, None, None)

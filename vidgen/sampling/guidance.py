@@ -1,4 +1,4 @@
-"""Guidance: combines the velocities under a prompt and under a negative prompt into one."""
+"""Guidance rules: combine the velocities for the prompt and for the negative prompt."""
 
 import dataclasses
 from typing import Annotated, Literal, Protocol, TypeAlias, runtime_checkable
@@ -11,17 +11,17 @@ from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
 __all__ = ["GUIDANCES", "AdaptiveProjected", "AnyGuidance", "ClassifierFree", "Guidance", "ZeroStar"]
 
 _AXES = (1, 2, 3, 4)
-"""Of one clip's latents."""
+"""Axes of one clip's latents in a batch."""
 
 _TINY = 1e-12
-"""Standard deviations below it count as 0."""
+"""Smaller standard deviations count as 0."""
 
 Predicted: TypeAlias = Bool[Array, "b t h w 1"]
 
 
 @runtime_checkable
 class Guidance(Protocol):
-    """Combines two velocities, with a state that one sampler step passes to the next."""
+    """Combines two velocities; its state is passed from one sampler step to the next."""
 
     def init(self, latents: Latents) -> PyTree:
         """State before the first step."""
@@ -45,7 +45,7 @@ class Guidance(Protocol):
           positive, negative: velocities at `latents` and `timestep`.
           scale: of guidance; 1 is `positive`.
           step: number of the step, from 0.
-          where: latents whose velocity is predicted; None is all of them. The others are given: they count in
+          where: true for predicted latents, false for known ones; None is all predicted. Known latents enter
             no norm or projection, and their velocity is 0.
         """
         ...
@@ -56,7 +56,7 @@ class ClassifierFree:
     """negative + scale (positive - negative) (arXiv 2207.12598).
 
     Attributes:
-      rescale: from 0 to 1, how far the standard deviation of each clip's velocity is brought back to that of
+      rescale: in [0, 1], how far the standard deviation of each clip's velocity is moved back to that of
         `positive`, against overexposure (arXiv 2305.08891, section 3.4).
     """
 
@@ -91,10 +91,10 @@ class ClassifierFree:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroStar:
-    """CFG-Zero*: for flows, with the negative velocity scaled to fit the positive one (arXiv 2503.18886).
+    """CFG-Zero*, for flow models: scales the negative velocity to fit the positive one (arXiv 2503.18886).
 
     Attributes:
-      zero_steps: first steps in which nothing moves, where a model that is not fully trained errs most.
+      zero_steps: number of first steps with zero velocity, where an undertrained model errs most.
     """
 
     kind: Literal["cfg_zero_star"] = "cfg_zero_star"
@@ -127,14 +127,14 @@ class ZeroStar:
 class AdaptiveProjected:
     """Adaptive projected guidance: high scales without oversaturation (arXiv 2410.02416).
 
-    What guidance adds to the clean prediction is averaged over the steps, shortened, and weakened along the
-    prediction under the prompt.
+    The change that guidance adds to the clean prediction is averaged over the steps, clipped in norm, and
+    reduced along the prompt's prediction.
 
     Attributes:
-      eta: share that is kept of the part along the prediction, which saturates colours; 1 is all of it.
-      norm_threshold: largest Euclidean norm of the unscaled change, over all latents of a clip: it grows with
-        the square root of their number. None is no limit; the paper has 15 for 4 x 128 x 128.
-      momentum: weight of the past changes; negative values, as in the paper, push away from them.
+      eta: factor of the change's component parallel to the prediction, which saturates colours; 1 keeps it.
+      norm_threshold: largest Euclidean norm of the unscaled change over all latents of a clip; the norm grows
+        with the square root of their number. None is no limit; the paper uses 15 for 4 x 128 x 128.
+      momentum: weight of past changes; negative values, as in the paper, push away from them.
     """
 
     kind: Literal["apg"] = "apg"
@@ -163,8 +163,8 @@ class AdaptiveProjected:
         t = timestep.reshape(-1, 1, 1, 1, 1)
         positive, negative = _only(positive, where), _only(negative, where)
         clean = _only(latents - t * positive, where)
-        # The change of the clean prediction is -t times that of the velocity. It is computed as the latter,
-        # which is finite at t = 0 too (Heun's last call), where the past counts for nothing.
+        # The change of the clean prediction is -t times the change of the velocity. The code computes the
+        # latter, which is finite at t = 0 too (Heun's last call), where the past has no weight.
         past = jnp.where(t > 0.0, self.momentum * state / jnp.where(t > 0.0, t, 1.0), 0.0)
         change = positive - negative - past
         average = -t * change
@@ -176,7 +176,7 @@ class AdaptiveProjected:
 
 
 def _only(x: Latents, where: Predicted | None) -> Latents:
-    """`x` where it is predicted, and 0 elsewhere."""
+    """`x` for predicted latents, 0 for known ones."""
     return x if where is None else jnp.where(where, x, 0.0)
 
 
@@ -186,7 +186,7 @@ def _dot(a: Latents, b: Latents, where: Predicted | None) -> Float[Array, "b 1 1
 
 
 def _std(x: Latents, where: Predicted | None) -> Float[Array, "b 1 1 1 1"]:
-    """Standard deviation over the predicted latents of each clip; 0 where there are none."""
+    """Standard deviation over the predicted latents of each clip; 0 for a clip without any."""
     if where is None:
         return x.std(_AXES, keepdims=True)
     count = jnp.maximum(x.shape[-1] * where.sum(_AXES, keepdims=True), 1)
@@ -199,4 +199,4 @@ AnyGuidance = ClassifierFree | ZeroStar | AdaptiveProjected
 GUIDANCES: dict[str, AnyGuidance] = {
     guidance.kind: guidance for guidance in (ClassifierFree(), ZeroStar(), AdaptiveProjected())
 }
-"""By name."""
+"""Guidance rules by name."""

@@ -1,4 +1,4 @@
-"""The velocity field that a sampler integrates: a denoiser under its conditions, with state between steps."""
+"""The velocity field that a sampler integrates: a denoiser with its conditions, and state between steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ __all__ = ["Conditional", "Denoiser", "Guided", "StatefulNetwork", "StatelessNet
 
 @runtime_checkable
 class StatefulNetwork(Protocol):
-    """A velocity field with a state that one sampler step passes to the next."""
+    """A velocity field whose state is passed from one sampler step to the next."""
 
     def init(self, latents: Latents) -> PyTree:
         """State before the first step."""
@@ -29,7 +29,7 @@ class StatefulNetwork(Protocol):
         """Velocity, and the state for the next step.
 
         Args:
-          timestep: in [0, 1], as the model takes it.
+          timestep: in [0, 1].
           step: number of the step, from 0.
         """
         ...
@@ -37,7 +37,7 @@ class StatefulNetwork(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A model's velocity under a condition; the leaves of its state have the batch first."""
+    """A model's velocity for a condition; the first axis of each leaf of its state is the batch."""
 
     def init(self, latents: Latents) -> PyTree:
         """State before the first step."""
@@ -51,13 +51,13 @@ class Denoiser(Protocol):
         state: PyTree,
         step: Int[Array, ""],
     ) -> tuple[Latents, PyTree]:
-        """Velocity under a condition, and the state for the next step."""
+        """Velocity for `condition`, and the state for the next step."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class StatelessNetwork:
-    """A velocity network as a field without state."""
+    """Wraps a velocity network as a field without state."""
 
     network: VelocityNetwork
 
@@ -92,7 +92,7 @@ class UncachedDenoiser:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditional:
-    """The denoiser under one condition."""
+    """The denoiser with one condition, without guidance."""
 
     denoiser: Denoiser
     condition: PyTree
@@ -108,15 +108,15 @@ class Conditional:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guided:
-    """The denoiser under two conditions, evaluated as one batch of twice the size.
+    """The denoiser with two conditions, evaluated as one batch of twice the size.
 
     Attributes:
-      positive, negative: conditions of equal structure, batch first.
-      guidance: combines the two velocities.
-      scale: of guidance, of each step or of all; 1 is the model under `positive` alone.
-      steps: the sampler's steps with guidance; the others evaluate `positive` alone, at half the cost. None
-        is all.
-      where: true for latents whose velocity the model predicts, false for known ones; None is all.
+      positive, negative: conditions of equal structure, batch axis first.
+      guidance: rule that combines the two velocities.
+      scale: guidance scale, one for all steps or one per step; 1 is the velocity for `positive`.
+      steps: mask of the steps with guidance; the others evaluate only `positive`, at half the cost. None is
+        all steps.
+      where: true for predicted latents, false for known ones; None is all predicted.
     """
 
     denoiser: Denoiser
@@ -136,7 +136,7 @@ class Guided:
         if self.steps is None or (isinstance(self.steps, np.ndarray) and self.steps.all()):
             return self._guided(latents, timestep, state, step)
         return jax.lax.cond(
-            jnp.asarray(self.steps)[step], self._guided, self._alone, latents, timestep, state, step
+            jnp.asarray(self.steps)[step], self._guided, self._unguided, latents, timestep, state, step
         )
 
     def _guided(
@@ -163,7 +163,7 @@ class Guided:
         )
         return velocity, (denoiser_state, guidance_state)
 
-    def _alone(
+    def _unguided(
         self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
     ) -> tuple[Latents, PyTree]:
         denoiser_state, guidance_state = state

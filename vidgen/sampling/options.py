@@ -1,4 +1,4 @@
-"""How a model is sampled: the options that are saved with a run and written to exports."""
+"""Sampling options, which are saved with a run and written to exports."""
 
 import dataclasses
 from typing import Annotated
@@ -16,17 +16,17 @@ __all__ = ["SamplingOptions"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How videos are made of noise.
+    """Options for sampling videos from noise.
 
     Attributes:
-      grid: timesteps visited.
+      grid: timesteps of the sampler.
       stepper: integrator.
       guidance_scale: 1 is no guidance, at half the cost.
-      guidance_scale_2: of the transformer for little noise, for models with two; None is the same.
-      guidance: how the velocities with and without the prompt are combined.
-      guidance_interval: for timesteps low < t <= high there is guidance (arXiv 2404.07724); steps that begin
-        elsewhere cost half.
-      cache: reuses what the transformer's blocks added in earlier steps; None computes every step.
+      guidance_scale_2: scale for the low-noise transformer of a model with two; None is `guidance_scale`.
+      guidance: rule that combines the velocities with and without the prompt.
+      guidance_interval: (low, high): guidance at timesteps low < t <= high (arXiv 2404.07724); steps that
+        begin outside cost half.
+      cache: reuses the residual of the transformer's blocks from earlier steps; None computes every step.
     """
 
     grid: TimeGrid = TimeGrid()
@@ -47,7 +47,7 @@ class SamplingOptions:
             )
 
     def with_default_shift(self, shift: float | AnyShift) -> "SamplingOptions":
-        """The options with `shift` where they name none."""
+        """The options with `shift` as the grid's shift if it is None."""
         if self.grid.shift is not None:
             return self
         return dataclasses.replace(self, grid=dataclasses.replace(self.grid, shift=shift))

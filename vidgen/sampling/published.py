@@ -1,4 +1,4 @@
-"""How the authors of open weights sample them, by the names of `vidgen.models.dit.config.VARIANTS`."""
+"""Sampling defaults published with open weights, by the names in `vidgen.models.dit.config.VARIANTS`."""
 
 import dataclasses
 from typing import Annotated
@@ -14,10 +14,10 @@ __all__ = ["PUBLISHED", "SamplingDefaults", "published"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What a model is sampled with where a call does not say.
+    """Default size, frame rate and sampling options of a model.
 
     Attributes:
-      num_frames, height, width: of a video, in pixels.
+      num_frames, height, width: size of a video, in frames and pixels.
       fps: frames per second.
       options: of the sampler.
     """
@@ -61,7 +61,7 @@ PUBLISHED: dict[str, SamplingDefaults] = {
     "wan2.1-i2v-14b": _wan(steps=40, shift=3.0, scale=5.0),  # at 720 x 1280 a shift of 5
     "wan2.1-flf2v-14b": _wan(steps=50, shift=16.0, scale=5.0),
     "wan2.2-ti2v-5b": _wan(steps=50, shift=5.0, scale=5.0, size=(121, 704, 1280), fps=24.0),
-    # Of two transformers: the scale for much noise, then that for little.
+    # Two transformers: the scale for high noise, then the scale for low noise.
     "wan2.2-t2v-a14b": _wan(steps=40, shift=12.0, scale=4.0, scale_2=3.0),
     "wan2.2-i2v-a14b": _wan(steps=40, shift=5.0, scale=3.5, scale_2=3.5),
 }
@@ -70,10 +70,10 @@ list for a model. The README of Wan 2.1 recommends a scale of 6 and a shift of 8
 
 
 def published(dit: DiTConfig, *, experts: bool) -> SamplingDefaults | None:
-    """The row of a transformer of this shape; None where it is nobody's that is listed.
+    """Published defaults of the variant with the transformer's shape; None if no variant has it.
 
     Args:
-      experts: there are two of them, one for much and one for little noise.
+      experts: whether the model has two transformers, one for high and one for low noise.
     """
     for name, row in PUBLISHED.items():
         if name.endswith("a14b") == experts and _shape(VARIANTS[name]) == _shape(dit):

@@ -1,4 +1,4 @@
-"""Sampling as a state machine: `init_state`, `step` for each timestep, and the latents of the last state."""
+"""Sampling as a state machine: `init_state`, then `step` for each timestep; the last state has the result."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ class Timesteps(NamedTuple):
     """Timesteps at the boundaries of the steps; entries after the last step are padding.
 
     Attributes:
-      solver: integrated by the stepper, decreasing to 0.
-      model: passed to the network; the same but for conventions that round them (`TimeGrid.convention`).
+      solver: timesteps of the stepper, decreasing to 0.
+      model: timesteps passed to the network; equal to `solver` unless `TimeGrid.convention` rounds them.
     """
 
     solver: Float[np.ndarray, "s"] | Float[Array, "s"]
@@ -28,7 +28,7 @@ class Timesteps(NamedTuple):
 
 
 class SamplerState(NamedTuple):
-    """What one step passes to the next."""
+    """The state that one step passes to the next."""
 
     latents: Latents
     stepper: PyTree

@@ -13,7 +13,7 @@ Time = Float[Array, ""]
 
 @runtime_checkable
 class Stepper(Protocol):
-    """One step of an integrator, with a state that it passes to the next."""
+    """One step of an integrator; its state is passed to the next step."""
 
     def init(self, latents: Latents) -> PyTree:
         """State before the first step."""
@@ -66,9 +66,9 @@ class Heun:
 class DPMSolver:
     """DPM-Solver++(2M) in flow form: second order, multistep, one network call per step (arXiv 2211.01095).
 
-    With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), it follows a clean prediction that is
-    linear in lambda. The first two steps (lambda is infinite at t = 1) and the last are first order;
-    the error from noise to data falls as h^2 log(1 / h).
+    With alpha = 1 - t, sigma = t and lambda = log(alpha / sigma), it assumes that the clean prediction is
+    linear in lambda. The first two steps (lambda is infinite at t = 1) and the last step are first order. The
+    error from noise to data falls as h^2 log(1 / h).
     """
 
     kind: Literal["dpm_solver"] = "dpm_solver"
@@ -84,30 +84,30 @@ class DPMSolver:
         self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
     ) -> tuple[Latents, PyTree]:
         clean = latents - t * _velocity(network, latents, t)
-        # Half the ratio of this step in lambda to the last one: 0 after the first step, which starts at -inf.
+        # half_ratio is 0 after the first step, which starts at lambda = -inf.
         h, h_last = _log_snr(t_next) - _log_snr(t), _log_snr(t) - _log_snr(state["t"])
         multistep = ~state["first"] & (state["t"] < 1.0) & (t_next > 0.0)
         half_ratio = jnp.where(multistep, 0.5 * h / jnp.where(multistep, h_last, 1.0), 0.0)
         direction = clean + half_ratio * (clean - state["clean"])
-        # First order is Euler's step with `clean` held: x_next = (t_next / t) x + (1 - t_next / t) clean.
+        # A first-order step holds `clean` constant: x_next = (t_next / t) x + (1 - t_next / t) clean.
         latents = (t_next / t) * latents + (1.0 - t_next / t) * direction
         return latents, {"clean": clean, "t": t, "first": jnp.asarray(False)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniPC:
-    """UniPC of second order in its B2(h) form, on clean predictions: one network call per step.
+    """Second-order UniPC in its B2(h) form, on clean predictions: one network call per step.
 
-    Each call corrects the step that led to it before it predicts the next one (arXiv 2302.04867); first
-    order at the first step and at the last one, as in diffusers and in Wan's own sampler. It is for grids
-    that begin below t = 1 (`TimeGrid.convention`), where the signal-to-noise ratio has a logarithm.
+    Each call first corrects the previous step, then predicts the next one (arXiv 2302.04867). The first and
+    the last step are first order, as in diffusers and in Wan's own sampler. The grid must begin below t = 1
+    (`TimeGrid.convention`), where the log signal-to-noise ratio is finite.
     """
 
     kind: Literal["unipc"] = "unipc"
 
     def init(self, latents: Latents) -> PyTree:
         return {
-            # Of the last step: where it began, and the clean predictions there and one step before.
+            # Latents at the start of the last step; clean predictions there and one step earlier.
             "latents": jnp.zeros_like(latents),
             "clean": (jnp.zeros_like(latents), jnp.zeros_like(latents)),
             "t": (jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)),
@@ -134,14 +134,14 @@ class UniPC:
         }
 
     def _corrected(self, state: PyTree, clean: Latents, t: Time) -> Latents:
-        """The latents at `t` once more, now that the clean prediction there is known."""
+        """Recomputes the latents at `t` with the clean prediction `clean` at `t`."""
         (last, before), (t_last, t_before) = state["clean"], state["t"]
         h = _log_snr(t) - _log_snr(t_last)
         phi_1 = jnp.expm1(-h)
         phi_2 = phi_1 / -h - 1.0
         phi_3 = phi_2 / -h - 0.5
         first, second = phi_2 / phi_1, 2.0 * phi_3 / phi_1
-        # The step to correct was of second order from the second step on.
+        # The step to correct is second order from the second step on.
         is_second = state["count"] > 1
         ratio = jnp.where(is_second, (_log_snr(t_before) - _log_snr(t_last)) / h, -1.0)
         of_before = jnp.where(is_second, (second - first) / (ratio - 1.0), 0.0)
@@ -151,8 +151,8 @@ class UniPC:
 
 
 def _exponential(latents: Latents, clean: Latents, slope: Latents, t: Time, t_next: Time) -> Latents:
-    """From `t` to `t_next`, the linear part exactly, with the clean prediction `clean + slope`."""
-    # e^-h - 1, with the ratios of signal and noise in place of their logarithms: -1 at t_next = 0.
+    """Exponential integrator from `t` to `t_next` with the clean prediction `clean + slope`."""
+    # e^-h - 1, written with signal-to-noise ratios instead of logarithms, so that it is -1 at t_next = 0.
     phi_1 = (1.0 - t) * t_next / ((1.0 - t_next) * t) - 1.0
     return (t_next / t) * latents - (1.0 - t_next) * phi_1 * (clean + slope)
 
@@ -167,4 +167,4 @@ AnyStepper = Euler | Heun | DPMSolver | UniPC
 STEPPERS: dict[str, AnyStepper] = {
     stepper.kind: stepper for stepper in (DPMSolver(), UniPC(), Heun(), Euler())
 }
-"""By name."""
+"""Steppers by name."""

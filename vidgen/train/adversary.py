@@ -1,4 +1,4 @@
-"""The adversary of a video VAE: a discriminator, its losses, and when and how strongly it counts."""
+"""Adversary of a video VAE: a discriminator, its losses, and their start and weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,22 +22,24 @@ _LARGEST_RATIO = 1e4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """A discriminator by hinge loss, beside the reconstruction losses (VQGAN, arXiv:2012.09841).
+    """A discriminator with hinge loss, in addition to the reconstruction losses (VQGAN, arXiv:2012.09841).
 
-    The generator's and the discriminator's losses are one sum: in the first the discriminator's weights are
-    constants, in the second the reconstruction is, so one backward pass gives each its own gradient.
+    The generator's and the discriminator's losses are one sum: the first treats the discriminator's weights
+    as constants, the second the reconstruction, so one backward pass gives each network the gradient of its
+    loss.
 
     Attributes:
-      optimizer: of the discriminator; its warm-up begins at `start_step`.
-      start_step: before it the discriminator costs nothing, is not trained and teaches nothing.
-      weight: of the generator's term.
-      adaptive: `weight` is a fraction of the reconstruction losses' gradient: the term is multiplied by the
-        ratio of the gradients' norms with respect to the reconstruction, at most 1e4. VQGAN takes them with
-        respect to the decoder's last layer, at the price of two more passes through it; at its output both
-        gradients are at hand, and what they go through from there is the same.
-      r1_weight: of the gradient penalty, see `r1`.
-      lecam_weight: of the pull towards the averages, see `lecam`.
-      lecam_decay: of these averages.
+      optimizer: optimizer of the discriminator; its warm-up begins at `start_step`.
+      start_step: first step with a discriminator loss; before it the discriminator is neither computed nor
+        trained.
+      weight: weight of the generator's term.
+      adaptive: `weight` is a fraction of the gradient of the reconstruction losses: the term is multiplied by
+        the ratio of the gradient norms with respect to the reconstruction, at most 1e4. VQGAN takes them with
+        respect to the decoder's last layer, at the cost of two more passes through it; at its output both
+        gradients are available, and both backpropagate through the same decoder.
+      r1_weight: weight of the gradient penalty `r1`.
+      lecam_weight: weight of the regularizer `lecam`.
+      lecam_decay: decay of the moving averages of logits in `lecam`.
     """
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -57,7 +59,7 @@ class Adversary:
             raise UserError(f"lecam_decay is {self.lecam_decay}: it must be in [0, 1)")
 
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
-        """The discriminator's update rule in a run of `num_steps`; until `start_step` nothing changes."""
+        """Discriminator's optimizer for a run of `num_steps`; no updates before `start_step`."""
         rule = self.optimizer.transformation(max(num_steps - self.start_step, 1))
         if not self.start_step:
             return rule
@@ -72,38 +74,40 @@ class Adversary:
         gradient: Video,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Both players' losses, and metrics; 0 before `start_step`.
+        """Sum of the generator's and the discriminator's losses, and metrics; 0 before `start_step`.
 
-        Updates the averages of `discriminator`.
+        Updates the moving averages in `discriminator`.
 
         Args:
           video, reconstruction: pixels in [-1, 1], of equal shape.
-          gradient: of the reconstruction losses with respect to `reconstruction`.
+          gradient: gradient of the reconstruction losses with respect to `reconstruction`.
           step: steps done.
         """
         if not self.start_step:
             return self._loss(discriminator, video, reconstruction, gradient)
 
-        def playing(discriminator: Discriminator, *arrays: Array) -> tuple[Array, Metrics, PyTree]:
+        def active(discriminator: Discriminator, *arrays: Array) -> tuple[Array, Metrics, PyTree]:
             loss, metrics = self._loss(discriminator, *arrays)
             return loss, metrics, nnx.state(discriminator, Buffer, graph=False)
 
-        def waiting(discriminator: Discriminator, *arrays: Array) -> tuple[Array, Metrics, PyTree]:
-            loss, metrics, _ = jax.eval_shape(playing, discriminator, *arrays)
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics))
-            return *nothing, nnx.state(discriminator, Buffer, graph=False)
+        def inactive(discriminator: Discriminator, *arrays: Array) -> tuple[Array, Metrics, PyTree]:
+            loss, metrics, _ = jax.eval_shape(active, discriminator, *arrays)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, metrics))
+            return *zeros, nnx.state(discriminator, Buffer, graph=False)
 
         operands = (discriminator, video, reconstruction, gradient)
-        loss, metrics, buffers = jax.lax.cond(step >= self.start_step, playing, waiting, *operands)
+        loss, metrics, buffers = jax.lax.cond(step >= self.start_step, active, inactive, *operands)
         nnx.update(discriminator, buffers)
         return loss, metrics
 
     def _loss(
         self, discriminator: Discriminator, video: Video, reconstruction: Video, gradient: Video
     ) -> tuple[Float[Array, ""], Metrics]:
-        judge = jax.lax.stop_gradient(discriminator)
-        generator, _, its_gradient = with_gradient(lambda made: (-judge(made).mean(), {}), reconstruction)
-        ratio = _ratio(gradient, its_gradient) if self.adaptive else jnp.ones(())
+        constant = jax.lax.stop_gradient(discriminator)
+        generator, _, generator_gradient = with_gradient(
+            lambda made: (-constant(made).mean(), {}), reconstruction
+        )
+        ratio = _ratio(gradient, generator_gradient) if self.adaptive else jnp.ones(())
         real, fake = discriminator(video), discriminator(jax.lax.stop_gradient(reconstruction))
         loss = self.weight * ratio * generator + hinge(real, fake)
         metrics = {
@@ -125,17 +129,17 @@ class Adversary:
 
 
 def hinge(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
-    """The discriminator's loss: half the mean of what real logits lack to 1, and fake ones to -1."""
+    """Discriminator's loss: half the mean shortfall of real logits from 1 and of fake logits from -1."""
     return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
 
 
 def r1(discriminator: Discriminator, video: Video) -> Float[Array, ""]:
-    """Squared norm of the gradient of a real clip's summed logits, per logit; mean over clips.
+    """Squared gradient norm of a real clip's summed logits, per logit; mean over clips.
 
-    A gradient penalty centred at zero (Mescheder et al., arXiv:1801.04406; it enters the loss with half its
-    weight), exact, by differentiating twice: the discriminator is small beside the VAE, and a finite
-    difference (as in arXiv:2501.08316) has a step size to choose and the variance of its noise. Divided by
-    the number of logits, so that a weight means the same for clips of any size.
+    A zero-centred gradient penalty (Mescheder et al., arXiv:1801.04406; it enters the loss with half its
+    weight), computed exactly by differentiating twice: the discriminator is small compared with the VAE, and
+    a finite difference (as in arXiv:2501.08316) needs a step size and adds variance. Divided by the number of
+    logits, so that a weight means the same for clips of any size.
     """
     gradient = jax.grad(lambda x: discriminator(x).sum())(video)
     logits = jax.eval_shape(discriminator, video)
@@ -148,17 +152,17 @@ def lecam(
     real_average: Float[Array, ""],
     fake_average: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Mean squared distance of the logits to the moving average of the other kind (arXiv:2104.03310)."""
+    """Mean squared distance of the logits to the moving average of the other class (arXiv:2104.03310)."""
     return jnp.square(real - fake_average).mean() + jnp.square(fake - real_average).mean()
 
 
 def with_gradient(
     function: Callable[[Array], tuple[Float[Array, ""], Metrics]], x: Float[Array, "..."]
 ) -> tuple[Float[Array, ""], Metrics, Float[Array, "..."]]:
-    """`function(x)`, which is a value and metrics, and the value's gradient with respect to `x`.
+    """Value and metrics of `function(x)`, and the value's gradient with respect to `x`.
 
-    The value still passes this gradient on to what `x` was made of, but to nothing else that `function`
-    knows; `function` is differentiated once, however often value and gradient are used.
+    Backpropagation from the value passes this gradient to the inputs of `x`, but to nothing else that
+    `function` uses; `function` is differentiated once, however often value and gradient are used.
     """
     still = jax.lax.stop_gradient(x)
     found = jax.value_and_grad(function, has_aux=True)(still)
@@ -167,6 +171,6 @@ def with_gradient(
 
 
 def _ratio(wanted: Array, found: Array) -> Float[Array, ""]:
-    """Norm of one gradient in units of the other's."""
+    """Norm of the gradient `wanted` in units of the norm of `found`, at most 1e4."""
     norm, unit = (jnp.sqrt(jnp.square(gradient).sum()) for gradient in (wanted, found))
     return jnp.clip(norm / jnp.maximum(unit, 1e-30), 0.0, _LARGEST_RATIO)

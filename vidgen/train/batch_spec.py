@@ -1,4 +1,4 @@
-"""Shapes of the arrays that a task takes of a batch, from the options of the data: nothing is read."""
+"""Shapes of a task's batch arrays, computed from data options without reading data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ BatchSpec = dict[str, jax.ShapeDtypeStruct]
 
 
 def empty_batch(data: BucketedData | LatentsData) -> dict[str, Any]:
-    """A host batch, as the loader gives it, of one black clip without a caption, or of one row without clips.
+    """Host batch, as from the loader, of one black clip without a caption or one packed row without clips.
 
     Args:
-      data: of one size; its buckets are not looked at.
+      data: options of one size; buckets are ignored.
     """
     if isinstance(data, LatentsData):
         packing = dataclasses.asdict(data.packing)
@@ -29,5 +29,5 @@ def empty_batch(data: BucketedData | LatentsData) -> dict[str, Any]:
 
 
 def spec_of(arrays: Mapping[str, np.ndarray], batch_size: int) -> BatchSpec:
-    """The same arrays for so many clips, or rows."""
+    """Shapes and dtypes of the arrays for `batch_size` clips or packed rows."""
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in arrays.items()}

@@ -1,4 +1,4 @@
-"""The clips of an experiment as latents, computed once for all of its training."""
+"""Encodes the clips of an experiment to latents, once for all of its training."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,21 +20,22 @@ from vidgen.parallel.rules import constrain, shardings
 __all__ = ["choose_clips", "encode_clips"]
 
 _READ_AHEAD = 4
-"""Batches."""
+"""Batches to prefetch."""
 
 
 def choose_clips(data: BucketedData, num_clips: int | None) -> list[tuple[Bucket, ClipSource, np.ndarray]]:
-    """Which clips of each bucket to take; the data's own size is the one bucket where it has none.
+    """Clips to encode, by bucket; data without buckets is one bucket of its own size.
 
     Args:
-      num_clips: over all buckets, shared as training would draw them: by weight times batch size. Of each
-        bucket they are drawn without repetition, always the same ones. None is every clip of every bucket.
+      num_clips: total over all buckets, divided in the proportions of training: weight times batch size.
+        Clips of a bucket are drawn without replacement, always the same ones. None takes every clip of every
+        bucket.
 
     Returns:
-      Each bucket with its clips and the indices of those to take, in order.
+      Each bucket with its clip source and the sorted indices of the chosen clips.
 
     Raises:
-      UserError: a bucket has fewer clips than its share, or no share at all.
+      UserError: a bucket has fewer clips than its share, or its share is 0.
     """
     sizes = training_sizes(data, 1)
     sources = data.bucket_sources() if data.buckets else (data.source(),)
@@ -44,7 +45,7 @@ def choose_clips(data: BucketedData, num_clips: int | None) -> list[tuple[Bucket
         if num_clips is None:
             indices = np.arange(len(source))
         else:
-            # Rounded so that they add up to `num_clips`.
+            # Rounded so that the counts add up to `num_clips`.
             ends = np.rint(num_clips * np.concatenate([[0.0], shares.cumsum()]) / shares.sum()).astype(int)
             count = int(np.diff(ends)[number])
             if not 0 < count <= len(source):
@@ -67,24 +68,25 @@ def encode_clips(
     broken: dict[str, str],
     num_threads: int = 4,
 ) -> Iterator[LatentClip]:
-    """Mean latents of clips, bucket by bucket: each size is compiled once.
+    """Yields mean latents of clips, bucket by bucket: each size is compiled once.
 
     Args:
-      chosen: as `choose_clips` gives them.
-      batch_size: clips at a time, cut over `mesh`; rounded up to what its devices can share.
-      broken: clips that cannot be decoded are left out, and their reasons put here by name.
-      num_threads: that decode clips.
+      chosen: as returned by `choose_clips`.
+      batch_size: clips per batch, sharded over `mesh`; rounded up to a multiple of the `data` and `fsdp`
+        devices.
+      broken: receives the name of each clip that cannot be decoded, with the reason; such clips are skipped.
+      num_threads: threads that decode clips.
     """
     vae = jax.device_put(vae, shardings(vae, mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = -(-batch_size // ways) * ways
+    num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    padded_size = -(-batch_size // num_shards) * num_shards
     for _, source, indices in chosen:
-        for clips in _batches(source, indices, rows, num_threads, broken):
+        for clips in _batches(source, indices, padded_size, num_threads, broken):
             videos = [clip["video"] for clip in clips]
-            # What the last batch lacks is filled, so that it has the others' shape.
-            filled = np.stack(videos + videos[-1:] * (rows - len(videos)))
+            # The last batch repeats a clip, so that all batches have one shape.
+            padded = np.stack(videos + videos[-1:] * (padded_size - len(videos)))
             with jax.set_mesh(mesh):
-                latents = np.asarray(_encode(vae, processes.global_batch({"video": filled}, mesh)["video"]))
+                latents = np.asarray(_encode(vae, processes.global_batch({"video": padded}, mesh)["video"]))
             for clip, encoded in zip(clips, latents, strict=False):
                 num_frames, height, width, _ = clip["video"].shape
                 yield LatentClip(
@@ -98,9 +100,9 @@ def encode_clips(
 
 
 def _batches(
-    source: ClipSource, indices: np.ndarray, rows: int, num_threads: int, broken: dict[str, str]
+    source: ClipSource, indices: np.ndarray, batch_size: int, num_threads: int, broken: dict[str, str]
 ) -> Iterator[list[dict]]:
-    """Clips in order, read ahead in threads, without the broken ones."""
+    """Batches of clips in order, prefetched in threads, without the broken ones."""
 
     def read(index: int) -> dict | BrokenClip:
         try:
@@ -109,14 +111,14 @@ def _batches(
             return error
 
     reads = grain.MapDataset.source(indices.tolist()).map(read)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_READ_AHEAD * rows)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_READ_AHEAD * batch_size)
     batch: list[dict] = []
     for clip in reads.to_iter_dataset(options):
         if isinstance(clip, BrokenClip):
             broken[clip.name] = clip.reason
             continue
         batch.append(clip)
-        if len(batch) == rows:
+        if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
@@ -125,5 +127,5 @@ def _batches(
 
 @jax.jit
 def _encode(vae: VideoVAE, video: UInt8[Array, "b t h w 3"]) -> Latents:
-    """Whole on every device."""
+    """Mean latents, replicated on every device."""
     return constrain(vae.encode(pixels.to_float(video)), *(None,) * 5)

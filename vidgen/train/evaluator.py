@@ -1,4 +1,4 @@
-"""The role of an evaluation inside a training run."""
+"""Protocol of an evaluation during training."""
 
 import pathlib
 from typing import Protocol, runtime_checkable
@@ -12,7 +12,7 @@ __all__ = ["Evaluator"]
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Looks at the model every so many steps: scores, sample grids.
+    """Evaluates the model at intervals: scores, sample grids.
 
     The loop calls it on all processes at once, under the run's mesh, with the averaged weights.
     """
@@ -24,11 +24,11 @@ class Evaluator(Protocol):
 
     @property
     def every(self) -> int:
-        """Steps between two calls; 0 is only at the end of the run."""
+        """Steps between calls; 0 evaluates at the end of the run only."""
         ...
 
     def __call__(
         self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
     ) -> Metrics:
-        """Scalars by name; files go below `workdir`, written by the main process."""
+        """Scalars by name; the main process writes files below `workdir`."""
         ...

@@ -1,4 +1,4 @@
-"""An experiment: everything that a training run is made of, as values, and the folder that it owns."""
+"""An experiment: all options of a training run, and the workdir that belongs to it."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ _log = get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What is trained, on what, how, for how long and over which devices."""
+    """Task, data, optimizer, run and mesh options of a training run."""
 
     task: VAETask | TextToVideoTask
     data: SpritesData | FolderData | ArrayRecordData | LatentsData
@@ -42,30 +42,30 @@ class Experiment:
 
 
 def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: Mesh) -> None:
-    """Sees to it that the model and the mesh take batches of every size of the data, before one is read.
+    """Checks that the model and the mesh support batches of every data size, before one is read.
 
     Args:
-      task: the experiment's, which may read its VAE from elsewhere.
+      task: the experiment's task, possibly with another VAE path.
 
     Raises:
-      ConfigError: a size does not fit; the message names it, and the nearest that do.
+      ConfigError: a size does not fit; the message names it and the nearest valid sizes.
     """
     data, run = experiment.data, experiment.run
     if isinstance(data, LatentsData):
         check_latents(data, task, run.batch_size, run.grad_accumulation, mesh)
         return
     sizes = training_sizes(data, run.batch_size)
-    places = [f"config.data.buckets[{number}]" for number in range(len(data.buckets))] or ["config.data"]
-    for where, size in zip(places, sizes, strict=True):
+    paths = [f"config.data.buckets[{number}]" for number in range(len(data.buckets))] or ["config.data"]
+    for where, size in zip(paths, sizes, strict=True):
         try:
             task.check_size(size.num_frames, size.height, size.width)
-            rows = size.batch_size or run.batch_size
-            if rows % run.grad_accumulation:
+            batch_size = size.batch_size or run.batch_size
+            if batch_size % run.grad_accumulation:
                 raise UserError(
-                    f"batch_size is {rows}, which run.grad_accumulation {run.grad_accumulation} does not "
-                    "divide"
+                    f"batch_size is {batch_size}, which run.grad_accumulation {run.grad_accumulation} does "
+                    "not divide"
                 )
-            check_rows(rows, mesh, parts=run.grad_accumulation)
+            check_rows(batch_size, mesh, parts=run.grad_accumulation)
             if isinstance(task, TextToVideoTask):
                 check_tokens(task.num_tokens(size.num_frames, size.height, size.width), mesh)
         except ValueError as error:
@@ -78,11 +78,11 @@ def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: M
 
 
 def load_experiment(workdir: pathlib.Path | str) -> Experiment:
-    """The experiment that a training run's folder was made by.
+    """Experiment stored in a training run's workdir.
 
     Raises:
       FileNotFoundError: `workdir` has no config.json.
-      ConfigError: config.json is not one of this version of the code.
+      ConfigError: config.json does not fit this version of the code.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
@@ -94,34 +94,34 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
 
 
 def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write: bool = True) -> Experiment:
-    """Makes `workdir` the folder of this experiment: checks the config.json that is there, or writes one.
+    """Claims `workdir` for this experiment: checks an existing config.json, or writes one.
 
-    A run may go on with other values of the options in `vidgen.train.resuming.MAY_CHANGE`; what differs is
-    logged. Options that are newer than the run count as having had their default values.
+    A resumed run may change the options in `vidgen.train.resuming.MAY_CHANGE`; changes are logged. Options
+    that are newer than the run count as having had their default values.
 
     Args:
-      write: False on the processes that only check.
+      write: False on processes that only check.
 
     Returns:
-      The experiment as it is to be run: where `run.schedule_steps` is None, it is that of the run so far.
+      The experiment to run; a `run.schedule_steps` of None is replaced by that of the run so far.
 
     Raises:
-      ConfigError: the folder belongs to another experiment, the keys that differ are named; or it has
-        checkpoints and no config.json.
+      ConfigError: the folder belongs to another experiment (the message names the keys that differ), or it
+        has checkpoints but no config.json.
     """
     path = pathlib.Path(workdir) / "config.json"
     run = experiment.run
     if path.exists():
         old = load_experiment(workdir)
-        begun = dataclasses.replace(old.run, schedule_steps=old.run.schedule_length)
+        old_run = dataclasses.replace(old.run, schedule_steps=old.run.schedule_length)
         if run.schedule_steps is None:
-            run = dataclasses.replace(run, schedule_steps=begun.schedule_steps)
+            run = dataclasses.replace(run, schedule_steps=old_run.schedule_steps)
         experiment = dataclasses.replace(experiment, run=run)
-        check_changes(to_dict(dataclasses.replace(old, run=begun)), to_dict(experiment), workdir)
+        check_changes(to_dict(dataclasses.replace(old, run=old_run)), to_dict(experiment), workdir)
     elif any((path.parent / "checkpoints").glob("[0-9]*")):
         raise ConfigError(
-            f"{path} is missing, and {path.parent / 'checkpoints'} has checkpoints, of which nobody knows "
-            "with which options they were made: restore the file, use another --workdir, or remove the "
+            f"{path} is missing, and {path.parent / 'checkpoints'} has checkpoints whose options are "
+            "unknown: restore the file, use another --workdir, or remove the "
             "checkpoints"
         )
     elif run.schedule_steps is None:

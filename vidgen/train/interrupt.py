@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGINT, as a flag between steps, at once where nothing would be lost."""
+"""SIGTERM and SIGINT as a stop flag between steps, or at once where no work would be lost."""
 
 import contextlib
 import os
@@ -14,15 +14,15 @@ from vidgen.parallel import processes
 __all__ = ["StopSignal", "Stopped"]
 
 _GRACE = 2.0
-"""Seconds that Python has for taking a signal before the process ends without it."""
+"""Seconds for Python to handle a signal before the process is ended."""
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A signal was received where nothing would be lost. No `Exception`, as KeyboardInterrupt is none.
+    """A signal arrived where no work would be lost. Not an `Exception`, like KeyboardInterrupt.
 
     Attributes:
-      number: of the signal.
+      number: signal number.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM):
@@ -31,20 +31,20 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Within the `with` block, SIGTERM and SIGINT set `received`; a second SIGINT stops at once.
+    """Context manager: SIGTERM and SIGINT set `received`; a second SIGINT stops at once.
 
-    Within `at_once` a signal raises `Stopped` instead of waiting to be asked for.
+    Inside `at_once` a signal raises `Stopped` immediately.
 
-    With several processes jax's own handler of SIGTERM stays, since it is what makes them agree on a step
-    (`parallel.processes.stop_requested_anywhere`), and SIGINT is passed on to it: there `at_once` waits too.
-    Outside the main thread signals stay as they are.
+    With several processes JAX's SIGTERM handler stays, since through it they agree on a step
+    (`parallel.processes.stop_requested_anywhere`). SIGINT is forwarded to it, and `at_once` has no effect.
+    Outside the main thread signal handlers are unchanged.
     """
 
     def __init__(self, message: str = "stopped by a signal"):
-        """Changes nothing yet.
+        """Installs no handlers yet.
 
         Args:
-          message: of `Stopped`: what to do next.
+          message: message of `Stopped`: what to do next.
         """
         self.received = False
         self.message = message
@@ -57,7 +57,7 @@ class StopSignal:
         if _in_main_thread():
             self._several = jax.process_count() > 1
             for number in (signal.SIGINT,) if self._several else _NUMBERS:
-                handler = self._pass_on if self._several else self._set
+                handler = self._forward if self._several else self._set
                 self._previous[number] = signal.signal(number, handler)
         return self
 
@@ -66,17 +66,17 @@ class StopSignal:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def requested(self) -> bool:
-        """Whether to stop here: the same answer on every process, all of which must ask equally often."""
+        """Whether to stop here: equal on all processes, which must call this equally often."""
         self._asked += 1
         return processes.stop_requested_anywhere(self._asked, self.received)
 
     @contextlib.contextmanager
     def at_once(self, *, end_process: bool = False) -> Iterator[None]:
-        """Within it a signal, also one received before, raises `Stopped`. For work that may be done again.
+        """Block in which a signal, also one received before, raises `Stopped`; for repeatable work.
 
         Args:
-          end_process: ends the process, with the message and status 128 + signal, where Python does not take
-            the signal within seconds, as while a program is compiled. For work that leaves nothing behind.
+          end_process: ends the process, with the message and status 128 + signal, if Python does not handle
+            the signal within seconds, e.g. during compilation. For work that leaves nothing behind.
 
         Raises:
           Stopped: a signal was received.
@@ -94,7 +94,7 @@ class StopSignal:
                 self._at_once = False
 
     def completes(self, work: Callable[[], object]) -> bool:
-        """Whether `work`, which may be done again, ran to its end and was not ended by a signal."""
+        """Runs `work`, which must be repeatable; returns whether it ended without a signal."""
         try:
             with self.at_once():
                 work()
@@ -110,7 +110,7 @@ class StopSignal:
             self._at_once = False
             raise Stopped(self.message, number)
 
-    def _pass_on(self, _number: int, _frame: object) -> None:
+    def _forward(self, _number: int, _frame: object) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
@@ -123,13 +123,13 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def _ending_process(message: str) -> Iterator[None]:
-    """Within it a thread ends the process some time after a signal, unless the block ends before."""
+    """Block in which a thread ends the process some time after a signal, unless the block ends first."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     ended = threading.Event()
 
     def watch() -> None:
-        # Python writes the number of each signal at once, even where its handler has to wait.
+        # Python writes the signal's number at once, even while its handler has to wait.
         while (number := os.read(reader, 1)[0]) not in (0, *_NUMBERS):
             pass
         if number and not ended.wait(_GRACE):

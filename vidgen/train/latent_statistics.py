@@ -1,4 +1,4 @@
-"""Mean and deviation of each latent channel over training clips, measured with the weights as they are."""
+"""Mean and variance of each latent channel over training clips, measured with the current weights."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -21,12 +21,12 @@ __all__ = ["Moments", "measure_latents", "with_statistics"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Mean and variance of numbers seen so far, in float64, per channel.
+    """Mean and variance of numbers, per channel, in float64.
 
     Attributes:
-      count: how many numbers per channel.
+      count: numbers per channel.
       mean: [c].
-      variance: [c], of the numbers themselves: divided by `count`.
+      variance: [c], population variance: divided by `count`.
     """
 
     count: int
@@ -34,7 +34,7 @@ class Moments:
     variance: Float[np.ndarray, "c"]
 
     def merge(self, other: "Moments") -> "Moments":
-        """Those of both together (Chan, Golub and LeVeque, 1983): no sum of squares that cancels."""
+        """Moments of both sets (Chan, Golub and LeVeque, 1983), without cancelling sums of squares."""
         count = self.count + other.count
         share = other.count / count
         shift = other.mean - self.mean
@@ -45,27 +45,27 @@ class Moments:
 def measure_latents(
     vae: VideoVAE, batches: Iterable[Mapping[str, Any]], *, num_clips: int, mesh: Mesh | None = None
 ) -> Moments:
-    """Moments of the raw mean latents of the first `num_clips` clips, each latent counting the same.
+    """Moments of the raw mean latents of the first `num_clips` clips, with equal weight for each latent.
 
-    One batch is held at a time, and a clip's moments do not depend on the batch that it comes in.
+    Holds one batch at a time; a clip's moments do not depend on its batch.
 
     Args:
-      batches: with `video` uint8 [b t h w 3] and `name`, of any sizes that the VAE takes; with several
-        processes each gives its rows, and all must call this.
-      num_clips: at least 1; fewer are taken if there are no more.
-      mesh: over which batches are cut; None is the one device.
+      batches: with `video` uint8 [b t h w 3] and `name`, of any sizes that the VAE supports; with several
+        processes each passes its part of the batch, and all must call this.
+      num_clips: at least 1; fewer are used if there are no more.
+      mesh: mesh over which batches are sharded; None is one device.
 
     Raises:
       UserError: there is no clip, or the latents of one are not finite.
     """
     seen: Moments | None = None
-    left = num_clips
+    remaining = num_clips
     for batch in batches:
         video = batch["video"]
         if mesh is not None:
             video = processes.global_batch({"video": video}, mesh)["video"]
-        means, variances = jax.device_get(_of_each_clip(vae, video))
-        taken = min(left, len(means))
+        means, variances = jax.device_get(_clip_moments(vae, video))
+        taken = min(remaining, len(means))
         if not (np.isfinite(means[:taken]).all() and np.isfinite(variances[:taken]).all()):
             raise UserError(
                 f"the latents of a training clip are not finite; one of {list(batch['name'])}. The VAE "
@@ -76,16 +76,16 @@ def measure_latents(
         for mean, variance in zip(means[:taken], variances[:taken], strict=True):
             clip = Moments(count=size, mean=mean.astype(np.float64), variance=variance.astype(np.float64))
             seen = clip if seen is None else seen.merge(clip)
-        left -= taken
-        if left <= 0:
+        remaining -= taken
+        if remaining <= 0:
             break
     if seen is None:
-        raise UserError("latent statistics need at least one clip, and none was given")
+        raise UserError("latent statistics need at least one clip, found none")
     return seen
 
 
 def with_statistics(vae: VideoVAE, moments: Moments) -> VideoVAE:
-    """A copy of the VAE, sharing its weights, that normalises latents by `moments`."""
+    """Copy of the VAE that shares its weights and normalises latents by `moments`."""
     copy = jax.tree.map(lambda x: x, vae)
     copy.latents_mean[...] = jnp.asarray(moments.mean, jnp.float32)
     copy.latents_variance[...] = jnp.asarray(moments.variance, jnp.float32)
@@ -93,9 +93,9 @@ def with_statistics(vae: VideoVAE, moments: Moments) -> VideoVAE:
 
 
 @jax.jit
-def _of_each_clip(
+def _clip_moments(
     vae: VideoVAE, video: UInt8[Array | np.ndarray, "b t h w 3"]
 ) -> tuple[Float[Array, "b z"], Float[Array, "b z"]]:
-    """Mean and variance of each clip's raw latents, per channel, whole on every device."""
+    """Mean and variance of each clip's raw latents, per channel, replicated on every device."""
     raw = vae.posterior(pixels.to_float(jnp.asarray(video))).mean
     return constrain(raw.mean((1, 2, 3)), None, None), constrain(raw.var((1, 2, 3)), None, None)

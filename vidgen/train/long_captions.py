@@ -1,4 +1,4 @@
-"""Captions whose end no byte encoder sees, said once in a run."""
+"""Warnings about captions that the byte encoder truncates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ from vidgen.core.logging import get_logger
 __all__ = ["LongCaptions"]
 
 _SHOWN = 3
-"""Names in a log line."""
+"""Number of names in a log line."""
 
 
 class LongCaptions:
-    """Counts the captions that are longer than the encoder takes, and logs the first, the tenth and so on."""
+    """Counts captions longer than the encoder's limit; logs the first, the tenth and so on."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -20,7 +20,7 @@ class LongCaptions:
         self._next = 1
 
     def note(self, batch: Mapping[str, Any]) -> None:
-        """Takes a batch of a loader: `caption` and `name`, or `rows` of clips with these keys."""
+        """Checks a loader's batch: `caption` and `name`, or `rows` of packed clips with these keys."""
         if "rows" in batch:
             clips = [(clip["caption"], clip["name"]) for row in batch["rows"] for clip in row]
         else:
@@ -33,7 +33,7 @@ class LongCaptions:
             return
         shown = ", ".join(f"{name} ({size} bytes)" for name, size in list(self._names.items())[:_SHOWN])
         get_logger(__name__).warning(
-            "%d captions so far are cut at task.text.max_bytes=%d, and their ends are not learned: %s%s",
+            "%d captions so far are cut at task.text.max_bytes=%d, their ends are not learned: %s%s",
             len(self._names),
             self._max_bytes,
             shown,

@@ -1,4 +1,4 @@
-"""The training loop, written once: restore, step, save, evaluate, log; at the end what the run makes."""
+"""The training loop: restore, step, save, evaluate, log; at the end the task's `finish`."""
 
 import contextlib
 import pathlib
@@ -27,7 +27,7 @@ __all__ = ["Batches", "fit"]
 
 @runtime_checkable
 class Batches(Protocol):
-    """An endless sequence of host batches that can say where it stands, and go there."""
+    """An endless sequence of host batches with a position that can be saved and restored."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
@@ -50,28 +50,28 @@ def fit(
 ) -> TrainState:
     """Trains to `options.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
-    A run that was stopped, killed or preempted goes on bit-exactly: same parameters, moments, averages, noise
-    and clips, and the same lines of metrics. SIGTERM and SIGINT finish the step, save, and return. What an
-    interruption left out, an evaluation or `Task.finish`, is done when the run goes on.
+    A stopped, killed or preempted run resumes bit-exactly: same parameters, moments, averages, noise and
+    clips, and the same lines of metrics. On SIGTERM or SIGINT it finishes the step, saves and returns. An
+    evaluation or `Task.finish` that was interrupted is done on resume.
 
     Args:
-      loader: batches with `name` (for reports), for this process; for the rate of frames they have `video`,
-        or `num_frames`, those of the whole step.
-      evaluators: called with the averaged weights at their own intervals and at the end.
-      open_clips: opens the training clips from the beginning, for `Task.finish`.
-      resume_with: the command that goes on, for the message when the run is interrupted.
+      loader: batches of this process, with `name` (for reports); the frame rate is computed from `video`, or
+        from `num_frames`, the frames of the whole step.
+      evaluators: called with the averaged weights at their intervals and at the end.
+      open_clips: opens the training clips from the first one, for `Task.finish`.
+      resume_with: the command that resumes the run, for the message after an interruption.
 
     Returns:
       The state after the last step.
 
     Raises:
-      NonFiniteLoss: of too many steps in a row, or of the last step; checkpoints stay as they were.
+      NonFiniteLoss: in too many steps in a row, or in the last step; checkpoints are unchanged.
       CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
       Stopped: a signal was received before the first step.
     """
     workdir, num_steps = pathlib.Path(workdir), options.num_steps
     stop = StopSignal(f"stopped before the first step, nothing is lost; start again with: {resume_with}")
-    # The signal encloses the checkpoints: one that comes while the last is written does not end the process.
+    # `stop` encloses the checkpoints: a signal during the last save does not end the process.
     with jax.set_mesh(mesh), stop, _checkpoints(workdir, options) as checkpoints:
         with stop.at_once(end_process=True):
             trainer = Trainer(task, optimizer, options, mesh, checkpoints)
@@ -82,10 +82,10 @@ def fit(
         report = Report(workdir, evaluators, trainer.models, start=start, num_steps=num_steps, stop=stop)
         with report, Progress(start=start, total=num_steps, enabled=processes.is_main_process()) as progress:
             stopped = not report.make_up(trainer.saved.get("line", {}))
-            # The range goes first: no batch is taken beyond the last step.
+            # `steps` is first in `zip`: no batch is taken beyond the last step.
             steps = range(start + 1, 1 if stopped else num_steps + 1)
-            for step, batch in zip(steps, _from(loader, trainer.saved), strict=False):
-                # The first step is compiled.
+            for step, batch in zip(steps, _at_saved_position(loader, trainer.saved), strict=False):
+                # The first step includes compilation.
                 with stop.at_once(end_process=True) if step == steps.start else contextlib.nullcontext():
                     metrics = trainer.step(step, batch)
                 recent.add(step, batch, metrics)
@@ -94,15 +94,15 @@ def fit(
                 line: Metrics = {}
                 if last or step % options.log_every == 0:
                     line = recent.means() | progress.rates()
-                    if "loss" in line:  # not where all steps were skipped
+                    if "loss" in line:  # absent if all steps were skipped
                         progress.show(line)
                 if options.power_law and options.power_law.due(step, num_steps):
                     recent.check(last=last)
                     trainer.save_snapshot(step, workdir)
                 if stopped or last or checkpoints.should_save(step) or report.evaluates(step):
                     recent.check(last=last)
-                    beside = {"loader": loader.get_state(), "recent": recent.state(), "line": line}
-                    trainer.save(step, beside)
+                    extra = {"loader": loader.get_state(), "recent": recent.state(), "line": line}
+                    trainer.save(step, extra)
                 stopped = not report.after(step, line, finite=recent.finite, stopped=stopped)
                 if stopped:
                     break
@@ -126,8 +126,8 @@ def _checkpoints(workdir: pathlib.Path, options: RunOptions) -> CheckpointManage
     )
 
 
-def _from(loader: Batches, saved: Mapping[str, Any]) -> Batches:
-    """The loader, at the place where it was saved."""
+def _at_saved_position(loader: Batches, saved: Mapping[str, Any]) -> Batches:
+    """The loader, at its saved position."""
     if "loader" in saved:
         loader.set_state(saved["loader"])
     return loader

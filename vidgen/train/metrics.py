@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl and TensorBoard, behind one writer."""
+"""One writer for the metrics of a run: metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -19,8 +19,7 @@ __all__ = ["MetricsWriter", "drop_after"]
 class MetricsWriter:
     """Writes scalars by step to `workdir`/metrics.jsonl and `workdir`/tensorboard.
 
-    Opened for a run that resumes, it first drops the lines after the step that the run resumes from, so each
-    step is there once.
+    On resume it first drops the lines after the step that the run resumes from, so each step appears once.
     """
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0, enabled: bool = True):
@@ -28,7 +27,7 @@ class MetricsWriter:
 
         Args:
           resume_step: lines of later steps are dropped.
-          enabled: False on the processes that do not write.
+          enabled: False on processes that do not write.
         """
         self._enabled = enabled
         if not enabled:
@@ -41,13 +40,13 @@ class MetricsWriter:
         self._board: EventsWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, and one scalar per metric; nothing for no metrics. Both are on disk on return."""
+        """Writes and flushes one line, and one TensorBoard scalar per metric; nothing for no metrics."""
         if not self._enabled or not metrics:
             return
         if self._board is None:
-            # Not before there is something to write: each writer makes a file of its own.
+            # Opened at the first write: each writer creates a file.
             self._board = _board(self._folder, self._resume_step + 1)
-        # In an order of their own, which a checkpoint does not keep.
+        # Sorted: a checkpoint does not preserve the order of metrics.
         values: Metrics = {name: float(metrics[name]) for name in sorted(metrics)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -71,10 +70,9 @@ class MetricsWriter:
 
 
 def _board(folder: pathlib.Path, purge_step: int) -> EventsWriter:
-    """A file of TensorBoard, which then shows nothing of older files from `purge_step` on.
+    """TensorBoard file that hides events of older files from `purge_step` on.
 
-    Unlike those of `SummaryWriter`, whose thread writes when it likes, its events are in the file when it is
-    flushed.
+    Events are in the file once it is flushed, unlike with `SummaryWriter`, whose thread writes at any time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     board = EventsWriter(str(folder / "events"), f".{os.getpid()}")
@@ -84,14 +82,14 @@ def _board(folder: pathlib.Path, purge_step: int) -> EventsWriter:
 
 
 def drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the lines of JSON of steps up to `step`; a line that a killed run left half-written goes too."""
+    """Drops JSON lines of steps after `step`, and a line that a killed run left incomplete."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
-    if kept != lines:
+    remaining = [line for line in lines if _step_of(line) <= step]
+    if remaining != lines:
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(remaining), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -1,4 +1,4 @@
-"""The steps since the last line of the log: their metrics, still on the device, and their clips."""
+"""Metrics of the steps since the last log line, still on the device, with the names of their clips."""
 
 import json
 import math
@@ -17,18 +17,18 @@ __all__ = ["MetricsBuffer", "NonFiniteLoss"]
 _log = get_logger(__name__)
 
 _IN_FLIGHT = 2
-"""Steps that the host may be ahead of the device: enough to hide the loading, few enough to bound memory."""
+"""Steps by which the host may be ahead of the device: enough to hide loading, few enough to bound memory."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient stays not finite; the message says since when, and where the clips are."""
+    """The loss or gradient stays not finite; the message says since when, and where the clips are listed."""
 
 
 class MetricsBuffer:
-    """Gathers metrics without waiting for them; they are fetched when a line or a checkpoint needs them.
+    """Collects metrics without waiting for them; fetches them for a log line or a checkpoint.
 
-    A step whose loss or gradient is not finite has changed nothing (`make_train_step`): it counts as
-    `skipped`, is left out of the means, and its clips are named in `workdir`/nonfinite.jsonl.
+    A step whose loss or gradient is not finite changes nothing (`make_train_step`): it counts as `skipped`,
+    is left out of the means, and its clips are listed in `workdir`/nonfinite.jsonl.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class MetricsBuffer:
         start: int = 0,
         state: Mapping[str, Any] | None = None,
     ):
-        """Goes on after a step.
+        """Continues after step `start`.
 
         Args:
-          stop_after: steps in a row that are not finite at which to give up.
+          stop_after: number of consecutive steps that are not finite at which to raise.
           start: steps done.
-          state: what `state` was then.
+          state: result of `state` after that step.
         """
         index = jax.process_index()
         self._path = workdir / f"nonfinite{f'.{index}' if index else ''}.jsonl"
@@ -58,24 +58,24 @@ class MetricsBuffer:
         self._checked = start
 
     def add(self, step: int, batch: Mapping[str, Any], metrics: Metrics) -> None:
-        """Notes a step that was started, or one that was left out, which has no metrics."""
+        """Records a step that was started, or a skipped one, which has no metrics."""
         self._steps.append((step, list(batch["name"]), metrics))
         if len(self._steps) > _IN_FLIGHT:
             jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][2])
 
     @property
     def finite(self) -> bool:
-        """Whether the newest step that was checked is."""
+        """Whether the newest checked step is finite."""
         return self._in_a_row == 0
 
     def check(self, *, last: bool = False) -> None:
-        """Waits for the steps noted so far.
+        """Waits for the recorded steps and checks them.
 
         Args:
-          last: the run ends with the newest of them, which then has to be finite.
+          last: the run ends with the newest step, which must then be finite.
 
         Raises:
-          NonFiniteLoss: too many of them in a row.
+          NonFiniteLoss: too many consecutive steps are not finite, or the last one is not.
         """
         steps, self._steps = self._steps, []
         for (step, names, _), metrics in zip(steps, jax.device_get([m for *_, m in steps]), strict=True):
@@ -95,9 +95,9 @@ class MetricsBuffer:
             self._give_up()
 
     def means(self) -> Metrics:
-        """The mean of each metric over the steps since the last call, and how many of these were skipped.
+        """Mean of each metric over the steps since the last call, and the number of skipped steps.
 
-        Where all were, there are no other metrics. Checks the steps first.
+        If all were skipped, there are no other metrics. Checks the steps first.
         """
         self.check()
         means: Metrics = {name: value / self._counted for name, value in self._sums.items()}
@@ -106,7 +106,7 @@ class MetricsBuffer:
         return means
 
     def state(self) -> dict[str, Any]:
-        """What is known of the steps that were checked; JSON-able, and equal on all processes."""
+        """JSON-able state of the checked steps, equal on all processes."""
         return {
             "sums": self._sums,
             "counted": self._counted,
@@ -117,7 +117,7 @@ class MetricsBuffer:
     def _skip(self, step: int, names: list[str], values: Metrics) -> None:
         self._skipped += 1
         self._in_a_row += 1
-        # As text: infinity and NaN are not JSON.
+        # As strings: JSON has no infinity and NaN.
         shown = {name: str(value) for name, value in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "clips": names, "metrics": shown}) + "\n")
@@ -136,8 +136,8 @@ class MetricsBuffer:
         first = step - self._in_a_row + 1
         raise NonFiniteLoss(
             f"steps {first} to {step}: the loss or its gradient is not finite. Their clips are in "
-            f"{self._path}; the checkpoints are as they were. Look at these clips. The same command goes on "
-            f"without them with --config.run.skip_steps=[[{first},{step}]]. Where the loss rose before, also "
+            f"{self._path}; the checkpoints are unchanged. Look at these clips. The same command skips "
+            f"them with --config.run.skip_steps=[[{first},{step}]]. Where the loss rose before, also "
             "give a lower --config.optimizer.learning_rate or --config.run.grad_clip, and remove the folders "
             "of checkpoints newer than the rise: the run then goes on from before it."
         )

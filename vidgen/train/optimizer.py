@@ -1,4 +1,4 @@
-"""Optimizers as options: AdamW, and Muon for the matrices; learning rates with warm-up and cosine decay."""
+"""Optimizer options: AdamW, and Muon for matrices; learning rates with warm-up and cosine decay."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ __all__ = ["AdamW", "Muon", "Optimizer", "cosine_schedule", "param_labels", "par
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """Says how parameters are updated."""
+    """Options of an update rule for parameters."""
 
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """The update rule for a run of `num_steps`."""
@@ -24,29 +24,29 @@ class Optimizer(Protocol):
 
 
 def partitioned(
-    optimizer: Optimizer, apart: Mapping[str, Optimizer], num_steps: int
+    optimizer: Optimizer, param_groups: Mapping[str, Optimizer], num_steps: int
 ) -> optax.GradientTransformation:
-    """The update rule of a module some of whose submodules, `apart` by name, have rules of their own."""
+    """Update rule of a module whose submodules in `param_groups`, by name, have optimizers of their own."""
     rule = optimizer.transformation(num_steps)
-    if not apart:
+    if not param_groups:
         return rule
-    rules = {name: part.transformation(num_steps) for name, part in apart.items()}
-    return optax.partition({_DEFAULT: rule, **rules}, lambda params: param_labels(params, apart))
+    rules = {name: part.transformation(num_steps) for name, part in param_groups.items()}
+    return optax.partition({_DEFAULT: rule, **rules}, lambda params: param_labels(params, param_groups))
 
 
-def param_labels(params: PyTree, apart: Mapping[str, Any]) -> PyTree:
-    """A tree like `params` of the name in `apart` that each array belongs to, "" for the others."""
+def param_labels(params: PyTree, param_groups: Mapping[str, Any]) -> PyTree:
+    """Pytree like `params` with the name in `param_groups` of each array's submodule, "" for the others."""
 
     def name(path: tuple[Any, ...], _: Any) -> str:
-        return path[0].key if path[0].key in apart else _DEFAULT
+        return path[0].key if path[0].key in param_groups else _DEFAULT
 
     return jax.tree_util.tree_map_with_path(name, params)
 
 
 def cosine_schedule(peak: float, *, warmup_steps: int, num_steps: int, end: float) -> optax.Schedule:
-    """Learning rate by step: a linear rise to `peak` in `warmup_steps`, a half cosine down to `peak * end`.
+    """Learning rate by step: linear warm-up to `peak`, then half-cosine decay to `peak * end`.
 
-    The first step already has a rate of peak / warmup_steps. A run shorter than its warm-up never falls.
+    The first step already has a rate of peak / warmup_steps. A run shorter than its warm-up never decays.
     """
 
     def schedule(step):
@@ -97,14 +97,14 @@ class AdamW:
 class Muon:
     """Momentum orthogonalised by Newton-Schulz for matrices and filters, AdamW for embeddings and vectors.
 
-    Stacked layers are orthogonalised one by one; an attention projection whose heads have an axis of their
-    own is one matrix. Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so the
-    learning rates of both are alike.
+    Stacked layers are orthogonalised one by one; an attention projection with a separate axis of heads is one
+    matrix. Updates are scaled to the root mean square of AdamW's (arXiv:2502.16982), so both need similar
+    learning rates.
 
     Attributes:
       beta: momentum.
-      adam_learning_rate, adam_b1, adam_b2: of the parameters that are no matrices; their rate, None is
-        `learning_rate`, rises and falls with that of the matrices.
+      adam_learning_rate, adam_b1, adam_b2: options of Adam for parameters that are not matrices; a rate of
+        None is `learning_rate`; both rates follow the same schedule.
       consistent_rms: root mean square of an update, in units of the learning rate.
     """
 
@@ -134,9 +134,9 @@ class Muon:
             adam_learning_rate=self.adam_learning_rate,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=_muon_dimensions,
         )
-        # Muon's own decay has no mask for what Adam takes. The updates descend already, hence the minus.
+        # Muon's weight decay has no mask for Adam's parameters. Updates already carry the minus sign.
         decay = optax.add_decayed_weights(-self.weight_decay * self.learning_rate, mask=_decayed)
         shape = cosine_schedule(
             1.0, warmup_steps=self.warmup_steps, num_steps=num_steps, end=self.end_fraction
@@ -146,12 +146,12 @@ class Muon:
 
 _DEFAULT = ""
 
-_NO_MATRIX = frozenset({"vocab", "patch"})
-"""Parameters with one of these axes are tables, or the first or last projection."""
+_NON_MATRIX_AXES = frozenset({"vocab", "patch"})
+"""Axes of lookup tables and of the first or last projection; these parameters use Adam."""
 
 
 def _decayed(params: PyTree) -> PyTree:
-    """Which parameters decay: those that mix two named axes; not biases, gains and tables of them."""
+    """Mask of the parameters that decay: those with two named axes; not biases, gains and stacks of them."""
 
     def decays(axes: tuple[str | None, ...], array: Any) -> bool:
         return len([name for name in axes if name not in (None, "layers")]) >= 2 if axes else array.ndim >= 2
@@ -159,19 +159,19 @@ def _decayed(params: PyTree) -> PyTree:
     return _by_variable(params, decays)
 
 
-def _matrices(params: PyTree) -> PyTree:
-    """The two sides of each parameter that is a matrix, None for the others."""
-    return _by_variable(params, _matrix_sides)
+def _muon_dimensions(params: PyTree) -> PyTree:
+    """Muon's dimension numbers for each matrix parameter, None for the others."""
+    return _by_variable(params, _array_dimensions)
 
 
-def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.MuonDimensionNumbers | None:
+def _array_dimensions(axes: tuple[str | None, ...], array: Any) -> optax.contrib.MuonDimensionNumbers | None:
     first = axes[:1].count("layers")
     names, dims = axes[first:], range(first, array.ndim)
     if names[-2:] == ("conv_in", "conv_out"):
         return optax.contrib.MuonDimensionNumbers(tuple(dims[:-1]), (dims[-1],))
-    if None in names or _NO_MATRIX.intersection(names):
+    if None in names or _NON_MATRIX_AXES.intersection(names):
         return None
-    # An attention projection whose heads have an axis of their own is a matrix with a side of two dimensions.
+    # An attention projection with an axis of heads is a matrix with (heads, head_dim) as one side.
     if len(names) == 3 and names[1:] == ("heads", "head_dim"):
         return optax.contrib.MuonDimensionNumbers((dims[0],), (dims[1], dims[2]))
     if len(names) == 3 and names[:2] == ("heads", "head_dim"):
@@ -180,7 +180,7 @@ def _matrix_sides(axes: tuple[str | None, ...], array: Any) -> optax.contrib.Muo
 
 
 def _by_variable(params: PyTree, of_array) -> PyTree:
-    """A tree like `params` with `of_array(axes, array)` in the place of each array; no axes are ()."""
+    """Pytree like `params` of `of_array(axes, array)`; `axes` is () for arrays without axis names."""
 
     def of_node(node):
         axes = tuple(node.get_metadata().get("axes") or ()) if isinstance(node, nnx.Variable) else ()

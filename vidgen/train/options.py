@@ -1,4 +1,4 @@
-"""Options of a training run that do not depend on what is trained."""
+"""Options of a training run that do not depend on the task."""
 
 import dataclasses
 from typing import Annotated
@@ -12,31 +12,32 @@ __all__ = ["RunOptions"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How long, how much at a time, and how often what happens; all intervals count steps.
+    """Length, batch size and intervals of a run; all intervals count steps.
 
     Attributes:
-      num_steps: when the run is complete.
-      schedule_steps: over which the learning rate rises and falls; None is `num_steps` when the run begins,
-        and stays that when a run goes on with another `num_steps`.
-      batch_size: clips per step, over all devices and processes; of packed clips (`LatentsData`), rows.
-      seed: of the weights, the noise and the order of the clips.
-      init_from: workdir of a run of the same model, whose averaged weights a new run starts from; a VAE's may
-        have been trained with or without an adversary, in whole or in part, or be a VAE alone, such as Wan's
-        in diffusers' layout. Of a run of LoRA the updates are merged.
-      log_every: between lines of metrics.jsonl; each is the mean over the steps since the last.
-      eval_every: between previews on held-out clips; 0 is only at the end.
-      checkpoint_every: between checkpoints.
-      keep: how many of the newest checkpoints stay.
+      num_steps: step after which the run is complete.
+      schedule_steps: length of the learning-rate schedule; None is `num_steps` when the run begins, and stays
+        so when the run resumes with another `num_steps`.
+      batch_size: clips per step, over all devices and processes; for packed clips (`LatentsData`), packed
+        rows.
+      seed: seed of the weights, the noise and the order of the clips.
+      init_from: workdir of a run of the same model, whose averaged weights a new run starts from. A VAE may
+        have been trained with or without an adversary, completely or only its decoder; the path may also be a
+        VAE without a run, such as Wan's in diffusers' layout. LoRA matrices of the other run are merged.
+      log_every: steps between lines of metrics.jsonl; each is the mean over the steps since the last.
+      eval_every: steps between previews on held-out clips; 0 is only at the end.
+      checkpoint_every: steps between checkpoints.
+      keep: number of newest checkpoints that stay.
       keep_every: checkpoints at multiples of this stay too; None keeps the newest only.
-      ema_decay: of the averaged weights.
-      power_law: further averages, snapshots of which give weights averaged over any length afterwards
-        (`vidgen average`); None keeps none.
+      ema_decay: decay of the averaged weights per step.
+      power_law: further averages, whose snapshots give weights averaged over any length afterwards (`vidgen
+        average`); None computes none.
       grad_clip: largest global norm of the gradient, or None.
       grad_accumulation: micro-batches per step.
-      stop_after_nonfinite: a step whose loss or gradient is not finite is skipped and counted; after so many
-        in a row the run stops.
-      skip_steps: pairs of a first and a last step that are left out: their batches are taken, not trained on.
-      num_threads: that decode clips, per process.
+      stop_after_nonfinite: a step whose loss or gradient is not finite is skipped and counted; the run stops
+        after this many in a row.
+      skip_steps: pairs of a first and a last step to skip: their batches are read, but not trained on.
+      num_threads: threads that decode clips, per process.
     """
 
     num_steps: Annotated[int, limits.STEPS] = 100_000
@@ -67,15 +68,15 @@ class RunOptions:
         for first, last in self.skip_steps:
             if not 1 <= first <= last:
                 raise UserError(
-                    f"run.skip_steps: found [{first}, {last}], expected a first step from 1 and a last one "
-                    "that is not before it"
+                    f"run.skip_steps: found [{first}, {last}], expected a first step of at least 1 "
+                    "and a last step that is not before it"
                 )
 
     @property
     def schedule_length(self) -> int:
-        """Steps of the schedule of the learning rate."""
+        """Steps of the learning-rate schedule."""
         return self.num_steps if self.schedule_steps is None else self.schedule_steps
 
     def skips(self, step: int) -> bool:
-        """Whether `step` is left out."""
+        """Whether `step` is skipped."""
         return any(first <= step <= last for first, last in self.skip_steps)

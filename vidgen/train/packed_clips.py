@@ -1,4 +1,4 @@
-"""Clips of different sizes as rows of tokens of one length: what a packed batch is on the device."""
+"""Clips of different sizes packed into rows of equal token count: a packed batch on the device."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ __all__ = ["PackedRows", "host_patches", "pack_rows"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """Rows of s tokens, each with up to g clips.
+    """Packed rows of s tokens, each with up to g clips.
 
     Attributes:
-      patches: of the latents, in order time, row, column of each clip, one clip after the other; 0 at the
-        end, where no clip fitted. In the dtype of the latents.
-      positions: time, row and column of each token on the grid of its clip.
-      segment_ids: which clip of its row a token belongs to, from 1 on; 0 is padding.
-      captions: of each clip, g for each row; empty where there is no clip.
+      patches: latent patches, clip after clip, each in the order time, row, column; 0 in the padding. In the
+        dtype of the latents.
+      positions: time, row and column of each token in the grid of its clip.
+      segment_ids: number of a token's clip in its packed row, from 1; 0 is padding.
+      captions: g captions per packed row; empty for places without a clip.
     """
 
     patches: Float[np.ndarray, "b s p"]
@@ -39,15 +39,15 @@ def pack_rows(
     tokens_per_row: int,
     clips_per_row: int,
 ) -> PackedRows:
-    """Lays clips out as rows.
+    """Packs clips into rows.
 
     Args:
-      rows: the clips of each row, with `latents` [t h w c], `caption` and `name`.
+      rows: the clips of each packed row, with `latents` [t h w c], `caption` and `name`.
       dit: patches and channels of the transformer.
 
     Raises:
-      UserError: the clips of a row are too many or too long, or one does not divide into patches or has
-        other channels; it is named.
+      UserError: a packed row has too many clips or tokens, or a clip does not divide into patches or has
+        other channels; the message names the clip.
     """
     count = len(rows)
     dtype = next((clip["latents"].dtype for row in rows for clip in row), np.dtype(np.float16))
@@ -60,16 +60,16 @@ def pack_rows(
         end = 0
         for segment, clip in enumerate(row, start=1):
             try:
-                made, grid = host_patches(clip["latents"], dit)
+                tokens, grid = host_patches(clip["latents"], dit)
             except ValueError as error:
                 raise UserError(f"{clip['name']}: {error}") from error
-            start, end = end, end + len(made)
+            start, end = end, end + len(tokens)
             if segment > clips_per_row or end > tokens_per_row:
                 raise UserError(
-                    f"row {r} is full before {clip['name']} ({len(made)} tokens): it holds {clips_per_row} "
+                    f"row {r} is full before {clip['name']} ({len(tokens)} tokens): it holds {clips_per_row} "
                     f"clips and {tokens_per_row} tokens"
                 )
-            patches[r, start:end] = made
+            patches[r, start:end] = tokens
             positions[r, start:end] = grid_positions(*grid)
             segment_ids[r, start:end] = segment
             captions[r][segment - 1] = clip["caption"]
@@ -79,7 +79,7 @@ def pack_rows(
 def host_patches(
     latents: Float[np.ndarray, "t h w c"], dit: DiTConfig
 ) -> tuple[Float[np.ndarray, "s p"], tuple[int, int, int]]:
-    """One clip's patches, as `vidgen.models.dit.model.patchify` orders them, and tokens per axis.
+    """One clip's patches, in the order of `vidgen.models.dit.model.patchify`, and its tokens per axis.
 
     Raises:
       UserError: the latents have other channels, or do not divide into patches.
@@ -88,5 +88,5 @@ def host_patches(
         raise UserError(f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}")
     t, h, w = dit.token_grid(*latents.shape[:3])
     pt, ph, pw = dit.patch_size
-    cut = latents.reshape(t, pt, h, ph, w, pw, -1)
-    return cut.transpose(0, 2, 4, 1, 3, 5, 6).reshape(t * h * w, -1), (t, h, w)
+    blocks = latents.reshape(t, pt, h, ph, w, pw, -1)
+    return blocks.transpose(0, 2, 4, 1, 3, 5, 6).reshape(t * h * w, -1), (t, h, w)

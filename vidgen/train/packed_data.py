@@ -1,4 +1,4 @@
-"""Latents as the transformer counts them: tokens of each clip, and whether they are what a run can use."""
+"""Checks of packed latents: tokens of each clip, and whether a run can train on them."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ __all__ = ["check_latents", "token_counts"]
 
 
 def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
-    """Tokens of each clip.
+    """Number of tokens of each clip.
 
     Raises:
-      UserError: the latents of a clip do not divide into patches; it is named.
+      UserError: the latents of a clip do not divide into patches; the message names it.
     """
     known: dict[tuple[int, int, int], int] = {}
     for index, size in enumerate(records.sizes):
@@ -36,21 +36,22 @@ def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
 
 
 def check_latents(data: LatentsData, task: Task, batch_size: int, parts: int, mesh: Mesh) -> None:
-    """Sees to it that a run can be trained on these latents, before it begins.
+    """Checks that a run can be trained on these latents, before it begins.
 
     Args:
-      batch_size: rows per step.
+      batch_size: packed rows per step.
       parts: micro-batches per step.
 
     Raises:
-      ConfigError: the task takes no latents; they are of another VAE than the task's, or of sizes that the
-        transformer does not take; a clip is longer than a row; or rows do not divide over the mesh.
+      ConfigError: the task takes no latents; they come from another VAE than the task's, or have sizes that
+        the transformer does not support; a clip is longer than a packed row; or packed rows do not divide
+        over the mesh.
     """
     if not isinstance(task, TextToVideoTask):
         raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
     if task.images is not None:
         raise ConfigError(
-            "config.data.kind is latents, whose rows are trained without images: leave out "
+            "config.data.kind is latents, which supports no images: leave out "
             "config.task.images, or train on data of one size"
         )
     records = data.source()

@@ -1,7 +1,7 @@
-"""Averages of the weights with power-law profiles, and any other such average out of two (arXiv 2312.02696).
+"""Power-law averages of the weights, and averages of any other width solved from two (arXiv 2312.02696).
 
-The average of exponent g after t updates weighs the weights at time s in [0, t] by (g + 1) s^g / t^(g + 1):
-its length grows with the training. `sigma_rel` is its width, the standard deviation of s, over t.
+The average of exponent g after t updates weights the parameters at time s in [0, t] by (g + 1) s^g / t^(g +
+1), so its length grows with training. `sigma_rel` is its width: the standard deviation of s, divided by t.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from vidgen.core.typing import Float, PyTree
 __all__ = ["Averaged", "PowerLaw", "averaging", "exponent", "solve_weights"]
 
 _WIDEST = 12.0**-0.5
-"""Of the even average, whose exponent is 0."""
+"""Width of the uniform average, whose exponent is 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerLaw:
-    """Averages kept beside the usual one: each takes the memory and the disk space of the weights.
+    """Power-law averages in addition to the EMA: each takes the memory and disk space of the weights.
 
     Attributes:
-      sigma_rels: their widths; of two, those of all widths can be made from snapshots.
-      every: steps between two snapshots.
+      sigma_rels: widths of the averages; snapshots of two widths give the averages of all others.
+      every: steps between snapshots.
     """
 
     sigma_rels: tuple[float, ...] = (0.05, 0.10)
@@ -43,17 +43,17 @@ class PowerLaw:
             raise UserError(f"every={self.every}: it must be at least 1")
 
     def due(self, step: int, num_steps: int) -> bool:
-        """Whether there is a snapshot of that step, of a run of so many."""
+        """Whether a run of `num_steps` takes a snapshot after `step`."""
         return step % self.every == 0 or step == num_steps
 
 
 class Averaged(NamedTuple):
-    """The state of an optimizer with averages of the weights.
+    """Optimizer state with averages of the weights.
 
     Attributes:
-      inner: of the optimizer.
+      inner: state of the wrapped optimizer.
       count: int32 [], updates averaged.
-      averages: like the parameters, float32, one for each width.
+      averages: one for each width; like the parameters, float32.
     """
 
     inner: Any
@@ -62,7 +62,7 @@ class Averaged(NamedTuple):
 
 
 def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> optax.GradientTransformation:
-    """`tx`, keeping averages of the weights that its updates lead to; `tx` itself without options."""
+    """Wraps `tx` to average the weights after each update; returns `tx` itself if `options` is None."""
     if options is None:
         return tx
     exponents = [exponent(sigma_rel) for sigma_rel in options.sigma_rels]
@@ -86,10 +86,10 @@ def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> opt
 
 
 def exponent(sigma_rel: float) -> float:
-    """The exponent of the profile of that width.
+    """Exponent of the profile with width `sigma_rel`.
 
     Raises:
-      UserError: no profile is as wide.
+      UserError: no profile has this width.
     """
     if not 0.0 < sigma_rel < _WIDEST:
         raise UserError(f"sigma_rel={sigma_rel}: widths of averages are above 0 and below {_WIDEST:.4f}")
@@ -114,7 +114,7 @@ def solve_weights(profiles: Sequence[tuple[int, float]], wanted: tuple[int, floa
 def _inner(
     times: np.ndarray, powers: np.ndarray, other_times: np.ndarray, other_powers: np.ndarray
 ) -> Float[np.ndarray, "i j"]:
-    """Integrals of the products of profiles, each 0 after its time."""
+    """Inner products (integrals) of profiles, each 0 after its time."""
     t, g, u, h = times[:, None], powers[:, None], other_times[None], other_powers[None]
     end = np.minimum(t, u)
     return (g + 1) * (h + 1) / (g + h + 1) * (end / t) ** g * (end / u) ** h * end / (t * u)

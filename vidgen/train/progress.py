@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, elsewhere one line for each log interval."""
+"""Progress of a run for people: a bar on a terminal, elsewhere one line per log interval."""
 
 import datetime
 import sys
@@ -12,13 +12,13 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Steps done, loss, steps/s, frames/s and the time that is left; silent where not enabled.
+    """Shows steps done, loss, steps/s, frames/s and the remaining time; silent if not enabled.
 
-    The first step, in which the program is compiled, counts as done, but in neither rates nor the time left.
+    The first step includes compilation: it counts as done, but in neither the rates nor the remaining time.
     """
 
     def __init__(self, *, start: int, total: int, enabled: bool = True):
-        """Says nothing before it is entered.
+        """Prints nothing until entered.
 
         Args:
           start: steps that are done already.
@@ -31,7 +31,7 @@ class Progress:
         self._since, self._steps, self._frames = time.monotonic(), 0, 0
 
     def advance(self, frames: int) -> None:
-        """Counts one step over `frames` frames."""
+        """Counts one step of `frames` frames."""
         self._done += 1
         self._steps += 1
         self._frames += frames
@@ -51,22 +51,22 @@ class Progress:
             self._start_interval()
 
     def rates(self) -> dict[str, float]:
-        """Steps and frames per second since the last call; of the first step, where there was no other."""
+        """Steps and frames per second since the last call; those of the first step if there was no other."""
         rates = self._rates() if self._steps or self._first is None else self._first
         self._start_interval()
         return rates
 
     def show(self, metrics: Metrics) -> None:
-        """Shows the loss and the rates of `rates`."""
+        """Shows the loss and the rates in `metrics`."""
         loss, frames = f"loss={metrics['loss']:.4f}", f"{metrics['frames_per_second']:.1f} frames/s"
         if self._bar is not None:
             self._bar.set_postfix_str(f"{loss} {frames}")
         elif self._enabled:
             rate = metrics["steps_per_second"]
-            left = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
+            remaining = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
             known = self._first is not None and rate != self._first["steps_per_second"]
             line = f"step {self._done}/{self._total} {loss} {rate:.3g} steps/s {frames}"
-            _say(f"{line}, {left} left" if known else line)
+            _say(f"{line}, {remaining} left" if known else line)
 
     def _rates(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: lines of metrics, with the scores of the evaluations that are due."""
+"""Metrics lines of a run, with the scores of the evaluations that are due."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ _FILE = "evaluated.json"
 
 
 class Report:
-    """Evaluates after a step what is due, then writes the step's line. A context manager.
+    """Runs the evaluators that are due after a step, then writes the step's metrics. A context manager.
 
-    `workdir`/evaluated.json has the last step of each evaluator, so that an evaluation which an interruption
-    left out can be made up for, and one that is done is not repeated. It is written after the line.
+    `workdir`/evaluated.json records the last step of each evaluator, so that a resumed run repeats an
+    interrupted evaluation but not a completed one. It is written after the metrics line.
     """
 
     def __init__(
@@ -38,14 +38,13 @@ class Report:
         num_steps: int,
         stop: StopSignal,
     ):
-        """Reads the record, and opens the files of metrics.
+        """Reads the record and opens the metrics files.
 
         Args:
-          models: gives what is evaluated, after the newest step, and the frozen module.
-          start: steps done; what was due after the last of them is still to be reported unless it is in the
-            record.
-          num_steps: at which the run ends.
-          stop: ends an evaluation at once.
+          models: returns the model to evaluate, as of the newest step, and the frozen module.
+          start: steps done; evaluations due after it are still run unless they are in the record.
+          num_steps: steps of the whole run.
+          stop: interrupts an evaluation at once.
         """
         self._workdir, self._evaluators, self._models = workdir, evaluators, models
         self._start, self._num_steps, self._stop = start, num_steps, stop
@@ -65,34 +64,37 @@ class Report:
         self._writer.close()
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluator looks at the model after `step`."""
+        """Whether an evaluator is due after `step`."""
         return bool(self._due(step))
 
     def make_up(self, line: Metrics) -> bool:
-        """`after` the step that the run goes on from, whose line an interruption may have left out.
+        """Calls `after` for the step that the run resumes from, if an interruption lost its line.
 
         Args:
           line: metrics of that step.
+
+        Returns:
+          Whether the run continues.
         """
         return self._start == 0 or self._complete or self.after(self._start, line)
 
     def after(self, step: int, line: Metrics, *, finite: bool = True, stopped: bool = False) -> bool:
-        """Evaluates what is due after `step`, unless the run is stopped, and writes the step's line.
+        """Runs the evaluators due after `step`, unless the run is stopped, and writes the step's metrics.
 
         Args:
-          line: metrics of training.
-          finite: whether the loss of the step is; if not, the model is not evaluated.
-          stopped: the run ends here, until the same command goes on.
+          line: training metrics.
+          finite: whether the loss of the step is finite; if not, the model is not evaluated.
+          stopped: the run stops here, until the same command resumes it.
 
         Returns:
-          Whether the run shall go on.
+          Whether the run continues.
         """
         if stopped:
             self._writer.write(step, line)
             return False
         due = self._due(step)
         if due and not finite:
-            _log.warning("not evaluated after step %d, whose loss is not finite", step)
+            _log.warning("no evaluation after step %d: its loss is not finite", step)
             due = []
         scores: Metrics = {}
         if due and not self._stop.completes(lambda: scores.update(self._scores(due, step))):

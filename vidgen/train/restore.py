@@ -1,4 +1,4 @@
-"""Models out of training runs: the averaged weights of the newest checkpoint."""
+"""Loads models from training runs: the averaged weights of a checkpoint."""
 
 import dataclasses
 import pathlib
@@ -22,14 +22,14 @@ def load_trained(
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> tuple[Experiment, int, nnx.Module]:
-    """The experiment of a run, and its module with averaged weights, laid over `mesh`.
+    """Experiment of a run, checkpoint step, and module with averaged weights placed on `mesh`.
 
     Args:
-      step: which checkpoint; None is the newest.
-      dtype: of the matrix products of a video model, in the place of that of training.
+      step: step of the checkpoint; None is the newest.
+      dtype: dtype of a video model's matrix products; None is the dtype of training.
 
     Returns:
-      The experiment, the step of the checkpoint, the module (`Task.product`).
+      The experiment, the step of the checkpoint, the module (`Task.inference_model`).
 
     Raises:
       FileNotFoundError: `workdir` is not that of a training run.
@@ -38,7 +38,7 @@ def load_trained(
     experiment = load_experiment(workdir)
     if dtype is not None and isinstance(experiment.task, TextToVideoTask):
         experiment = dataclasses.replace(experiment, task=experiment.task.with_dtype(dtype))
-    # What the optimizer keeps is not read.
+    # The optimizer state is not read.
     abstract, graphdef = abstract_state(experiment.task, optax.identity(), mesh)
     step, *state = restore_averaged(workdir, abstract, step)
     return experiment, step, experiment.task.inference_model(nnx.merge(graphdef, *state))

@@ -1,4 +1,4 @@
-"""Which options may differ when a run goes on."""
+"""Options that may differ when a run resumes."""
 
 import fnmatch
 import pathlib
@@ -13,13 +13,13 @@ __all__ = ["MAY_CHANGE", "check_changes"]
 _log = get_logger(__name__)
 
 MAY_CHANGE = (
-    # How the work is divided, which changes results by rounding alone.
+    # Distribution of the work: changes results by rounding only.
     "mesh.*",
     "task.dit.sequence.*",
     "task.dit.attention",
     "task.dit.remat",
     "run.num_threads",
-    # Where files are.
+    # Locations of files.
     "data.path",
     "data.captions",
     "data.clips.path",
@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "task.perceptual_weights",
     "task.text_encoder.path",
     "task.text_encoder.cache",
-    # How long, and how often what happens.
+    # Length of the run, and intervals.
     "run.num_steps",
     "run.log_every",
     "run.eval_every",
@@ -37,9 +37,9 @@ MAY_CHANGE = (
     "run.keep",
     "run.keep_every",
     "run.power_law.every",
-    # How previews, and later users, sample.
+    # Defaults of sampling, in previews and later.
     "task.sampling.*",
-    # What gets a run over a bad place.
+    # Recovery from an instability.
     "run.schedule_steps",
     "run.grad_clip",
     "run.skip_steps",
@@ -49,18 +49,18 @@ MAY_CHANGE = (
     "task.adversary.optimizer.learning_rate",
     "task.adversary.optimizer.adam_learning_rate",
 )
-"""Keys of the options that may differ when a run goes on; `*` stands for all keys of a section."""
+"""Option keys that may differ when a run resumes; `*` matches all keys of a section."""
 
 
 def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathlib.Path | str) -> None:
     """Logs the options of a run that differ from those that it was started with.
 
     Args:
-      old, new: nested options, as `vidgen.core.config.to_dict` gives them.
-      workdir: the run's, for messages.
+      old, new: nested options, from `vidgen.core.config.to_dict`.
+      workdir: workdir of the run, for messages.
 
     Raises:
-      ConfigError: some differ that may not; they are named.
+      ConfigError: options differ that may not; the message names them.
     """
     flat_old, flat_new = _flatten(old), _flatten(new)
     keys = [
@@ -72,11 +72,11 @@ def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], workdir: pathl
     refused = [key for key in keys if not any(fnmatch.fnmatchcase(key, known) for known in MAY_CHANGE)]
     if refused:
         raise ConfigError(
-            f"{workdir} belongs to a run with another config; these keys differ (there -> now): "
+            f"{workdir} belongs to a run with another config; these keys differ (old -> new): "
             f"{', '.join(shown[key] for key in refused)}. Use another --workdir, or the config of that run."
         )
     for text in shown.values():
-        _log.info("the run goes on with another option: %s", text)
+        _log.info("the run resumes with a changed option: %s", text)
 
 
 class _Absent:

@@ -1,4 +1,4 @@
-"""Snapshots of a run's power-law averages, and weights averaged over other lengths made of them."""
+"""Snapshots of power-law averages, and weights of other averaging widths computed from them."""
 
 import dataclasses
 import pathlib
@@ -25,11 +25,11 @@ _FOLDER = "averages"
 
 
 class SnapshotError(UserError):
-    """There is nothing to make an average of; the message says where, and what to do."""
+    """Snapshots are missing or invalid; the message says where, and what to do."""
 
 
 def save_snapshots(workdir: pathlib.Path | str, step: int, opt_state: Averaged, options: PowerLaw) -> None:
-    """Writes the averages to `workdir`/averages, in a file each, and last the JSON that lists them.
+    """Writes each average to a file in `workdir`/averages, and last the JSON that lists them.
 
     With several processes all of them must call this; process 0 writes.
     """
@@ -47,22 +47,22 @@ def save_snapshots(workdir: pathlib.Path | str, step: int, opt_state: Averaged, 
 def averaged_weights(
     workdir: pathlib.Path | str, abstract_params: PyTree, sigma_rel: float, step: int | None = None
 ) -> tuple[int, PyTree]:
-    """The weights of a run averaged with another width, at the step of one of its snapshots.
+    """Weights of a run averaged with width `sigma_rel`, at the step of one of its snapshots.
 
-    It is the weighted sum of all averages up to that step whose profile is nearest in least squares.
+    They are the weighted sum of all averages up to that step whose profile is nearest in least squares.
 
     Args:
-      abstract_params: of the run's model, with the shardings that the arrays shall have.
+      abstract_params: parameters of the run's model, with the shardings of the result.
       sigma_rel: width of the average, relative to the training until then.
-      step: of a snapshot; None is the newest.
+      step: step of a snapshot; None is the newest.
 
     Returns:
       The step, the parameters.
 
     Raises:
       SnapshotError: there are no snapshots, or none of that step.
-      WeightsError: a snapshot is not what was written.
-      UserError: no average is as wide.
+      WeightsError: a snapshot differs from what was written.
+      UserError: no average has this width.
     """
     folder = pathlib.Path(workdir) / _FOLDER
     power = exponent(sigma_rel)
@@ -107,7 +107,7 @@ class _Snapshot:
 
 
 def _read(path: pathlib.Path) -> _Snapshot:
-    """Raises UserError, naming the file."""
+    """Snapshot described by a JSON file. Raises UserError, naming the file."""
     about: _Snapshot = resolve(_Snapshot, read_json(path, remedy="remove this snapshot"), where=str(path))
     for average in about.averages:
         if not is_plain_name(average.file):

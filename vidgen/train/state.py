@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a step changes, sharded over the mesh from birth."""
+"""The state of a training run: everything that a step changes, sharded from initialization on."""
 
 import dataclasses
 import pathlib
@@ -24,18 +24,18 @@ __all__ = ["TrainState", "abstract_state", "ema_model", "init_state", "place_fro
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a step takes and gives back. The graph definition of the module stays outside.
+    """Input and output of a training step; the module's graph definition is separate.
 
-    Parameters, optimizer moments and EMA are float32; the moments and the EMA carry their parameters' logical
-    axes. In their places may also be `jax.ShapeDtypeStruct`s, or shardings.
+    Parameters, optimizer moments and EMA are float32; the moments and the EMA have their parameters' logical
+    axes. Leaves may also be `jax.ShapeDtypeStruct`s or shardings.
 
     Attributes:
       step: int32 [], steps done.
-      params: the `nnx.Param`s of the module.
-      buffers: its `Buffer`s.
+      params: the module's `nnx.Param`s.
+      buffers: the module's `Buffer`s.
       ema: averaged parameters.
-      opt_state: of the optimizer.
-      key: typed random key; a step uses it folded with its number.
+      opt_state: state of the optimizer.
+      key: typed random key; a step folds in its number.
     """
 
     step: Any
@@ -49,16 +49,16 @@ class TrainState:
 def init_state(
     task: Task, tx: optax.GradientTransformation, key: Key[Array, ""], mesh: Mesh
 ) -> tuple[TrainState, nnx.GraphDef]:
-    """The state before the first step, each shard made on the device where it stays.
+    """State before the first step, each shard initialized on its device.
 
-    The numbers depend on `key` only, not on the mesh.
+    The values depend on `key` only, not on the mesh.
 
     Raises:
-      TypeError: a parameter that is not float32.
+      TypeError: a parameter is not float32.
     """
     abstract, graphdef = abstract_state(task, tx, mesh)
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # One random stream per parameter is a lot of code that runs once: on CPU, optimizing it takes minutes.
+    # One random stream per parameter makes a large program that runs once; XLA:CPU optimizes it for minutes.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     with jax.set_mesh(mesh):
         initial = jax.jit(_initial(task, tx), out_shardings=out_shardings, compiler_options=options)
@@ -68,22 +68,22 @@ def init_state(
 def abstract_state(
     task: Task, tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, nnx.GraphDef]:
-    """Shapes, types and shardings of the state, computing nothing: what a checkpoint is restored into."""
+    """Shapes, dtypes and shardings of the state, without computing it: the target of a restore."""
     with jax.set_mesh(mesh):
-        # Not even a key is made: the mesh may be of devices that are not here (vidgen/preflight).
+        # Creates no key either: the mesh may have devices that are not present (vidgen/preflight).
         abstract = jax.eval_shape(_initial(task, tx), jax.eval_shape(lambda: jax.random.key(0)))
         graphdef = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), graph=False)[0]
     for name, leaf in named_leaves(abstract.params).items():
         if leaf.dtype != jnp.float32:
             raise TypeError(
-                f"parameter {name} is {leaf.dtype}: parameters are kept in float32, cast where they are used"
+                f"parameter {name} is {leaf.dtype}: store parameters in float32, cast them where used"
             )
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, abstract, shardings(abstract, mesh)), graphdef
 
 
 def ema_model(state: TrainState, graphdef: nnx.GraphDef) -> nnx.Module:
-    """The module with averaged weights and current buffers: what is sampled from and evaluated."""
+    """Module with averaged weights and current buffers, for evaluation and sampling."""
     copy = jax.tree.map(lambda x: x, (state.ema, state.buffers))
     return nnx.merge(graphdef, *copy)
 
@@ -91,11 +91,11 @@ def ema_model(state: TrainState, graphdef: nnx.GraphDef) -> nnx.Module:
 def restore_averaged(
     workdir: pathlib.Path | str, abstract: TrainState, step: int | None = None
 ) -> tuple[int, Any, Any]:
-    """The averaged parameters and the buffers of a run's checkpoint; nothing else is read.
+    """Averaged parameters and buffers of a run's checkpoint; reads nothing else.
 
     Args:
-      abstract: as `abstract_state` gives it; the optimizer may be another than the run's.
-      step: which checkpoint; None is the newest.
+      abstract: from `abstract_state`; its optimizer may differ from the run's.
+      step: step of the checkpoint; None is the newest.
 
     Returns:
       The step, parameters, buffers.
@@ -113,7 +113,7 @@ def restore_averaged(
 
 
 def place_frozen(module: nnx.Module | None, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State] | None:
-    """A module that is only read, split and laid over the mesh."""
+    """Graph definition and state of a read-only module, with the state placed on the mesh."""
     if module is None:
         return None
     graphdef, state = nnx.split(module, graph=False)

@@ -25,13 +25,13 @@ TrainStep = Callable[[TrainState, nnx.State | None, dict[str, Array]], tuple[Tra
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How gradients become an update.
+    """Gradient accumulation, gradient clipping and weight averaging.
 
     Attributes:
       grad_accumulation: micro-batches per step, computed one after the other; must divide the batch.
-      grad_clip: largest norm of the gradient, of each of the parts that learn apart by itself; None leaves it
-        as it is.
-      ema_decay: of the averaged weights, approached as (1 + step) / (10 + step).
+      grad_clip: largest gradient norm, for each of the `param_groups` and for the rest separately; None does
+        not clip.
+      ema_decay: decay of the averaged weights per step, at most (1 + step) / (10 + step).
     """
 
     grad_accumulation: int = 1
@@ -47,25 +47,25 @@ def make_train_step(
     options: StepOptions,
     schedule: optax.Schedule | None = None,
 ) -> TrainStep:
-    """The compiled step. It consumes the state that it is given (donated).
+    """Compiled training step, which donates its input state.
 
-    Where the loss or the gradient's norm is not finite, nothing but the step number changes.
+    If the loss or the gradient norm is not finite, only the step number changes.
 
     Args:
-      graphdef: of the trained module, as `init_state` gives it.
-      frozen_graphdef: of the task's frozen module, or None.
+      graphdef: graph definition of the trained module, from `init_state`.
+      frozen_graphdef: graph definition of the task's frozen module, or None.
       schedule: learning rate by step, for the metrics.
 
     Returns:
-      A function of (state, frozen state or None, batch). Its metrics are the task's, and `loss`, `grad_norm`
-      and `learning_rate`: float32 scalars on the device. For each submodule that learns apart there is also
-      a `grad_norm/<name>`.
+      A function of (state, frozen state or None, batch). Its metrics are the task's, `loss`, `grad_norm` and
+      `learning_rate`, and `grad_norm/<name>` for each of the task's `param_groups`: float32 scalars on the
+      device.
     """
 
     def loss_fn(
         params: PyTree, buffers: PyTree, frozen: PyTree, batch: dict[str, Array], key: Key[Array, ""], done
     ):
-        # Variables may be written only at the trace level that made them: the buffers are made anew in here.
+        # Variables can only be written at the trace level that created them: recreate the buffers here.
         buffers, frozen = jax.tree.map(lambda x: x, (buffers, frozen))
         model = nnx.merge(graphdef, params, buffers)
         frozen_model = None if frozen_graphdef is None else nnx.merge(frozen_graphdef, frozen)
@@ -100,17 +100,17 @@ def make_train_step(
 
 
 def clipped(
-    grads: PyTree, largest: float | None, apart: Mapping[str, Any]
+    grads: PyTree, largest: float | None, param_groups: Mapping[str, Any]
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Gradients of which no part is longer than `largest`, and the lengths that the named parts had."""
-    names = param_labels(grads, apart)
-    of_part = zip(jax.tree.leaves(names), jax.tree.leaves(grads), strict=True)
-    by_name = itertools.groupby(sorted(of_part, key=lambda pair: pair[0]), key=lambda pair: pair[0])
+    """Gradients clipped to norm `largest` per group, and the unclipped norms of the groups in `param_groups`."""
+    labels = param_labels(grads, param_groups)
+    labelled = zip(jax.tree.leaves(labels), jax.tree.leaves(grads), strict=True)
+    by_name = itertools.groupby(sorted(labelled, key=lambda pair: pair[0]), key=lambda pair: pair[0])
     norms = {name: optax.tree.norm([leaf for _, leaf in pairs]) for name, pairs in by_name}
     if largest is not None:
         scales = {name: largest / jnp.maximum(norm, largest) for name, norm in norms.items()}
-        grads = jax.tree.map(lambda name, g: g * scales[name], names, grads)
-    return grads, {f"grad_norm/{name}": norms[name] for name in apart}
+        grads = jax.tree.map(lambda name, g: g * scales[name], labels, grads)
+    return grads, {f"grad_norm/{name}": norms[name] for name in param_groups}
 
 
 def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array, ""], count: int):
@@ -120,12 +120,12 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
         (loss, (metrics, buffers)), grads = grad_fn(
             state.params, state.buffers, frozen, batch, key, state.step
         )
-        return loss, _of_step(metrics, lambda x: x, lambda x: x), buffers, grads
+        return loss, _reduce_metrics(metrics, lambda x: x, lambda x: x), buffers, grads
 
     def split(x: Array) -> Array:
         if x.shape[0] % count:
             raise UserError(f"grad_accumulation is {count}, which does not divide the batch of {x.shape[0]}")
-        # Row i goes to micro-batch i % count, so that each stays spread over all devices without
+        # Example i goes to micro-batch i % count: each micro-batch stays sharded over all devices, without
         # communication.
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
@@ -140,12 +140,14 @@ def _gradients(loss_fn, state: TrainState, frozen: PyTree, batch, key: Key[Array
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     inputs = (jax.tree.map(split, batch), jnp.arange(count))
     (buffers, total), (losses, metrics) = jax.lax.scan(body, (state.buffers, zeros), inputs)
-    metrics = _of_step(metrics, lambda x: x.mean(0), lambda x: x.sum(0))
+    metrics = _reduce_metrics(metrics, lambda x: x.mean(0), lambda x: x.sum(0))
     return losses.mean(0), metrics, buffers, jax.tree.map(lambda g: g / count, total)
 
 
-def _of_step(metrics: Metrics, mean: Callable[[Array], Array], total: Callable[[Array], Array]) -> Metrics:
-    """Metrics of a step out of those of its micro-batches."""
+def _reduce_metrics(
+    metrics: Metrics, mean: Callable[[Array], Array], total: Callable[[Array], Array]
+) -> Metrics:
+    """Metrics of a step, from its micro-batches: `Total`s reduced by `total`, others by `mean`."""
     return {
         name: total(value.value) if isinstance(value, Total) else mean(value)
         for name, value in metrics.items()

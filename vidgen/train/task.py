@@ -1,4 +1,4 @@
-"""The role that a kind of training plays in the loop."""
+"""Protocol of a kind of training, as used by the training loop."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ from vidgen.train.optimizer import Optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """A metric of a loss that adds up over the micro-batches of a step, as others are averaged.
+    """A metric that is summed over the micro-batches of a step; other metrics are averaged.
 
     Attributes:
       value: scalar.
@@ -29,42 +29,42 @@ class Total:
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained: a module, the arrays that it needs of a batch, and its loss.
+    """A module to train, the arrays that it needs from a batch, and its loss.
 
     A new kind of training is a new task, never a new loop. Tasks are frozen dataclasses of options; weights
     live in the modules that they build.
     """
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module whose `nnx.Param`s are trained; called under `jax.jit` with sharded outputs."""
+        """Module whose `nnx.Param`s are trained; called under `jax.jit` with sharded outputs."""
         ...
 
     @property
     def param_groups(self) -> Mapping[str, Optimizer]:
-        """Submodules, by the names of their attributes, that learn apart from the rest of the module.
+        """Submodules, by attribute name, with an optimizer that replaces the run's.
 
-        Each has its own rule, in place of the run's optimizer, and its gradient is clipped by its own norm. A
-        run that starts from another's weights has them made anew where the other has none.
+        The gradient of each is clipped by its norm alone. When a run starts from another run's weights
+        (`run.init_from`), submodules that the other run lacks are newly initialized.
         """
         ...
 
     def inference_model(self, model: nnx.Module) -> nnx.Module:
-        """What is evaluated, kept and sampled from: the module without what only training needs."""
+        """Module to evaluate, export and sample from: `model` without parts that only training needs."""
         ...
 
     def frozen(self) -> nnx.Module | None:
-        """A module with weights that the loss reads and nothing trains (a VAE, say), or None."""
+        """Module with weights that the loss reads and nothing trains (e.g. a VAE), or None."""
         ...
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays of a host batch that go to the device; each has the batch as its first axis."""
+        """Arrays of a host batch that go to the device; the first axis of each is the batch."""
         ...
 
     def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
-        """Shapes and dtypes of `arrays` for so many clips of the size of `data`; no file is read.
+        """Shapes and dtypes of `arrays` for `batch_size` clips of the size of `data`; reads no file.
 
         Args:
-          data: options of data, of one size (`vidgen.data.buckets.with_size`), or of packed latents.
+          data: data options of one size (`vidgen.data.buckets.with_size`), or of packed latents.
         """
         ...
 
@@ -79,8 +79,8 @@ class Task(Protocol):
         """Mean loss over the batch, and scalar metrics or `Total`s. May update `Buffer`s of `model` in place.
 
         Args:
-          batch: arrays as given by `arrays`, on device.
-          key: a key of this step alone.
+          batch: the arrays from `arrays`, on device.
+          key: random key of this step only.
           step: steps done before this one.
         """
         ...
@@ -94,15 +94,15 @@ class Task(Protocol):
         open_clips: Callable[[], Any] | None,
         mesh: Mesh,
     ) -> None:
-        """Leaves below `workdir` what a complete run makes for others, if anything.
+        """Writes what a complete run provides to others below `workdir`, if anything.
 
-        Called on all processes after the last step, and again whenever the complete run is started: what is
-        there of this step stays. A signal may end it anywhere.
+        Called on all processes after the last step, and again whenever the complete run is started: files of
+        this step stay as they are. A signal may interrupt it anywhere.
 
         Args:
-          model: with averaged weights (`product`).
-          step: the last.
-          open_clips: opens a loader of the training clips from the beginning.
-          mesh: the run's.
+          model: `inference_model` with averaged weights.
+          step: last step.
+          open_clips: opens a loader of the training clips, from the first clip.
+          mesh: mesh of the run.
         """
         ...

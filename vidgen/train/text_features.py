@@ -1,4 +1,4 @@
-"""Captions through a text encoder that is not trained."""
+"""Caption features from a text encoder that is not trained."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ __all__ = ["TextFeatures"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFeatures:
-    """A T5 or UMT5 encoder, with its tokenizer.
+    """A T5 or UMT5 encoder with its tokenizer.
 
     Attributes:
-      path: folder with `text_encoder` and `tokenizer`: a checkpoint of Wan for diffusers.
-      cache: folder in which the features of each caption are kept, so that the encoder computes it once; with
-        all of them there it is not even loaded. None keeps none.
-      max_tokens: of a caption.
-      dtype: of the encoder's weights and of the features.
+      path: folder with `text_encoder` and `tokenizer`: a Wan checkpoint for diffusers.
+      cache: folder that caches the features of each caption, so that the encoder computes them once; if all
+        captions are cached it is not even loaded. None disables the cache.
+      max_tokens: tokens per caption.
+      dtype: dtype of the encoder's weights and of the features.
     """
 
     path: str
@@ -37,26 +37,26 @@ class TextFeatures:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def features(self, captions: Sequence[str]) -> Float[np.ndarray, "b l e"]:
-        """Features of captions, zeros beyond each.
+        """Features of captions, zero beyond the end of each.
 
         Raises:
           FileNotFoundError: a part of the encoder is missing.
         """
-        # By the devices of this process, for each has captions of its own.
+        # On the devices of this process only: each process has different captions.
         return _opened(self, MeshOptions(data=1, fsdp=-1).build(jax.local_devices())).features(captions)
 
     def prompts(self, mesh: Mesh) -> T5Prompts:
-        """The encoder; it is laid over `mesh` when a caption is not in the cache."""
+        """The encoder; its weights are placed on `mesh` when a caption is not in the cache."""
         return _opened(self, mesh)
 
 
 @functools.lru_cache(maxsize=2)
 def _opened(options: TextFeatures, mesh: Mesh) -> T5Prompts:
     encoder, tokenizer = pathlib.Path(options.path) / "text_encoder", pathlib.Path(options.path) / "tokenizer"
-    transformers_folder.read_config(encoder)  # What is missing is found before prompts come.
-    kept = None
+    transformers_folder.read_config(encoder)  # Finds missing files before the first prompt.
+    cache = None
     if options.cache is not None:
         files = [*encoder.glob("*.json"), *encoder.glob("*.safetensors"), *tokenizer.glob("*.*")]
-        kept = FeatureCache(options.cache, digest(files, options.dtype))
+        cache = FeatureCache(options.cache, digest(files, options.dtype))
     load = functools.partial(transformers_folder.load_transformers, encoder, mesh, dtype=options.dtype)
-    return T5Prompts(load, PromptTokenizer(tokenizer, max_tokens=options.max_tokens), cache=kept, mesh=mesh)
+    return T5Prompts(load, PromptTokenizer(tokenizer, max_tokens=options.max_tokens), cache=cache, mesh=mesh)

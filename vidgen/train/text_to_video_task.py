@@ -1,4 +1,4 @@
-"""Training the patch transformer and its text encoder by rectified flow on the latents of a frozen VAE."""
+"""Trains the DiT and its text encoder by rectified flow on the latents of a frozen VAE."""
 
 import dataclasses
 import functools
@@ -43,25 +43,24 @@ from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextToVideoTask:
-    """Velocity prediction under text, with captions dropped at random for classifier-free guidance.
+    """Text-conditioned velocity prediction, with random caption dropout for classifier-free guidance.
 
-    Batches are videos of one size, which the VAE encodes on the device, or rows of latents of any sizes
-    (`vidgen.data.packing`); the loss of a clip is the same in both. The clips of a batch count evenly; of
-    several micro-batches, each counts as much as the others, however many clips its rows hold.
+    Batches are videos of one size, which the VAE encodes on the device, or packed rows of latents of any
+    sizes (`vidgen.data.packing`); the loss of a clip is the same in both. Clips of a batch have equal
+    weights; micro-batches have equal weights too, whatever the number of clips in their packed rows.
 
     Attributes:
       vae: workdir of a VAE's training run, or of any run that used one.
       caption_dropout: share of clips trained with an empty prompt.
-      density: where in time training looks.
-      weighting: how much errors count there, 1 on average over the density; None is evenly.
-      text_encoder: a large text encoder, which is not trained, in the place of `text`.
-      lora: trains updates of low rank to the transformer, and nothing else; None trains all.
-      images: how the first frame of a clip is given to a transformer that makes videos of images; None gives
-        none.
-      image_share: of the clips whose first frame is given.
-      draws_per_clip: noises and timesteps that each clip is seen with in a step. A clip is encoded once for
-        all of them: the transformer's batch is this many times the clips'.
-      sampling: how the model is sampled, in previews and later, where a call does not say.
+      density: distribution of the training timesteps.
+      weighting: loss weight by timestep, 1 on average over the density; None is uniform.
+      text_encoder: a large text encoder, which is not trained, instead of `text`.
+      lora: trains LoRA matrices of the transformer and nothing else; None trains all weights.
+      images: how a transformer for image-to-video receives the first frame of a clip; None passes none.
+      image_share: share of the clips whose first frame is known.
+      draws_per_clip: noises and timesteps per clip and step. A clip is encoded once for all of them: the
+        transformer's batch is this many times the clips'.
+      sampling: default sampling options, for previews and later use of the model.
     """
 
     kind: Literal["text_to_video"] = "text_to_video"
@@ -81,7 +80,7 @@ class TextToVideoTask:
     def __post_init__(self):
         if self.dit.image_dim is not None:
             raise UserError(
-                "dit.image_dim: transformers that take features of images are sampled, not trained"
+                "dit.image_dim: training supports no transformers with image features; set it to None"
             )
         if not 0 <= self.image_share <= 1 or (self.images == "beside" and self.image_share != 1):
             raise UserError(
@@ -111,32 +110,32 @@ class TextToVideoTask:
         return load_vae(self.vae)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises UserError for clips of a size that the VAE or the transformer does not take."""
+        """Raises UserError for a clip size that the VAE or the transformer does not support."""
         vae = vae_config(self.vae)
         latent_shape(vae, self.dit, (num_frames, height, width))
-        enter = infer_image_conditioning(self.dit, vae.latent_channels, vae.temporal_factor)
-        if (enter == "beside") != (self.images == "beside"):
+        expected = infer_image_conditioning(self.dit, vae.latent_channels, vae.temporal_factor)
+        if (expected == "beside") != (self.images == "beside"):
             raise UserError(
-                f"dit.in_channels={self.dit.in_channels} is for images={enter!r}, found {self.images!r}"
+                f"dit.in_channels={self.dit.in_channels} is for images={expected!r}, found {self.images!r}"
             )
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
-        """Tokens of a clip."""
+        """Number of tokens of a clip."""
         t, h, w, _ = latent_shape(vae_config(self.vae), self.dit, (num_frames, height, width))
         return math.prod(self.dit.token_grid(t, h, w))
 
     def sampling_options(self) -> SamplingOptions:
-        """`sampling`, with the shift of `density` where it names none: the noise levels of training."""
+        """`sampling`, with a default shift from `density`: the noise levels of training."""
         return self.sampling.with_default_shift(self.density.shift)
 
     def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
-        """The task reading its VAE from `workdir`/vae, where it is copied to when the run begins.
+        """Copies the VAE to `workdir`/vae when the run begins; returns the task that reads it there.
 
-        A run then stands alone: it can be resumed and sampled from wherever it is moved, whatever becomes of
-        the VAE's own run. All processes must call this.
+        The run is then self-contained: it can be moved, resumed and sampled from, whatever happens to the
+        VAE's own run. All processes must call this.
         """
         missing = not has_vae(workdir)
-        # No process looks for it while another writes it, or reads it before it is whole.
+        # No process looks for the VAE while another writes it, or reads it before it is complete.
         processes.sync("the run's VAE was looked for")
         if missing:
             save_vae(load_vae(self.vae), workdir)
@@ -144,7 +143,7 @@ class TextToVideoTask:
         return dataclasses.replace(self, vae=str(workdir))
 
     def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "TextToVideoTask":
-        """The task with another type of matrix products."""
+        """The task with another dtype of matrix products."""
         dit, text = (dataclasses.replace(part, dtype=dtype) for part in (self.dit, self.text))
         return dataclasses.replace(self, dit=dit, text=text)
 
@@ -162,8 +161,8 @@ class TextToVideoTask:
         arrays = {name: getattr(packed, name) for name in ("patches", "positions", "segment_ids")}
         rows = len(packed.captions)
         for name, x in self._text_arrays([caption for row in packed.captions for caption in row]).items():
-            one_for_all = name == "empty_text"
-            arrays[name] = x[:rows, None] if one_for_all else x.reshape(rows, -1, *x.shape[1:])
+            shared_by_row = name == "empty_text"
+            arrays[name] = x[:rows, None] if shared_by_row else x.reshape(rows, -1, *x.shape[1:])
         return arrays
 
     @functools.cached_property
@@ -176,11 +175,11 @@ class TextToVideoTask:
             return spec
         del spec["mask"]
         captions = spec.pop("tokens").shape[:-1]
-        of_one = (self.text_encoder.max_tokens, self.dit.text_dim)
-        # Of rows of clips, the empty caption is there once for each row.
+        of_caption = (self.text_encoder.max_tokens, self.dit.text_dim)
+        # A packed batch has one empty caption per row.
         shapes = {
-            "text": (*captions, *of_one),
-            "empty_text": (batch_size, *(1 for _ in captions[1:]), *of_one),
+            "text": (*captions, *of_caption),
+            "empty_text": (batch_size, *(1 for _ in captions[1:]), *of_caption),
         }
         return spec | {
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(self.text_encoder.dtype))
@@ -188,13 +187,13 @@ class TextToVideoTask:
         }
 
     def _text_arrays(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """What conditions are made of, a row for each caption."""
+        """Inputs of the text condition, one per caption."""
         if self.text_encoder is None:
             tokens, mask = tokenize(captions, self.text.max_bytes, truncate=True)
             return {"tokens": tokens, "mask": mask}
-        different = list(dict.fromkeys(["", *captions]))
-        features = self.text_encoder.features(different)
-        text = features[[different.index(caption) for caption in captions]]
+        unique = list(dict.fromkeys(["", *captions]))
+        features = self.text_encoder.features(unique)
+        text = features[[unique.index(caption) for caption in captions]]
         return {"text": text, "empty_text": np.broadcast_to(features[:1], text.shape)}
 
     def loss(
@@ -213,7 +212,7 @@ class TextToVideoTask:
         clean = jax.lax.stop_gradient(frozen.encode(video))
         condition = self._condition(model, batch, rng.stream(key, "caption"))
         condition = self._with_image(condition, frozen, video, clean, rng.stream(key, "image"))
-        # Each clip's draws lie side by side: along a sharded batch, no clip leaves its device.
+        # The draws of a clip are adjacent: in a sharded batch, no clip leaves its device.
         clean, condition = jax.tree.map(
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
         )
@@ -234,10 +233,10 @@ class TextToVideoTask:
         open_clips: Callable[[], Any] | None,
         mesh: Mesh,
     ) -> None:
-        """Nothing: what is sampled from is in the checkpoints."""
+        """Does nothing: the checkpoints hold what sampling needs."""
 
     def _condition(self, model: TextToVideo, batch: Mapping[str, Array], key: Array) -> Condition:
-        """What the transformer is told of the captions that are not dropped."""
+        """Text condition; dropped captions are replaced by the empty one."""
         if self.text_encoder is None:
             return model.condition(*self._drop_captions(batch["tokens"], batch["mask"], key))
         return Condition(self._drop_features(batch, key))
@@ -245,7 +244,7 @@ class TextToVideoTask:
     def _packed_condition(
         self, model: TextToVideo, batch: Mapping[str, Array], key: Array
     ) -> PackedCondition:
-        """The same of the captions of rows of clips, each of which is dropped or not by itself."""
+        """Text condition of packed rows; each clip's caption is dropped independently."""
         if self.text_encoder is None:
             shape = batch["tokens"].shape
             tokens, mask = (batch[name].reshape(-1, shape[-1]) for name in ("tokens", "mask"))
@@ -262,12 +261,12 @@ class TextToVideoTask:
     def _with_image(
         self, condition: Condition, vae: VideoVAE, video: Video, clean: Latents, key: Array
     ) -> Condition:
-        """The condition with the first frame of the clips that it is given of."""
+        """Condition with the first frame: channels for all clips, or known latents for a random share."""
         if self.images is None or (clean.shape[1] == 1 and self.images == "first"):
             return condition
         if self.images == "beside":
-            beside = concat_condition(vae, video, jnp.arange(video.shape[1]) == 0)
-            return condition._replace(concat_latents=jax.lax.stop_gradient(beside))
+            channels = concat_condition(vae, video, jnp.arange(video.shape[1]) == 0)
+            return condition._replace(concat_latents=jax.lax.stop_gradient(channels))
         chosen = jax.random.bernoulli(key, self.image_share, (len(clean), 1, 1, 1))
         first = (jnp.arange(clean.shape[1]) == 0)[None, :, None, None]
         known_mask = jnp.broadcast_to(chosen & first, clean.shape[:4])
@@ -276,10 +275,10 @@ class TextToVideoTask:
     def _timesteps(
         self, key: Array, count: int, num_tokens: int | Int[Array, "b"], places: int = 1
     ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-        """Timesteps of clips of so many tokens, and how much their errors count.
+        """Timesteps, and loss weights, of clips with `num_tokens` tokens each.
 
-        Clips stand by rows of `places`, and each row's draws one after the other. Of stratified levels those
-        of one clip's draws are as far apart as can be.
+        Clips are in the order (packed row, draw, place in the row), with `places` per row. With a stratified
+        density the noise levels of one clip's draws are as far apart as possible.
         """
         draws = self.draws_per_clip
         strata = np.arange(count).reshape(draws, -1, places).swapaxes(0, 1).reshape(-1)
@@ -292,7 +291,7 @@ class TextToVideoTask:
     def _packed_loss(
         self, model: TextToVideo, batch: Mapping[str, Array], key: Array
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The mean over clips, however many a row has."""
+        """Mean loss over clips, however many a packed row has."""
         condition = self._packed_condition(model, batch, rng.stream(key, "caption"))
         clean, positions, segment_ids, condition = jax.tree.map(
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0),
@@ -302,22 +301,22 @@ class TextToVideoTask:
         places = batch["text" if "text" in batch else "tokens"].shape[1]
         clips = jnp.arange(1, places + 1)
         num_tokens = (segment_ids[:, :, None] == clips[None, None]).sum(1).reshape(-1)
-        # Of places without a clip as for one token: their losses do not count.
+        # Places without a clip count as one token: their losses are masked.
         timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1), places)
-        losses, there = packed_velocity_loss(
+        losses, present = packed_velocity_loss(
             lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
             clean,
             noise,
             timestep.reshape(-1, places),
             segment_ids,
         )
-        filled = segment_ids > 0
+        is_token = segment_ids > 0
         metrics = {
-            "latent_std": clean.std(where=filled[..., None]),
-            "fill": filled.mean(),
-            "clips": Total(there.sum() / self.draws_per_clip),
+            "latent_std": clean.std(where=is_token[..., None]),
+            "fill": is_token.mean(),
+            "clips": Total(present.sum() / self.draws_per_clip),
         }
-        return (losses * weight.reshape(losses.shape)).sum() / jnp.maximum(there.sum(), 1), metrics
+        return (losses * weight.reshape(losses.shape)).sum() / jnp.maximum(present.sum(), 1), metrics
 
     def _drop_captions(
         self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"], key: Array

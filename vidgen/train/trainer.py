@@ -1,4 +1,4 @@
-"""What a run trains, and how it takes a step: the state with all that belongs to it."""
+"""The state of a run and its compiled training step."""
 
 import dataclasses
 import pathlib
@@ -31,12 +31,12 @@ _PART = "data"
 
 
 class Trainer:
-    """A task's state, from the newest checkpoint or at its beginning, and its compiled step.
+    """A task's state, restored from the newest checkpoint or initialized, and its compiled step.
 
     Attributes:
-      state: after the newest step.
+      state: state after the newest step.
       start: steps done before.
-      saved: what was saved beside the state, a mapping of JSON values; empty in a new run.
+      saved: JSON values saved with the state; empty in a new run.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Trainer:
         mesh: Mesh,
         checkpoints: CheckpointManager,
     ):
-        """Restores or makes the state.
+        """Restores or initializes the state.
 
         Raises:
           CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
@@ -79,7 +79,7 @@ class Trainer:
         )
 
     def step(self, step: int, batch: Mapping[str, Any]) -> Metrics:
-        """Trains on a batch. Returns metrics, still on the device; none of a step that is left out."""
+        """Trains on a batch; returns metrics on the device, or none if the step is skipped."""
         if self._options.skips(step):
             self.state = dataclasses.replace(self.state, step=self.state.step + 1)
             return {}
@@ -88,22 +88,22 @@ class Trainer:
         return metrics
 
     def models(self) -> tuple[nnx.Module, nnx.Module | None]:
-        """What is evaluated and exported, with averaged weights; and the task's frozen module."""
+        """Inference model with averaged weights, and the task's frozen module."""
         frozen = None if self._frozen_graphdef is None else nnx.merge(self._frozen_graphdef, self._frozen)
         return self._task.inference_model(ema_model(self.state, self._graphdef)), frozen
 
     def save(self, step: int, beside: Mapping[str, Any]) -> None:
-        """Starts to save a checkpoint, with JSON values beside the state."""
+        """Starts to save a checkpoint of the state and of the JSON values in `beside`."""
         self._checkpoints.save(step, self.state, {_PART: dict(beside)})
 
     def save_snapshot(self, step: int, workdir: pathlib.Path) -> None:
-        """Writes the averages of `options.power_law`."""
+        """Writes a snapshot of the averages of `options.power_law`."""
         assert self._options.power_law is not None
         save_snapshots(workdir, step, self.state.opt_state, self._options.power_law)
 
 
 def step_options(options: RunOptions) -> StepOptions:
-    """The options of a run that a step has."""
+    """Run options that apply to a step."""
     return StepOptions(
         grad_accumulation=options.grad_accumulation,
         grad_clip=options.grad_clip,

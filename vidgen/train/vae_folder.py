@@ -28,11 +28,11 @@ __all__ = ["encoder_fingerprint", "export_vae", "has_vae", "load_vae", "save_vae
 
 _FOLDER, _CONFIG, _WEIGHTS = "vae", "config.json", "model.safetensors"
 _RECORD = "exported.json"
-"""The step after which the run that trained the VAE exported it."""
+"""Step after which the training run exported the VAE."""
 
 
 def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
-    """Writes `workdir`/vae, replacing what is there; each file appears whole.
+    """Writes `workdir`/vae, replacing an existing one; each file appears atomically.
 
     With several processes all of them must call this; process 0 writes.
     """
@@ -43,16 +43,16 @@ def save_vae(vae: VideoVAE, workdir: pathlib.Path | str) -> None:
 
 
 def has_vae(workdir: pathlib.Path | str) -> bool:
-    """Whether `workdir`/vae is there, whole."""
+    """Whether `workdir`/vae is complete."""
     return (_folder(workdir) / _CONFIG).exists()
 
 
 def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
-    """The VAE in `workdir`/vae; `workdir` may be a checkpoint of Wan in diffusers' layout, or its `vae`.
+    """VAE in `workdir`/vae; `workdir` may be a Wan checkpoint in diffusers' layout, or its `vae`.
 
     Raises:
-      FileNotFoundError: there is none.
-      WeightsError: its weights do not fit its config, or are not those that were written.
+      FileNotFoundError: there is no VAE.
+      WeightsError: its weights do not fit its config, or differ from what was written.
     """
     if is_diffusers(_folder(workdir)):
         return load_diffusers(_folder(workdir))
@@ -67,10 +67,10 @@ def load_vae(workdir: pathlib.Path | str) -> VideoVAE:
 
 
 def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
-    """The shape of the VAE in `workdir`/vae.
+    """Config of the VAE in `workdir`/vae.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no VAE.
     """
     folder = _folder(workdir)
     if not has_vae(workdir):
@@ -85,9 +85,9 @@ def vae_config(workdir: pathlib.Path | str) -> VAEConfig:
 
 
 def encoder_fingerprint(vae: VideoVAE) -> str:
-    """Two VAEs with the same one make the same latents: a digest of all that these depend on.
+    """Digest of everything that a VAE's latents depend on: equal digests mean equal latents.
 
-    The decoder does not count: one that was trained further decodes the latents that there are.
+    The decoder is excluded: after further training it still decodes the existing latents.
     """
     arrays = named_leaves(nnx.state(vae, graph=False))
     parts = ("encoder.", "quant_conv.", "latents_mean", "latents_variance")
@@ -112,17 +112,17 @@ def export_vae(
     num_clips: int = 0,
     mesh: Mesh | None = None,
 ) -> None:
-    """Leaves a run's VAE where runs that build on it look for it; one of the same step is left as it is.
+    """Exports a run's VAE for the runs that use it; an export of the same step stays as it is.
 
-    Its latents are normalised by statistics of these weights over training clips, the same ones each time.
+    Its latents are normalised by statistics of these weights over training clips, the same clips each time.
     All processes must call this.
 
     Args:
-      step: after which the weights are.
-      open_clips: opens a `Loader` of training clips from the beginning.
-      num_clips: over which the statistics are measured, or all where there are fewer; 0 leaves those that the
-        VAE has.
-      mesh: over which batches are cut.
+      step: step of the weights.
+      open_clips: opens a `Loader` of training clips, from the first clip.
+      num_clips: clips over which the statistics are measured, or all if there are fewer; 0 leaves the VAE's
+        statistics unchanged.
+      mesh: mesh over which batches are sharded.
     """
     record = pathlib.Path(workdir) / _FOLDER / _RECORD
     exported = read_json(record, remedy="remove it").get("step") if record.exists() else None
@@ -131,7 +131,7 @@ def export_vae(
         return
     if num_clips:
         if open_clips is None:
-            raise ValueError(f"statistics over {num_clips} clips are asked for, and no clips are given")
+            raise ValueError(f"num_clips is {num_clips}, which needs open_clips")
         with open_clips() as clips:
             count = min(num_clips, clips.num_clips)
             vae = with_statistics(vae, measure_latents(vae, clips, num_clips=count, mesh=mesh))

@@ -1,4 +1,4 @@
-"""Training the video VAE: reconstruct, look real to an adversary, and stay close to a standard normal."""
+"""Trains the video VAE with reconstruction, adversarial and KL losses."""
 
 import dataclasses
 import pathlib
@@ -33,18 +33,18 @@ class VAETask:
     A term of weight 0 is not computed.
 
     Attributes:
-      model: shape of the VAE.
-      train: "decoder" leaves the encoder and its latent statistics exactly as they are (see
-        `run.init_from`), so that what was trained on its latents stays of use; it has no gradients, moments
-        and averages then, and there is no KL penalty.
-      l1_weight, l2_weight: of the absolute and the squared error; pixels are in [-1, 1].
-      wavelet_weight, wavelet_levels: of the error in Haar subbands, see `wavelets`.
-      perceptual_weight: of LPIPS (arXiv:1801.03924), mean over frames.
+      model: config of the VAE.
+      train: "decoder" leaves the encoder and its latent statistics exactly unchanged (see `run.init_from`),
+        so that models trained on its latents stay usable; the encoder then has no gradients, moments or
+        averages, and there is no KL penalty.
+      l1_weight, l2_weight: weights of the absolute and the squared error; pixels are in [-1, 1].
+      wavelet_weight, wavelet_levels: weight and levels of the error in Haar subbands, see `wavelets`.
+      perceptual_weight: weight of LPIPS (arXiv:1801.03924), mean over frames.
       perceptual_weights: safetensors file of VGG16 and LPIPS's heads, see `vidgen.models.lpips.params`.
-      kl_weight: of the divergence in nats per latent element.
+      kl_weight: weight of the divergence in nats per latent element.
       adversary: a discriminator to train against, or None.
-      statistics_clips: training clips over which the latents' mean and deviation are measured when the VAE
-        is exported for later runs, unless it is its decoder that is trained; 0 keeps the running ones of
+      statistics_clips: training clips over which the latents' mean and variance are measured when the VAE is
+        exported for later runs, unless only its decoder is trained; 0 uses the running statistics of
         training.
     """
 
@@ -100,7 +100,7 @@ class VAETask:
         return load_lpips(self.perceptual_weights)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises UserError for clips of a size that the VAE does not take; names the nearest sizes."""
+        """Raises UserError for a clip size that the VAE does not support; names the nearest sizes."""
         self.model.latent_shape(num_frames, height, width)
 
     def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -142,7 +142,7 @@ class VAETask:
         open_clips: Callable[[], Any] | None,
         mesh: Mesh,
     ) -> None:
-        """Exports the VAE for runs that build on it."""
+        """Exports the VAE for the runs that use it."""
         assert isinstance(model, VideoVAE)
         clips = self.statistics_clips if self.train == "all" else 0
         export_vae(model, workdir, step=step, open_clips=open_clips, num_clips=clips, mesh=mesh)
@@ -150,7 +150,7 @@ class VAETask:
     def _reconstruction(
         self, made: Video, video: Video, lpips: nnx.Module | None
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The weighted sum of the losses that compare, and each of them."""
+        """Weighted sum of the reconstruction losses, and each of them."""
         error = made - video
         losses = {
             "l1": lambda: jnp.abs(error).mean(),

@@ -1,4 +1,4 @@
-"""A loss on sharpness and motion that needs no weights: errors in the subbands of a Haar transform."""
+"""A loss on sharpness and motion without a pretrained network: errors in Haar subbands."""
 
 import itertools
 
@@ -13,14 +13,14 @@ _AXES = (1, 2, 3)
 
 
 def haar(video: Video, levels: int) -> list[Float[Array, "b t2 h2 w2 c"]]:
-    """The subbands of a Haar transform over time, height and width.
+    """Subbands of a Haar transform over time, height and width.
 
-    Low bands are means of neighbours and high bands half their differences, so that every band is in the unit
-    of the pixels. An axis of odd length repeats its first element: the first frame of 1 + 4n makes a pair of
-    its own, and an image is a video that stands still.
+    Low bands are means of neighbours and high bands half their differences, so every band is in pixel units.
+    An axis of odd length repeats its first element: the first of 1 + 4n frames pairs with itself, and an
+    image is a still video.
 
     Returns:
-      The seven high bands of each level, finest first, then the low band of the last.
+      The seven high bands of each level, finest first, then the low band of the last level.
     """
     bands = []
     for _ in range(levels):
@@ -32,15 +32,15 @@ def haar(video: Video, levels: int) -> list[Float[Array, "b t2 h2 w2 c"]]:
 def wavelet_loss(a: Video, b: Video, *, levels: int) -> Float[Array, ""]:
     """Mean absolute difference in each subband, summed over the subbands.
 
-    An error that lies in one band alone counts what it counts in L1. L1 in the wavelet domain as a loss for
-    video autoencoders: LTX-Video (arXiv:2501.00103), section on the video VAE.
+    An error confined to one band has the same weight as in L1. L1 in the wavelet domain as a loss for video
+    autoencoders: LTX-Video (arXiv:2501.00103), section on the video VAE.
     """
-    # The transform is linear: one is enough.
+    # The transform is linear: one transform of the difference suffices.
     return sum((jnp.abs(band).mean() for band in haar(a - b, levels)), start=jnp.zeros(()))
 
 
 def _level(video: Array) -> list[Array]:
-    """All eight combinations of low and high over the three axes; low over all is first."""
+    """All eight low/high combinations over the three axes; the all-low band is first."""
     halves = [video]
     for axis in _AXES:
         halves = list(itertools.chain.from_iterable(_split(x, axis) for x in halves))

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir: the lock that the run which trains there holds."""
+"""Lock of a workdir, held by the one run that trains there."""
 
 import contextlib
 import dataclasses
@@ -25,21 +25,21 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class WorkdirLockedError(UserError):
-    """A workdir that this run cannot have; the message says why, who has it, and what to do."""
+    """The workdir is not available to this run; the message says why, who holds it, and what to do."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class WorkdirLock:
-    """A context manager: within the block no other run may hold the lock of `workdir`.
+    """Context manager that excludes other runs from `workdir`.
 
-    Process 0 holds it for all processes of a run, which all enter and leave together. The holder writes its
-    host, its process and a count that goes up every `beat` seconds to `workdir`/.lock, which it also locks
-    with flock. A lock whose process is dead is taken over: at once where it was on this host; where it was on
-    another, after its count has stood still for `patience` seconds, as on shared file systems flock may not
-    reach from host to host, or may not exist.
+    Process 0 holds the lock for all processes of a run, which enter and leave together. The holder writes its
+    host, its PID and a count that increases every `beat` seconds to `workdir`/.lock, and locks that file with
+    flock. The lock of a dead process is taken over: at once if it was on this host; if it was on another,
+    after its count has not changed for `patience` seconds, because on shared file systems flock may not reach
+    other hosts, or may not exist.
 
     Attributes:
-      beat: seconds.
+      beat: seconds between writes.
       patience: seconds; several times `beat`.
     """
 
@@ -59,7 +59,7 @@ class WorkdirLock:
         """Takes the lock.
 
         Raises:
-          WorkdirLockedError: another run has it, or nothing can be written in `workdir`; on every process.
+          WorkdirLockedError: another run holds it, or `workdir` is not writable; on every process.
         """
         problem = ""
         if processes.is_main_process():
@@ -67,8 +67,10 @@ class WorkdirLock:
                 self._take()
             except WorkdirLockedError as error:
                 problem = str(error)
-            except OSError as error:  # The other processes wait to hear of it.
-                problem = f"{self._path} cannot be written ({error}): use another workdir, or mend its rights"
+            except OSError as error:  # The other processes wait for the broadcast.
+                problem = (
+                    f"{self._path} cannot be written ({error}): use another workdir, or fix its permissions"
+                )
         problem = processes.broadcast_text(problem)
         if problem:
             raise WorkdirLockedError(problem)
@@ -90,8 +92,8 @@ class WorkdirLock:
         handle = self._open()
         try:
             if not self._created and self._record() is None:
-                time.sleep(min(1.0, self.patience / 10))  # Another may be about to write its first record.
-            self._await_the_dead(handle)
+                time.sleep(min(1.0, self.patience / 10))  # Its creator may be about to write a record.
+            self._await_dead_holder(handle)
         except BaseException:
             os.close(handle)
             raise
@@ -101,10 +103,10 @@ class WorkdirLock:
         self._beating.start()
 
     def _open(self) -> int:
-        """The file, with flock where there is such a thing.
+        """Handle of the lock file, with flock if the file system supports it.
 
         Raises:
-          WorkdirLockedError: another process has flock.
+          WorkdirLockedError: another process holds the flock.
         """
         while True:
             try:
@@ -122,14 +124,14 @@ class WorkdirLock:
                 if error.errno not in _NO_LOCKS:
                     os.close(handle)
                     raise
-            # The holder removes the file before it lets go: then this is the lock of nothing.
+            # A holder removes the file before it unlocks it: then this handle is of a deleted file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(self._path)):
                     return handle
             os.close(handle)
 
-    def _await_the_dead(self, handle: int) -> None:
-        """Returns when whoever wrote the record is known to be dead.
+    def _await_dead_holder(self, handle: int) -> None:
+        """Returns once the writer of the record is known to be dead.
 
         Raises:
           WorkdirLockedError: it is alive.
@@ -139,7 +141,7 @@ class WorkdirLock:
             return
         pid = int(record.get("pid", 0))
         if record.get("host") == socket.gethostname():
-            # With flock this process has the file; without, the holder may live.
+            # If flock works, this process has it and the old holder is gone; without flock it may be alive.
             if (
                 _started(pid) is not None
                 and _started(pid) == record.get("started")
@@ -150,7 +152,7 @@ class WorkdirLock:
             return
         holder = f"process {pid} on {record.get('host')}"
         _log.warning(
-            "%s: %s had this workdir and did not let go; waiting %.0f s to see whether it is alive",
+            "%s: %s had this workdir and did not release it; waiting %.0f s to see whether it is alive",
             self.workdir,
             holder,
             self.patience,
@@ -170,7 +172,7 @@ class WorkdirLock:
         )
 
     def _record(self) -> dict[str, Any] | None:
-        """What the holder wrote; None for nothing, or half of it."""
+        """Record of the holder; None if it is missing or incomplete."""
         try:
             value = json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
@@ -187,7 +189,7 @@ class WorkdirLock:
             "token": self._token,
             "count": count,
         }
-        # In place, for flock is on this very file; padded, as an old record may be longer.
+        # In place, since the flock is on this file; padded, since an old record may be longer.
         os.pwrite(self._handle, json.dumps(record).ljust(400).encode(), 0)
         os.ftruncate(self._handle, 400)
 
@@ -200,9 +202,11 @@ class WorkdirLock:
         while not self._end.wait(self.beat):
             count += 1
             if (self._record() or {}).get("token") not in (None, self._token):
-                _log.error("%s: another run has taken the lock of this one: stop one of them", self.workdir)
+                _log.error(
+                    "%s: another run has taken over the lock of this run: stop one of them", self.workdir
+                )
                 return
-            with contextlib.suppress(OSError):  # A full disk, say, is told by what it hurts.
+            with contextlib.suppress(OSError):  # E.g. a full disk, which other writes report.
                 self._write(count)
 
 
@@ -215,7 +219,7 @@ def _has_flock(handle: int) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host began; None where there is no such process, "" where it is not known."""
+    """Start time of a process on this host; None if there is no such process, "" if it is unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -223,7 +227,7 @@ def _started(pid: int) -> str | None:
     except PermissionError:
         pass
     try:
-        # The 22nd field; the second, a name in parentheses, may hold anything.
+        # The 22nd field; the second, a name in parentheses, may contain anything.
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""What the sprite world is made of: shapes, colours, sizes, motions, backgrounds and cameras.
+"""Attributes of the sprite world: shapes, colours, sizes, motions, backgrounds and cameras.
 
 Lengths are in units of the shorter side of the frame, colours are 8-bit RGB.
 """
@@ -28,7 +28,7 @@ RGB = tuple[int, int, int]
 
 
 class Shape(enum.StrEnum):
-    """Outline of an object. No two of them are equal under rotation."""
+    """Outline of an object; no two are equal under rotation."""
 
     CIRCLE = "circle"
     SQUARE = "square"
@@ -41,7 +41,7 @@ class Shape(enum.StrEnum):
 
     @property
     def is_round(self) -> bool:
-        """Whether turning it changes nothing, so that a spin could not be seen."""
+        """Whether rotation leaves the shape unchanged, so that a spin is invisible."""
         return self in (Shape.CIRCLE, Shape.RING)
 
 
@@ -54,7 +54,7 @@ class Size(enum.StrEnum):
 
 
 class Motion(enum.StrEnum):
-    """What one object does during the clip, relative to the background."""
+    """Motion of one object during the clip, relative to the background."""
 
     LEFT = "left"
     RIGHT = "right"
@@ -77,7 +77,7 @@ class Backdrop(enum.StrEnum):
 
 
 class Camera(enum.StrEnum):
-    """What the camera does. Only a textured background shows it, so only there does it move."""
+    """Motion of the camera, which only a textured background shows; on others the camera is static."""
 
     STATIC = "static"
     PAN_LEFT = "pan_left"
@@ -98,7 +98,7 @@ COLOURS: Mapping[str, RGB] = MappingProxyType(
         "purple": (140, 40, 190),
     }
 )
-"""Colours of objects: saturated."""
+"""Object colours: saturated."""
 
 BACKGROUND_COLOURS: Mapping[str, RGB] = MappingProxyType(
     {
@@ -110,18 +110,18 @@ BACKGROUND_COLOURS: Mapping[str, RGB] = MappingProxyType(
         "navy": (26, 40, 100),
     }
 )
-"""Colours of backgrounds: far less saturated than any object's."""
+"""Background colours: far less saturated than any object colour."""
 
 DIAMETERS: Mapping[Size, float] = MappingProxyType({Size.SMALL: 0.18, Size.MEDIUM: 0.27, Size.LARGE: 0.39})
-"""Diameter of the circle; the other shapes are scaled to look as big. For `grow` and
-`shrink`, at half time."""
+"""Diameter of the circle; the other shapes are scaled to look as big. For `grow` and `shrink`, the
+diameter at half time."""
 
 
 def is_held_out(colour: str, shape: Shape) -> bool:
-    """Whether a combination is kept from the training split.
+    """Whether a pair of colour and shape is excluded from the training split.
 
-    The rule is a Latin square on the indices, `(colour + 3 shape) mod 8 == 0`: one eighth of the pairs,
-    with each colour and each shape held out exactly once and seen in training with the seven others.
+    The rule is a Latin square on the indices, `(colour + 3 shape) mod 8 == 0`: one eighth of the pairs, with
+    each colour and each shape held out exactly once and seen in training with the seven others.
     """
     row, column = list(COLOURS).index(colour), list(Shape).index(shape)
     return (row + 3 * column) % len(COLOURS) == 0
@@ -129,9 +129,12 @@ def is_held_out(colour: str, shape: Shape) -> bool:
 
 @functools.cache
 def colour_shape_pairs(split: str) -> tuple[tuple[str, Shape], ...]:
-    """Combinations that a split draws its objects from.
+    """Pairs of colour and shape from which a split draws its objects.
 
-    `train` has 56 of the 64, `heldout` the other 8, `all` every one.
+    `train` has 56 of the 64 pairs, `heldout` the other 8, `all` has all 64.
+
+    Raises:
+        UserError: the split does not exist.
     """
     wanted = {"train": (False,), "heldout": (True,), "all": (False, True)}
     if split not in wanted:

@@ -1,4 +1,4 @@
-"""Captions: a small grammar with paraphrases that states what is true in a scene."""
+"""Captions of scenes: a small grammar with paraphrases, all true of the scene."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -75,7 +75,7 @@ CAMERAS: Mapping[Camera, tuple[str, ...]] = MappingProxyType(
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in one of its wordings; sizes are sometimes left out. Images get no motion and no camera."""
+    """A caption in a random wording, which may omit sizes. Images get no motion and no camera."""
 
     def choose(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -89,7 +89,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def canonical(scene: Scene) -> str:
-    """The plain wording that states every attribute, as a prompt for evaluation."""
+    """The plain wording with all attributes, as a prompt for evaluation."""
     phrases = [_noun(item, sized=True) + _motion(scene, MOTIONS[item.motion][0]) for item in scene.objects]
     backdrop = _backdrop(scene.background, lambda options: options[0])
     return _join(phrases) + " " + backdrop + CAMERAS[scene.camera][0]

@@ -1,4 +1,4 @@
-"""Where objects and the camera are at a time: everything here is a function of seconds, not of frames.
+"""Positions of objects and camera over time, as functions of seconds, not of frames.
 
 Coordinates are (y, x) in units of the shorter side of the frame, y pointing down, angles clockwise.
 """
@@ -15,11 +15,11 @@ __all__ = ["DIRECTIONS", "CameraPath", "Path", "SpriteObject", "camera_path", "o
 
 DIRECTIONS = {Motion.LEFT: (0, -1), Motion.RIGHT: (0, 1), Motion.UP: (-1, 0), Motion.DOWN: (1, 0)}
 GROWTH = 2.4
-"""Ratio of an object's diameters at the ends of `grow`."""
+"""Ratio of an object's last diameter to its first in `grow`."""
 ZOOM = 1.3
-"""Ratio of magnifications at the ends of a camera zoom."""
+"""Ratio of the larger to the smaller magnification in a camera zoom."""
 PAN = 0.2
-"""How far the camera pans, as a share of the frame's width."""
+"""Distance of a camera pan, as a share of the frame's width."""
 TURNS_PER_SECOND = 0.5
 SECONDS_PER_BOUNCE, SECONDS_PER_ORBIT = 1.0, 2.0
 
@@ -30,9 +30,9 @@ class SpriteObject:
 
     Attributes:
         start: (y, x) at time zero; for `orbit` the centre of the circle, for `bounce` the lowest point.
-        travel: length of the path of a direction, height of a bounce or radius of an orbit.
+        travel: path length of a straight motion, height of a bounce or radius of an orbit.
         phase: angle on the orbit at time zero, in radians.
-        clockwise: sense of `orbit` and `spin`.
+        clockwise: direction of `orbit` and `spin`.
     """
 
     shape: Shape
@@ -47,7 +47,7 @@ class SpriteObject:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Path:
-    """An object over time: `position` (y, x), `radius` of the unit shape, and `angle`."""
+    """Trajectory of an object: `position` (y, x), `radius` of the unit shape, and `angle` in radians."""
 
     position: Float[np.ndarray, "t 2"]
     radius: Float[np.ndarray, " t"]
@@ -56,23 +56,23 @@ class Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CameraPath:
-    """The camera over time: where its centre has moved to, and its magnification."""
+    """Trajectory of the camera: displacement of its centre, and magnification."""
 
     offset: Float[np.ndarray, "t 2"]
     zoom: Float[np.ndarray, " t"]
 
     def to_screen(self, path: Path, extent: tuple[float, float]) -> Path:
-        """The path as seen in the frame of size `extent`."""
+        """Path as seen in a frame of size `extent`."""
         centre = np.asarray(extent)[None, :] / 2
         position = (path.position - centre - self.offset) * self.zoom[:, None] + centre
         return Path(position=position, radius=path.radius * self.zoom, angle=path.angle)
 
 
 def object_path(item: SpriteObject, seconds: Float[np.ndarray, " t"], duration: float) -> Path:
-    """Position, radius and angle of an object at the given times of a clip lasting `duration` seconds.
+    """Position, radius and angle of an object at the given times of a clip of `duration` seconds.
 
-    Straight moves and changes of size take the whole clip, so that they are as visible in a short clip
-    as in a long one.
+    Straight motions and changes of size span the whole clip, so that they are as visible in a short clip as
+    in a long one.
     """
     progress = seconds / duration if duration else np.zeros_like(seconds)
     sense = 1 if item.clockwise else -1

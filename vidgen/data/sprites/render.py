@@ -1,7 +1,7 @@
-"""Draw a scene, with its ground truth.
+"""Renders a scene, with its ground truth.
 
-Objects are blended over the background by their coverage of each pixel, which comes from a signed distance;
-only the pixels around an object are touched.
+Objects are blended over the background by their coverage of each pixel, computed from a signed distance;
+only the pixels near an object are touched.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ WAVE_CYCLES = (2.0, 7.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """A clip and what is in it.
+    """A rendered clip with its ground truth.
 
     Attributes:
         video: 8-bit RGB.
-        boxes: (y0, x0, y1, x1) of each object in each frame, in [0, 1] of the frame; zeros where it is
+        boxes: (y0, x0, y1, x1) of each object in each frame, in [0, 1] of the frame; zeros if the object is
             outside.
         visibility: share of an object's area that is inside the frame and not behind another object,
             in [0, 1].
@@ -40,10 +40,9 @@ class Rendering:
 
 
 def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float) -> Rendering:
-    """Draw a scene from time zero at any frame rate and size.
+    """Renders a scene from time zero, at any frame rate and size.
 
-    The frame's aspect ratio should be that of `scene.extent`; time beyond `scene.duration` continues
-    the motions.
+    The frame should have the aspect ratio of `scene.extent`; motions continue beyond `scene.duration`.
     """
     seconds = np.arange(num_frames) / fps
     camera = camera_path(scene.camera, seconds, scene.duration, scene.extent)
@@ -63,16 +62,16 @@ def render(scene: Scene, *, num_frames: int, height: int, width: int, fps: float
 
 
 def coverage(shape: Shape, path: Path, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel around an object it covers.
+    """Coverage of the pixels around an object.
 
     Args:
-        shape: which outline.
-        path: where it is in the frame.
+        shape: shape of the object.
+        path: position, radius and angle of the object in the frame.
         unit: pixels per unit of length.
 
     Returns:
-        Coverage float32 [t, n, n] in [0, 1], and the pixel (y, x) of each frame's corner, int [t, 2], which
-        may lie outside the frame.
+        Coverage float32 [t, n, n] in [0, 1], and the pixel (y, x) of its top left corner in each frame, int
+        [t, 2], which may be outside the frame.
     """
     centre, radius = path.position * unit - 0.5, path.radius * unit
     half = float(radius.max()) * reach(shape) + 1
@@ -90,7 +89,7 @@ def coverage(shape: Shape, path: Path, unit: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _windows(shape: tuple[int, ...], covered: np.ndarray, corner: np.ndarray) -> Iterator[tuple]:
-    """Which part of the frames a layer touches, and which part of the layer that is."""
+    """Yields the slices of the frames that a layer covers, with the matching slices of the layer."""
     height, width = shape[1:3]
     size = covered.shape[1]
     for k, (top, left) in enumerate(corner.tolist()):
@@ -101,7 +100,7 @@ def _windows(shape: tuple[int, ...], covered: np.ndarray, corner: np.ndarray) ->
 
 
 def _paint(video: np.ndarray, colour: RGB, covered: np.ndarray, corner: np.ndarray) -> None:
-    """Blend an object over what is already drawn, in place."""
+    """Blends an object over the video, in place."""
     target = np.asarray(colour, np.float32)
     for window, inside in _windows(video.shape, covered, corner):
         patch, alpha = video[window], covered[inside][..., None]
@@ -109,7 +108,7 @@ def _paint(video: np.ndarray, colour: RGB, covered: np.ndarray, corner: np.ndarr
 
 
 def _hide(clear: np.ndarray, covered: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """Take an object out of what is unobstructed, in place; returns the share of it that can be seen."""
+    """Removes an object from the unobstructed area, in place; returns the visible share of the object."""
     seen = np.zeros(len(covered), np.float32)
     for window, inside in _windows(clear.shape, covered, corner):
         alpha = covered[inside] * clear[window]
@@ -131,7 +130,7 @@ def _boxes(item: SpriteObject, path: Path, extent: tuple[float, float]) -> np.nd
 
 
 def _background(scene: Scene, camera: CameraPath, height: int, width: int) -> np.ndarray:
-    """Colours in [0, 255], broadcastable to [t, h, w, 3]."""
+    """Background colours in [0, 255], broadcastable to [t, h, w, 3]."""
     background = scene.background
     colour = np.asarray(BACKGROUND_COLOURS[background.colour], np.float32)
     match background.kind:
@@ -150,7 +149,7 @@ def _background(scene: Scene, camera: CameraPath, height: int, width: int) -> np
 def _texture(
     background: Background, extent: tuple[float, float], camera: CameraPath, height: int, width: int
 ) -> np.ndarray:
-    """A sum of plane waves, fixed to the world: float32 [t or 1, h, w], added to all three channels alike."""
+    """Sum of plane waves, fixed to the world: float32 [t or 1, h, w], added equally to all channels."""
     rng = np.random.default_rng(background.texture_seed)
     heading, phase = rng.uniform(0, 2 * np.pi, (2, 1, WAVES, 1))
     frequency = 2 * np.pi * rng.uniform(*WAVE_CYCLES, (1, WAVES, 1))
@@ -163,6 +162,6 @@ def _texture(
         world = (pixels[None] - centre) / camera.zoom[:, None] + centre + camera.offset[:, axis, None]
         arguments.append(frequency * component * world[:, None, :])
     along_y, along_x = arguments[0] + phase, arguments[1]
-    left = np.concatenate([np.cos(along_y), -np.sin(along_y)], axis=1).astype(np.float32)
-    right = np.concatenate([np.cos(along_x), np.sin(along_x)], axis=1).astype(np.float32)
-    return WAVE_CONTRAST * np.matmul(left.transpose(0, 2, 1), right)
+    basis_y = np.concatenate([np.cos(along_y), -np.sin(along_y)], axis=1).astype(np.float32)
+    basis_x = np.concatenate([np.cos(along_x), np.sin(along_x)], axis=1).astype(np.float32)
+    return WAVE_CONTRAST * np.matmul(basis_y.transpose(0, 2, 1), basis_x)

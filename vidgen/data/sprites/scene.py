@@ -1,4 +1,4 @@
-"""A scene: everything that is true about one clip, drawn deterministically from (seed, index)."""
+"""Scenes: the ground truth of clips, drawn deterministically from (seed, index)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 MARGIN = 0.015
 PLACEMENTS = 4
-"""Starting places tried for each further object; the one with the least overlap is kept, so that some
-occlusion is left."""
+"""Start positions tried for each further object; the one with the least overlap is used, so some occlusion
+remains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Background:
-    """What is behind the objects.
+    """Background of a scene.
 
     Attributes:
-        colour: name of the colour; of a gradient, the one at the top.
-        colour_below: the colour at the bottom of a gradient, else None.
-        texture_seed: which texture.
+        colour: name of the colour; for a gradient, the colour at the top.
+        colour_below: colour at the bottom of a gradient, else None.
+        texture_seed: seed of the texture.
     """
 
     kind: Backdrop
@@ -44,10 +44,10 @@ class Background:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The ground truth of a clip.
+    """Ground truth of a clip.
 
     Attributes:
-        objects: the nearest to the camera first; their colours differ.
+        objects: objects, the nearest to the camera first; their colours differ.
         extent: height and width of the frame in units of its shorter side.
         duration: seconds between the first and the last frame; zero for an image.
     """
@@ -61,7 +61,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """The choices that scenes are drawn from. Empty tuples stand for everything."""
+    """Choices from which scenes are drawn; an empty tuple means all."""
 
     min_objects: int = 1
     max_objects: int = 3
@@ -75,7 +75,7 @@ class World:
 def sample_scene(
     world: World, rng: np.random.Generator, extent: tuple[float, float], duration: float
 ) -> Scene:
-    """Draw a scene; equal generators give equal scenes."""
+    """Draws a scene; equal generators give equal scenes."""
     background = _sample_background(world, rng)
     camera = Camera.STATIC
     if background.kind is Backdrop.TEXTURED and duration:
@@ -109,7 +109,7 @@ def _sample_background(world: World, rng: np.random.Generator) -> Background:
 
 
 def _sample_object(world: World, rng: np.random.Generator, scene: Scene) -> SpriteObject:
-    """All but the place: a motion, a colour not yet in the scene, and a shape on which the motion shows."""
+    """Draws an object without its position: a motion, an unused colour, a shape that shows the motion."""
     motion = _choice(rng, world.motions or tuple(Motion))
     taken = {item.colour for item in scene.objects}
     pairs = [
@@ -135,7 +135,7 @@ def _sample_object(world: World, rng: np.random.Generator, scene: Scene) -> Spri
 
 
 def _place(item: SpriteObject, rng: np.random.Generator, scene: Scene) -> SpriteObject:
-    """Choose the start so that the whole path stays in the frame, away from the objects already there."""
+    """Chooses a start position that keeps the path inside the frame, away from the objects placed before."""
     seconds = np.linspace(0, scene.duration, 24)
     camera = camera_path(scene.camera, seconds, scene.duration, scene.extent)
     path = object_path(dataclasses.replace(item, start=(0.0, 0.0)), seconds, scene.duration)

@@ -1,7 +1,6 @@
 """Outlines of the shapes, as signed distances and as points, for a unit object centred at the origin.
 
-Coordinates are (y, x) with y pointing down. The sizes of the unit shapes are chosen so that they look equally
-big.
+Coordinates are (y, x) with y pointing down. The unit shapes are scaled to look equally big.
 """
 
 import functools
@@ -22,18 +21,19 @@ CROSS_LENGTH, CROSS_WIDTH = 1.12, 0.36
 RING_OUTER, RING_INNER = 1.08, 0.56
 CRESCENT_OUTER, CRESCENT_INNER, CRESCENT_SHIFT = 1.15, 0.95, 0.65
 CRESCENT_CENTROID = -0.444
-"""Where the crescent's centre of area lies from that of its outer circle; it turns around the former."""
+"""Centroid of the crescent relative to the centre of its outer circle; it rotates around the centroid."""
 
 
 def signed_distance(shape: Shape, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Distance to the outline, negative inside.
 
-    Exact along edges; at outer corners a lower bound, which rounds nothing and is enough for anti-aliasing.
+    Exact along edges; at outer corners a lower bound, which keeps corners sharp and suffices for
+    anti-aliasing.
 
     Args:
-        shape: which outline.
-        y: coordinates of any shape, in units of the object.
-        x: likewise.
+        shape: shape of the outline.
+        y: coordinates, an array of any shape, in units of the object.
+        x: as `y`.
     """
     match shape:
         case Shape.CIRCLE:
@@ -70,7 +70,7 @@ def reach(shape: Shape) -> float:
 
 
 def outline(shape: Shape) -> Float[np.ndarray, "p 2"]:
-    """Points (y, x) on the outer outline that carry its extent at every angle: corners, or a dense arc."""
+    """Points (y, x) on the outer outline that span its extent at every angle: corners, or a dense arc."""
     match shape:
         case Shape.CIRCLE:
             return _polygon(1.0, 64)
@@ -89,8 +89,8 @@ def outline(shape: Shape) -> Float[np.ndarray, "p 2"]:
             return _polygon(RING_OUTER, 64)
         case Shape.CRESCENT:
             arc = _polygon(CRESCENT_OUTER, 256)
-            kept = np.hypot(arc[:, 0], arc[:, 1] - CRESCENT_SHIFT) >= CRESCENT_INNER
-            return arc[kept] - [0, CRESCENT_CENTROID]
+            is_outer = np.hypot(arc[:, 0], arc[:, 1] - CRESCENT_SHIFT) >= CRESCENT_INNER
+            return arc[is_outer] - [0, CRESCENT_CENTROID]
 
 
 def _polygon(radius: float, corners: int, turn: float = 0.0) -> np.ndarray:
@@ -99,7 +99,10 @@ def _polygon(radius: float, corners: int, turn: float = 0.0) -> np.ndarray:
 
 
 def _star(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Five points, one upwards: fold into a tenth of the circle, where the outline is one straight edge."""
+    """Distance to a star with five points, one upwards.
+
+    The plane is folded into a tenth of the circle, where the outline is one straight edge.
+    """
     sector = 2 * math.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius = np.hypot(y, x)

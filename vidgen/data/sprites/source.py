@@ -27,25 +27,27 @@ class SpritesData:
     """Options of the sprite world.
 
     Attributes:
-        kind: picks this kind of data in a config.
-        num_clips: how many clips; clip i does not depend on it.
-        seed: another seed is another world of clips.
-        num_frames: frames of a clip; one makes images, captioned without motion.
+        kind: selects this kind of data in a config.
+        num_clips: number of clips; clip i does not depend on it.
+        seed: seed of all clips.
+        num_frames: frames of a clip; 1 makes images, captioned without motion.
         height: pixels.
         width: pixels.
-        buckets: sizes of training clips; empty for `num_frames`, `height` and `width` alone, which otherwise
-            are the size of held-out clips and previews.
+        buckets: sizes of training clips. If empty, training uses the size `num_frames`, `height` and `width`;
+            otherwise that is the size of held-out clips and previews.
         fps: frames per second.
         min_objects: fewest objects in a clip.
         max_objects: most objects in a clip, up to 3.
-        motions: names of `Motion` to draw from; empty for all. Likewise the next three.
-        sizes: names of `Size`.
-        backgrounds: names of `Backdrop`.
-        cameras: names of `Camera`; a moving camera needs a textured background to be seen.
-        split: `train` without the held-out pairs of colour and shape, `heldout` with nothing else, or `all`.
+        motions: names of `Motion` to draw from; empty for all.
+        sizes: names of `Size` to draw from; empty for all.
+        backgrounds: names of `Backdrop` to draw from; empty for all.
+        cameras: names of `Camera` to draw from; empty for all. A moving camera is visible only on a textured
+            background.
+        split: `train` excludes the held-out pairs of colour and shape, `heldout` has no others, `all`
+            has every pair.
 
     Raises:
-        UserError: a name or a number is not possible.
+        UserError: a name is unknown or a number out of range.
     """
 
     kind: Literal["sprites"] = "sprites"
@@ -82,7 +84,7 @@ class SpritesData:
             )
 
     def world(self) -> World:
-        """The choices for `sample_scene`."""
+        """Choices passed to `sample_scene`."""
         return World(
             min_objects=self.min_objects,
             max_objects=self.max_objects,
@@ -103,7 +105,7 @@ class SpritesData:
 
 
 class SpritesSource:
-    """Clips of the sprite world, drawn when asked for; clip i depends on the options and (seed, i) alone."""
+    """Clips of the sprite world, rendered on demand; clip i depends only on the options and (seed, i)."""
 
     def __init__(self, options: SpritesData):
         self.options = options
@@ -115,20 +117,20 @@ class SpritesSource:
         return self.options.num_clips
 
     def scene(self, index: int) -> Scene:
-        """The ground truth of clip `index`."""
+        """Ground truth of clip `index`."""
         duration = (self.options.num_frames - 1) / self.options.fps
         return sample_scene(self._world, self._generator(index, 0), self._extent, duration)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One clip.
+        """Returns one clip.
 
         Returns:
             `video` uint8 [t h w 3], `caption`, `name`, `boxes` float32 [max_objects t 4] as (y0, x0, y1, x1)
-            in [0, 1] with zeros for objects that are not there, `visibility` float32 [max_objects t], and
-            `attributes`, the scene as JSON.
+            in [0, 1] with zeros for absent objects, `visibility` float32 [max_objects t], and `attributes`,
+            the scene as JSON.
 
         Raises:
-            IndexError: there is no clip of that index.
+            IndexError: the index is out of range.
         """
         options, scene = self.options, self.scene(index)
         drawn = render(

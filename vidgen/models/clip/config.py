@@ -1,4 +1,4 @@
-"""Shape of CLIP's image encoder, and its named variants."""
+"""Options of CLIP's image encoder, and its named variants."""
 
 import dataclasses
 from typing import Literal
@@ -12,8 +12,8 @@ class CLIPVisionConfig:
 
     Attributes:
       image_size: height and width of the images, in pixels.
-      patch_size: of the squares that become tokens.
-      activation: of the feed-forward networks; `quick_gelu` is x * sigmoid(1.702 x).
+      patch_size: height and width of the patch of a token, in pixels.
+      activation: activation of the feed-forward networks; `quick_gelu` is x * sigmoid(1.702 x).
       dtype: compute dtype of matrix products; norms and softmax are float32.
     """
 
@@ -35,7 +35,7 @@ class CLIPVisionConfig:
 
     @property
     def num_tokens(self) -> int:
-        """One for the whole image, then one per patch."""
+        """Tokens per image: one class token and one per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 

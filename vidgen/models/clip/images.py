@@ -1,4 +1,4 @@
-"""Images as CLIP's encoder takes them."""
+"""Preprocessing of images for CLIP's image encoder."""
 
 import numpy as np
 from PIL import Image
@@ -9,13 +9,13 @@ __all__ = ["prepare"]
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-"""Of the pixels that CLIP was trained on, per channel."""
+"""RGB mean and standard deviation of CLIP's training images, for pixels in [0, 1]."""
 
 
 def prepare(image: UInt8[np.ndarray, "h w 3"], size: int = 224) -> Float[np.ndarray, "{size} {size} 3"]:
-    """The middle square of an image, resized (bicubic) and normalised by CLIP's statistics.
+    """Centre crop of an image, resized (bicubic) and normalised by CLIP's statistics.
 
-    As in transformers' `CLIPImageProcessor`: the shorter side becomes `size`, then the middle is cut out.
+    As in transformers' `CLIPImageProcessor`, the shorter side is resized to `size` before the crop.
     """
     height, width = image.shape[:2]
     factor = size / min(height, width)

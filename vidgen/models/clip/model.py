@@ -37,7 +37,7 @@ class SelfAttention(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Pre-norm self-attention and feed-forward."""
+    """Pre-norm self-attention and feed-forward network."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
@@ -58,7 +58,7 @@ class EncoderLayer(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-    """Images to features of their tokens."""
+    """Vision transformer: maps images to features of the class token and the patches."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
         features = 3 * config.patch_size**2
@@ -73,14 +73,14 @@ class CLIPVision(nnx.Module):
         self.norm_out = LayerNorm(config.dim, eps=config.eps, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w 3"], *, skip: int = 1) -> Float[Array, "b m d"]:
-        """Features of the token for the whole image, then of each patch, row by row.
+        """Features of the class token, then of each patch in row-major order.
 
         Args:
-          images: as `vidgen.models.clip.images.prepare` makes them.
-          skip: how many of the last layers are left out; Wan's transformers take what the last but one gives.
+          images: images from `vidgen.models.clip.images.prepare`.
+          skip: number of final layers to skip; Wan's transformers use the output of the last layer but one.
 
         Raises:
-          UserError: images of another size.
+          UserError: the images have another size than `image_size`.
         """
         config, size = self.config, self.config.image_size
         if images.shape[1:3] != (size, size):

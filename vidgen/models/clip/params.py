@@ -20,7 +20,7 @@ _LAYER = {
 _OUTSIDE = {
     "whole": "embeddings.class_embedding",
     "positions": "embeddings.position_embedding.weight",
-    # Spelled so there.
+    # The misspelling is transformers'.
     "norm_in": "pre_layrnorm",
     "norm_out": "post_layernorm",
 }
@@ -32,8 +32,8 @@ def transformers_names(
     """Name and layout of each parameter in transformers' `CLIPVisionModel`.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
-      prefix: of all names there: `vision_model.` as versions before 5 write them.
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
+      prefix: prefix of all external names; transformers before version 5 writes `vision_model.`.
     """
     return {name: _mapping(config, name, prefix) for name in names}
 

@@ -1,4 +1,4 @@
-"""CLIP's image encoder as transformers keeps it: a folder of config.json and safetensors."""
+"""Loads CLIP's image encoder from a transformers folder: config.json and safetensors."""
 
 import dataclasses
 import functools
@@ -25,15 +25,15 @@ __all__ = ["check_folder", "load_transformers", "read_config"]
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 _IGNORED = r".*embeddings\.position_ids|(vision_model\.)?visual_projection\.weight"
-"""Numbers from 0 on that old versions wrote, and what compares images with texts."""
+"""Position ids, which old versions wrote, and the projection to the joint space of images and texts."""
 
 
 def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
-    """The shape of the encoder in `folder`.
+    """Config of the encoder in `folder`.
 
     Raises:
-      FileNotFoundError: there is no config.json.
-      UserError: it is of another model, or asks for what this one does not have.
+      FileNotFoundError: config.json is missing.
+      UserError: config.json is of another model, or has unsupported options.
     """
     path = pathlib.Path(folder) / _CONFIG
     values = read_json(path, remedy="give the folder of a CLIP image encoder of transformers")
@@ -43,16 +43,16 @@ def read_config(folder: pathlib.Path | str) -> CLIPVisionConfig:
 def load_transformers(
     folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> CLIPVision:
-    """The encoder that `CLIPVisionModel` or `CLIPVisionModelWithProjection` saved.
+    """Loads an encoder that `CLIPVisionModel` or `CLIPVisionModelWithProjection` saved.
 
     Args:
-      mesh: over which the weights are laid; None is one device.
-      dtype: of matrix products; with bfloat16 the matrices are kept in it too.
+      mesh: mesh to shard the weights over; None is one device.
+      dtype: dtype of matrix products; with bfloat16 the matrices are also stored in bfloat16.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      UserError: config.json is of another model, or asks for what this one does not have.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      UserError: config.json is of another model, or has unsupported options.
+      WeightsError: tensors are missing, unexpected or of another shape; names each.
     """
     path = pathlib.Path(folder) / _WEIGHTS
     config = dataclasses.replace(read_config(folder), dtype=dtype)
@@ -67,7 +67,7 @@ def load_transformers(
 
 
 def check_folder(folder: pathlib.Path | str) -> None:
-    """Checks what `load_transformers` would find; reads config.json and headers only.
+    """Checks that `load_transformers` would succeed; reads only config.json and headers.
 
     Raises:
       FileNotFoundError, UserError, WeightsError: as `load_transformers`.
@@ -81,7 +81,7 @@ def check_folder(folder: pathlib.Path | str) -> None:
 def _names(
     config: CLIPVisionConfig, folder: pathlib.Path
 ) -> Callable[[Iterable[str]], Mapping[str, TensorMapping]]:
-    """The table of the version that wrote the weights, which are large enough for the config."""
+    """Name table of the transformers version that wrote the weights; also checks the weights' size."""
     shapes = tensor_shapes(folder / _WEIGHTS)
     _check_size(config, folder, shapes)
     old = any(name.startswith("vision_model.") for name in shapes)
@@ -106,7 +106,7 @@ def _config(config: ConfigValues) -> CLIPVisionConfig:
 
 
 def _check_size(config: CLIPVisionConfig, folder: pathlib.Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Of the matrices and the table of positions alone."""
+    """Checks that the weights are large enough for the matrices and position embeddings of `config`."""
     layer = 4 * config.dim + 2 * config.ffn_dim
     needed = config.dim * (config.num_layers * layer + 3 * config.patch_size**2 + config.num_tokens)
     check_size(needed, shapes, config=str(folder / _CONFIG), weights=str(folder / _WEIGHTS))

@@ -8,12 +8,12 @@ from vidgen.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """Shape of a 3D patch discriminator (PatchGAN, Isola et al., arXiv:1611.07004, over time too).
+    """Shape of a 3D patch discriminator (PatchGAN, Isola et al., arXiv:1611.07004, extended over time).
 
     Attributes:
       base_dim: channels after the first convolution.
       dim_mult: channel multiplier of each level; each level halves height and width.
-      temporal_downsample: for each level, whether it halves time too.
+      temporal_downsample: for each level, whether it also halves time.
       dtype: compute dtype; weights and logits are float32.
     """
 
@@ -33,7 +33,7 @@ class DiscriminatorConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per logit, per side; a video must have as many."""
+        """Pixels per logit along height and width; also the smallest height and width of a video."""
         return 2 ** len(self.dim_mult)
 
 

@@ -1,4 +1,4 @@
-"""A discriminator of video patches: one logit for each neighbourhood in space and time."""
+"""Patch discriminator of videos: one logit per spacetime patch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ _plain_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class _Conv(nnx.Module):
-    """A convolution centred in time and space, with zeros around."""
+    """3D convolution centred in time and space, with zero padding."""
 
     def __init__(self, channels: tuple[int, int], kernel, strides, *, init=_he_normal, rngs: nnx.Rngs):
         self.strides = strides
@@ -32,38 +32,38 @@ class _Conv(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """Tells videos from reconstructions, patch by patch; any number of frames, an image being one.
+    """Patch discriminator of real and reconstructed videos, with any number of frames (an image has one).
 
-    There is no normalisation: each clip's logits depend on it alone, and their gradients, which R1 bounds,
-    are those of the network (as in StyleGAN and R3GAN, arXiv:2501.05441). It keeps averages of its mean
-    logits, for LeCam.
+    It has no normalisation layers, so that a clip's logits do not depend on its batch, and R1 penalises the
+    gradients of the network itself (as in StyleGAN and R3GAN, arXiv:2501.05441). Buffers hold running
+    averages of the mean logits, for LeCam regularisation.
     """
 
     def __init__(self, config: DiscriminatorConfig, *, rngs: nnx.Rngs):
         dims = [3, *(config.base_dim * mult for mult in config.dim_mult)]
         self.config = config
         self.levels = nnx.List(
-            _Conv((dim_in, dim_out), (3, 4, 4), (2 if halves else 1, 2, 2), rngs=rngs)
-            for dim_in, dim_out, halves in zip(dims, dims[1:], config.temporal_downsample, strict=False)
+            _Conv((dim_in, dim_out), (3, 4, 4), (2 if temporal else 1, 2, 2), rngs=rngs)
+            for dim_in, dim_out, temporal in zip(dims, dims[1:], config.temporal_downsample, strict=False)
         )
         self.mid = _Conv((dims[-1], dims[-1]), (3, 3, 3), (1, 1, 1), rngs=rngs)
         self.out = _Conv((dims[-1], 1), (3, 3, 3), (1, 1, 1), init=_plain_normal, rngs=rngs)
         self.real_logit, self.fake_logit, self.count = (Buffer(jnp.zeros(())) for _ in range(3))
 
     def __call__(self, video: Video) -> Float[Array, "b t2 h2 w2"]:
-        """Logits in float32, positive for what looks real.
+        """Logits of the patches, float32; positive means real.
 
         Args:
           video: pixels in [-1, 1], `b t h w 3`.
 
         Raises:
-          UserError: a frame is smaller than one patch.
+          UserError: the frames are smaller than one patch.
         """
         factor = self.config.spatial_factor
         if min(video.shape[2:4]) < factor:
             raise UserError(
                 f"frames are {video.shape[2]} x {video.shape[3]}; a discriminator of {len(self.levels)} "
-                f"levels needs at least {factor} x {factor}: take fewer levels (discriminator.dim_mult)"
+                f"levels needs at least {factor} x {factor}: use fewer levels (discriminator.dim_mult)"
             )
         x = video.astype(self.config.dtype)
         for layer in (*self.levels, self.mid):
@@ -71,7 +71,7 @@ class Discriminator(nnx.Module):
         return self.out(x).astype(jnp.float32)[..., 0]
 
     def update_averages(self, real: Float[Array, ""], fake: Float[Array, ""], decay: float) -> None:
-        """Moves the averages towards the mean logits of a batch: a plain average, then exponential."""
+        """Updates the running averages with a batch's mean logits: cumulative at first, then exponential."""
         rate = jnp.maximum(1.0 / (self.count[...] + 1.0), 1.0 - decay)
         self.real_logit[...] += rate * (real - self.real_logit[...])
         self.fake_logit[...] += rate * (fake - self.fake_logit[...])

@@ -13,24 +13,24 @@ from vidgen.ops.sequence_parallel import SequenceParallel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Shape of the denoising transformer; the structure is that of Wan 2.1's (arXiv 2503.20314).
+    """Shape of the denoising transformer, with the architecture of Wan 2.1 (arXiv 2503.20314).
 
     Attributes:
-      in_channels: channels of the latents, with those of what is given beside them (Wan's image to video: a
-        mask of 4 and the given latents).
-      out_channels: channels of the velocity; None is as many as `in_channels`.
+      in_channels: channels of the input: noisy latents and, for Wan's image to video, the concatenated mask
+        (4 channels) and known latents.
+      out_channels: channels of the velocity; None is `in_channels`.
       patch_size: latent frames, rows and columns per token.
       text_dim: width of the text encoder's output.
-      image_dim: width of an image encoder's output, to which keys and values of their own in cross-attention
-        attend (Wan 2.1's image to video); None is without.
-      image_positions: tokens of learned positions that are added to those of the images, for models that
-        take two images (Wan 2.1's first and last frame to video); 0 is none.
+      image_dim: width of the image encoder's output, to which cross-attention has separate keys and values
+        (Wan 2.1's image to video); None is no image encoder.
+      image_positions: number of learned position embeddings of image tokens, for models that take two images
+        (Wan 2.1's first and last frame to video); 0 is none.
       freq_dim: width of the sinusoidal timestep embedding.
-      ffn: plain or gated feed-forward.
+      ffn: plain or gated feed-forward network.
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
-      remat: what the backward pass finds saved.
-      sequence: how tokens attend to each other that are cut over the mesh axis `context`.
-      attention: the backend; `auto` is by device and shape.
+      remat: residuals saved for the backward pass.
+      sequence: method of self-attention over tokens sharded on the mesh axis `context`.
+      attention: attention backend; `auto` chooses by device and shape.
     """
 
     in_channels: Annotated[int, limits.WIDTH] = 16
@@ -58,11 +58,13 @@ class DiTConfig:
         if self.model_dim % self.num_heads or self.model_dim // self.num_heads % 2:
             raise UserError(
                 f"model_dim={self.model_dim} must be an even multiple of num_heads={self.num_heads}, "
-                "for rotary embedding turns pairs of each head"
+                "because rotary embedding rotates pairs of a head's channels"
             )
 
         if self.image_positions and self.image_dim is None:
-            raise UserError(f"image_positions={self.image_positions} needs image_dim, the images' width")
+            raise UserError(
+                f"image_positions={self.image_positions} needs image_dim, the width of the image features"
+            )
 
     @property
     def velocity_channels(self) -> int:
@@ -73,10 +75,10 @@ class DiTConfig:
         return self.model_dim // self.num_heads
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens per axis for latents of that size.
+        """Number of tokens per axis (time, row, column) for latents of this size.
 
         Raises:
-          UserError: the size is not a multiple of the patch.
+          UserError: the size is not a multiple of `patch_size`.
         """
         size = (frames, height, width)
         if any(n % p for n, p in zip(size, self.patch_size, strict=True)):
@@ -89,21 +91,21 @@ class DiTConfig:
 
 
 _14B = DiTConfig(model_dim=5120, num_layers=40, num_heads=40, ffn_dim=13824)
-_GIVEN = {"in_channels": 36, "out_channels": 16}
+_CONCAT_LATENTS = {"in_channels": 36, "out_channels": 16}
 
 VARIANTS: dict[str, DiTConfig] = {
     "wan2.1-t2v-1.3b": DiTConfig(),
     "wan2.1-t2v-14b": _14B,
-    "wan2.1-i2v-14b": dataclasses.replace(_14B, **_GIVEN, image_dim=1280),
-    "wan2.1-flf2v-14b": dataclasses.replace(_14B, **_GIVEN, image_dim=1280, image_positions=514),
+    "wan2.1-i2v-14b": dataclasses.replace(_14B, **_CONCAT_LATENTS, image_dim=1280),
+    "wan2.1-flf2v-14b": dataclasses.replace(_14B, **_CONCAT_LATENTS, image_dim=1280, image_positions=514),
     "wan2.2-ti2v-5b": DiTConfig(in_channels=48, model_dim=3072, num_heads=24, ffn_dim=14336),
-    # Each of the two experts.
+    # The A14B shapes are of each of the two experts.
     "wan2.2-t2v-a14b": _14B,
-    "wan2.2-i2v-a14b": dataclasses.replace(_14B, **_GIVEN),
+    "wan2.2-i2v-a14b": dataclasses.replace(_14B, **_CONCAT_LATENTS),
     "small": DiTConfig(model_dim=384, num_layers=12, num_heads=6, ffn_dim=1536, text_dim=256),
     "nano": DiTConfig(model_dim=192, num_layers=6, num_heads=3, ffn_dim=768, text_dim=128),
     "tiny": DiTConfig(
         in_channels=8, model_dim=96, num_layers=2, num_heads=4, ffn_dim=192, text_dim=64, freq_dim=64
     ),
 }
-"""Shapes by name; Wan's are for its weights, the rest for training from scratch."""
+"""Shapes by name: Wan's fit Wan's weights, the others are for training from scratch."""

@@ -1,4 +1,4 @@
-"""The transformer as diffusers keeps it: a folder of config.json and safetensors."""
+"""Loads and saves the transformer as a diffusers folder: config.json and safetensors."""
 
 import dataclasses
 import functools
@@ -30,18 +30,18 @@ _CLASS, _CONFIG, _WEIGHTS = "WanTransformer3DModel", "config.json", "diffusion_p
 _REMEDY = "give the folder `transformer` of a diffusers checkpoint of Wan"
 
 _IGNORED = r".*\.norm_added_q\.weight"
-"""Queries of added projections are in some checkpoints of image to video; nothing reads them."""
+"""Query norms of the added projections: some image-to-video checkpoints have them, no model uses them."""
 
 _MATRICES = r"(?!condition_embedder\.time).*\.kernel"
-"""All but those of the timestep, which are multiplied in float32."""
+"""All kernels but the timestep embedding's, whose matrix products are in float32."""
 
 
 def read_config(folder: pathlib.Path | str) -> DiTConfig:
-    """The shape of the transformer in `folder`.
+    """Config of the transformer in `folder`.
 
     Raises:
-      FileNotFoundError: there is no config.json.
-      UserError: it is of another model, or asks for what this one does not have.
+      FileNotFoundError: config.json is missing.
+      UserError: config.json is of another model, or has unsupported options.
     """
     path = pathlib.Path(folder) / _CONFIG
     values = read_json(path, remedy=_REMEDY)
@@ -55,17 +55,18 @@ def load_diffusers(
     dtype: Literal["float32", "bfloat16"] = "float32",
     keep_dtypes: bool = False,
 ) -> DiT:
-    """The transformer that `WanTransformer3DModel.save_pretrained` wrote, in one file or several.
+    """Loads a transformer that `WanTransformer3DModel.save_pretrained` wrote, in one file or several.
 
     Args:
-      mesh: over which the weights are laid; None is one device.
-      dtype: of matrix products; with bfloat16 the matrices are kept in it too, which is not for training.
-      keep_dtypes: the arrays have the types of the files.
+      mesh: mesh to shard the weights over; None is one device.
+      dtype: dtype of matrix products; with bfloat16 the matrices are also stored in bfloat16, which is for
+        inference only.
+      keep_dtypes: load arrays with the dtypes of the files.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      UserError: config.json is of another model, or asks for what this one does not have.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      UserError: config.json is of another model, or has unsupported options.
+      WeightsError: tensors are missing, unexpected or of another shape; names each.
     """
     config = dataclasses.replace(read_config(folder), dtype=dtype)
     _check_size(config, pathlib.Path(folder))
@@ -81,7 +82,7 @@ def load_diffusers(
 
 
 def is_transformer(folder: pathlib.Path | str) -> bool:
-    """Whether `folder` holds a transformer of Wan."""
+    """Whether `folder` holds a Wan transformer."""
     path = pathlib.Path(folder) / _CONFIG
     return path.exists() and read_json(path, remedy=_REMEDY).get("_class_name") == _CLASS
 
@@ -89,10 +90,10 @@ def is_transformer(folder: pathlib.Path | str) -> bool:
 def load_arrays(
     folder: pathlib.Path | str, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The arrays of the transformer in `folder`, by our names, laid out as `abstract` says.
+    """Arrays of the transformer in `folder`, by vidgen's names, with the shardings and dtypes of `abstract`.
 
     Raises:
-      UserError, WeightsError: as `load_diffusers`; the tensors do not fit `abstract`.
+      UserError, WeightsError: as `load_diffusers`, or the tensors do not fit `abstract`.
     """
     names = diffusers_names(read_config(folder), abstract)
     path = pathlib.Path(folder) / _WEIGHTS
@@ -106,12 +107,12 @@ def load_arrays(
 
 
 def save_diffusers(dit: DiT, folder: pathlib.Path | str) -> None:
-    """Writes what `WanTransformer3DModel.from_pretrained` reads; each file appears whole.
+    """Writes a folder for `WanTransformer3DModel.from_pretrained`; each file is written atomically.
 
-    Only process 0 writes; all of them must call this.
+    Only process 0 writes, but all processes must call this.
 
     Raises:
-      UserError: the transformer has what diffusers' has not.
+      UserError: diffusers does not support an option of the transformer.
     """
     folder = pathlib.Path(folder)
     values = _values(dit.config)
@@ -155,7 +156,7 @@ def _config(config: ConfigValues) -> DiTConfig:
 
 
 def _check_size(config: DiTConfig, folder: pathlib.Path) -> None:
-    """Of the matrices alone."""
+    """Checks that the weights are large enough for the matrices of `config`."""
     width = config.model_dim
     needed = config.num_layers * width * (8 * width + 2 * config.ffn_dim) + width * (
         config.text_dim + config.freq_dim + 7 * width
@@ -167,7 +168,8 @@ def _check_size(config: DiTConfig, folder: pathlib.Path) -> None:
 def _values(config: DiTConfig) -> dict[str, Any]:
     if config.ffn != "gelu" or config.rope_theta != 10_000.0:
         raise UserError(
-            f"ffn={config.ffn!r}, rope_theta={config.rope_theta}: diffusers' {_CLASS} has only 'gelu', 10000"
+            f"ffn={config.ffn!r}, rope_theta={config.rope_theta}: diffusers' {_CLASS} supports only "
+            "ffn='gelu' and rope_theta=10000"
         )
     return {
         "_class_name": _CLASS,

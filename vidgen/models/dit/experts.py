@@ -1,4 +1,4 @@
-"""Two transformers that share the timesteps out between them, as in Wan 2.2's A14B."""
+"""Two transformers, one for high and one for low noise levels, as in Wan 2.2's A14B."""
 
 from typing import Any
 
@@ -14,23 +14,24 @@ __all__ = ["NoiseLevelExperts"]
 
 
 class NoiseLevelExperts(nnx.Module):
-    """The expert for much noise at timesteps from `boundary` on, the other one below; only one of them runs.
+    """Runs `high_noise` at timesteps of at least `boundary`, `low_noise` below; one expert runs per call.
 
     All clips of a batch must be at the same timestep, as they are in sampling.
     """
 
     def __init__(self, high_noise: DiT, low_noise: DiT, boundary: float):
-        """Takes the experts.
+        """Stores the experts.
 
         Args:
           boundary: timestep in (0, 1); 0.875 for Wan 2.2 T2V, 0.9 for I2V.
 
         Raises:
-          UserError: the experts differ in shape, or the boundary is no timestep.
+          UserError: the experts differ in config, or `boundary` is not in (0, 1).
         """
         if high_noise.config != low_noise.config:
             raise UserError(
-                f"the experts differ in shape: {high_noise.config} and {low_noise.config}; they must be equal"
+                f"the experts differ in config: {high_noise.config} and {low_noise.config}; "
+                "expected equal configs"
             )
         if not 0 < boundary < 1:
             raise UserError(f"boundary={boundary}: expected a timestep between 0 and 1")
@@ -40,13 +41,13 @@ class NoiseLevelExperts(nnx.Module):
 
     @property
     def config(self) -> DiTConfig:
-        """Shape of each expert."""
+        """Config of each expert."""
         return self.high_noise.config
 
     def __call__(
         self, latents: Latents, timestep: Float[Array, "b"] | Float[Array, "b g"], *arguments: Any
     ) -> Float[Array, "b tz hz wz v"]:
-        """Velocity, as `DiT`; `timestep` is the same for all that is not given."""
+        """Velocity, as from `DiT`; all latents except known ones must have the same timestep."""
         run = lambda expert: lambda: expert(latents, timestep, *arguments)  # noqa: E731
         is_high = timestep.max() >= self.boundary
         return jax.lax.cond(is_high, run(self.high_noise), run(self.low_noise))

@@ -1,4 +1,4 @@
-"""LoRA files of the transformer, as PEFT (diffusers), ComfyUI and kohya's trainers spell them."""
+"""Loads LoRA files with PEFT's (diffusers), ComfyUI's or kohya's tensor names; saves the first two kinds."""
 
 import functools
 import json
@@ -25,17 +25,17 @@ Spelling = Literal["peft", "comfyui"]
 `diffusion_model.blocks.0.self_attn.q.lora_down.weight` (and `lora_up`) with Wan's."""
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""Of folders: what PEFT and diffusers write into one."""
+"""Names of the LoRA file in folders that PEFT or diffusers wrote."""
 
 
 def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -> None:
-    """Writes the updates of the adapted linear maps of `dit`.
+    """Writes the LoRA of each adapted linear map of `dit`.
 
-    The second factor has the scale in it, so that readers that know of no `alpha` do the same; for those that
-    do, the header says that alpha is the rank, as diffusers or kohya's trainers say it.
+    The up matrices include the scale, for readers that ignore alpha. For the others, the header gives alpha
+    equal to the rank, in the form of diffusers or of kohya's trainers.
 
     Raises:
-      UserError: there are none, or one of a map that is no matrix there.
+      UserError: `dit` has no LoRA, or has one on a map that is a convolution in diffusers and Wan.
     """
     maps = adapted(dit)
     if not maps:
@@ -47,14 +47,14 @@ def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for name, linear in maps.items():
-        update: LowRank = getattr(linear, ATTRIBUTE)
-        down, up = (np.asarray(v.get_value()) for v in (update.down, update.up))
+        lora: LowRank = getattr(linear, ATTRIBUTE)
+        down, up = (np.asarray(v.get_value()) for v in (lora.down, lora.up))
         bases = _bases(dit, name, spelling)
         stacked = down.ndim == 3
         for layer, base in enumerate(bases):
             d, u = (down[layer], up[layer]) if stacked else (down, up)
             tensors[f"{prefix}.{base}.{names[0]}.weight"] = d.T
-            tensors[f"{prefix}.{base}.{names[1]}.weight"] = u.T * np.float32(update.scale)
+            tensors[f"{prefix}.{base}.{names[1]}.weight"] = u.T * np.float32(lora.scale)
             ranks[base] = d.shape[-1]
     specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     metadata = _adapter_metadata(ranks) if peft else _kohya_metadata(ranks)
@@ -62,7 +62,7 @@ def save_lora(dit: DiT, path: pathlib.Path | str, spelling: Spelling = "peft") -
 
 
 def _adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
-    """PEFT's config of the adapter, as diffusers keeps it in the header."""
+    """PEFT's adapter config as header metadata, in diffusers' form."""
     rank = max(ranks.values())
     others = {base: other for base, other in ranks.items() if other != rank}
     config = {
@@ -80,7 +80,7 @@ def _adapter_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
 
 
 def _kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
-    """What kohya's trainers say in the header, which has no words for several ranks."""
+    """Rank and alpha as header metadata, in kohya's form; {} for several ranks, which it cannot express."""
     if len(set(ranks.values())) > 1:
         return {}
     rank = str(max(ranks.values()))
@@ -88,40 +88,43 @@ def _kohya_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
 
 
 def _bases(dit: DiT, name: str, spelling: Spelling) -> list[str]:
-    """What a map, or that of each layer, is called."""
+    """External name of a linear map, or of each layer of a stacked one, without `.weight`."""
     table = diffusers_names if spelling == "peft" else wan_names
     mapping = table(dit.config, [f"{name}.kernel"])[f"{name}.kernel"]
     if mapping.reshape is not None:
-        raise UserError(f"{name} is a convolution elsewhere, which LoRA files do not hold: leave it out")
+        raise UserError(
+            f"{name} is a convolution in diffusers and Wan, which LoRA files do not hold: leave it out of "
+            "lora.targets"
+        )
     count = dit.config.num_layers if mapping.stacked else 1
     return [mapping.external_name.format(layer).removesuffix(".weight") for layer in range(count)]
 
 
 def load_lora(dit: DiT, path: pathlib.Path | str, *, scale: float = 1.0) -> None:
-    """Gives the linear maps of `dit` the updates of a file, in any of the spellings, in place.
+    """Attaches the LoRA of a file to the linear maps of `dit`, in place.
 
-    Names may be those of diffusers or of Wan, kohya's underscores among them; layers that the file leaves
-    out have none. Changes of whole arrays (`diff`, and `diff_b` or `lora_B.bias` of biases; files of
-    distilled models have them) are added to the weights at once. `lora_scale` finds each update's alpha.
+    Names may be diffusers' or Wan's, also with kohya's underscores. Layers that are not in the file get no
+    LoRA. Full-rank changes (`diff`, and `diff_b` or `lora_B.bias` of biases, as in files of distilled models)
+    are added to the weights directly. `lora_scale` finds each alpha.
 
     Args:
-      path: of the file, or the folder that PEFT or diffusers wrote.
-      scale: of the updates, beside the file's own.
+      path: the file, or a folder that PEFT or diffusers wrote.
+      scale: extra factor of the LoRA and of full-rank changes, on top of the file's scale.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: the file holds something else, or is of another model; the tensors are named. Nothing is
+      WeightsError: the file holds other tensors or is of another model; names the tensors. `dit` is not
         changed.
-      UserError: what the file or its adapter_config.json says of alpha cannot be used.
+      UserError: alpha in the file or in adapter_config.json is invalid or unsupported.
     """
     limits.LORA_SCALE.check(scale, "the scale of a LoRA")
     path = _file(pathlib.Path(path))
     found = read_tensors(TensorFiles(path), dit, path)
     maps = dict(linears(dit))
     for name in sorted({place.name for place in found.pairs}):
-        of_map = {place: pair for place, pair in found.pairs.items() if place.name == name}
-        _put(maps[name.removesuffix(".kernel")], of_map, scale)
-    _add(dit, found, scale)
+        pairs = {place: pair for place, pair in found.pairs.items() if place.name == name}
+        _attach(maps[name.removesuffix(".kernel")], pairs, scale)
+    _add_changes(dit, found, scale)
 
 
 def _file(path: pathlib.Path) -> pathlib.Path:
@@ -130,21 +133,21 @@ def _file(path: pathlib.Path) -> pathlib.Path:
     return next((path / name for name in _FILES if (path / name).exists()), path / _FILES[0])
 
 
-def _put(linear: Linear, pairs: Mapping[Place, Pair], scale: float) -> None:
-    """An update of the largest of the ranks; where a layer's is smaller or missing, it is zero."""
+def _attach(linear: Linear, pairs: Mapping[Place, Pair], scale: float) -> None:
+    """Attaches a LoRA of the layers' largest rank; smaller ranks and missing layers are zero-padded."""
     rank = max(pair.rank for pair in pairs.values())
-    update = nnx.eval_shape(lambda: LowRank(linear, rank, scale, rngs=nnx.Rngs(0)))
-    down, up = (np.zeros(variable.shape, np.float32) for variable in (update.down, update.up))
+    lora = nnx.eval_shape(lambda: LowRank(linear, rank, scale, rngs=nnx.Rngs(0)))
+    down, up = (np.zeros(variable.shape, np.float32) for variable in (lora.down, lora.up))
     for place, pair in pairs.items():
-        into = (down, up) if place.layer is None else (down[place.layer], up[place.layer])
-        into[0][:, : pair.rank], into[1][: pair.rank] = pair.read()
-    for variable, array in ((update.down, down), (update.up, up)):
+        down_part, up_part = (down, up) if place.layer is None else (down[place.layer], up[place.layer])
+        down_part[:, : pair.rank], up_part[: pair.rank] = pair.read()
+    for variable, array in ((lora.down, down), (lora.up, up)):
         variable.set_value(place_like(array, linear.kernel, variable.get_metadata("axes")))
-    setattr(linear, ATTRIBUTE, update)
+    setattr(linear, ATTRIBUTE, lora)
 
 
-def _add(dit: DiT, found: LoRATensors, scale: float) -> None:
-    """Adds the changes of whole arrays."""
+def _add_changes(dit: DiT, found: LoRATensors, scale: float) -> None:
+    """Adds the full-rank changes to the weights."""
     for name in sorted({place.name for place in found.changes}):
         variable: Any = functools.reduce(getattr, name.split("."), dit)
         changes = {place.layer: read for place, read in found.changes.items() if place.name == name}

@@ -1,4 +1,4 @@
-"""Strength of LoRA updates: every place in which trainers and libraries keep alpha."""
+"""Scale of LoRA, from every place where trainers and libraries store alpha."""
 
 import dataclasses
 import json
@@ -19,22 +19,22 @@ _log = get_logger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
-"""Key of the header's metadata under which diffusers (0.34 and later) keeps PEFT's config, as JSON."""
+"""Key of the header's metadata where diffusers (0.34 and later) stores PEFT's config, as JSON."""
 
 _DEFAULT_ALPHA = 8.0
-"""PEFT's, where a config leaves `lora_alpha` out."""
+"""PEFT's default for a config without `lora_alpha`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What PEFT's config of an adapter says of the strength of its updates.
+    """Rank and alpha of the linear maps in PEFT's adapter config.
 
     Attributes:
-      where: the file and the part of it, for messages.
-      rank: of all updates but those in `rank_pattern`; None where it is not said.
-      alpha: as `rank`; an update is scaled by alpha / rank.
-      use_rslora: it is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732).
-      rank_pattern, alpha_pattern: by names of linear maps, or by the ends of names after a dot.
+      where: the file, and the part of it, for messages.
+      rank: rank of all maps except those in `rank_pattern`; None if the config gives none.
+      alpha: alpha of all maps except those in `alpha_pattern`; the scale is alpha / rank.
+      use_rslora: the scale is alpha / sqrt(rank) instead (arXiv 2312.03732).
+      rank_pattern, alpha_pattern: exceptions by name of the linear map, or by the end of a name after a dot.
     """
 
     where: str
@@ -45,94 +45,99 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     def scale(self, name: str, rank: int) -> float:
-        """The factor of the update of the map `name`, whose factors have that rank.
+        """Scale of the linear map `name`, whose tensors have rank `rank`.
 
         Raises:
-          WeightsError: the config says another rank.
+          WeightsError: the config has another rank for `name`.
         """
-        said = _of_pattern(self.rank_pattern, name, self.rank)
-        if said is not None and said != rank:
+        config_rank = _lookup(self.rank_pattern, name, self.rank)
+        if config_rank is not None and config_rank != rank:
             raise WeightsError(
-                f"{self.where} says rank {said} of {name}, whose tensors have rank {rank}: they do not "
-                "belong together"
+                f"{self.where} says rank {config_rank} of {name}, whose tensors have rank {rank}: take the "
+                "config and the tensors from the same LoRA"
             )
-        alpha = _of_pattern(self.alpha_pattern, name, self.alpha)
+        alpha = _lookup(self.alpha_pattern, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class ScaleOf:
-    """The factor of each update of one file that has no alpha tensor of its own; logs where it is from."""
+    """Scale of the linear maps of one file that have no alpha tensor; logs the source of alpha once."""
 
     def __init__(self, path: pathlib.Path, metadata: Mapping[str, str], *, peft: bool):
-        """Reads what there is.
+        """Reads the adapter config, or else kohya's metadata.
 
         Args:
-          path: of the LoRA file; PEFT keeps its config beside it.
-          metadata: of the file's header.
-          peft: names are PEFT's, `lora_A` and `lora_B`, not `lora_down` and `lora_up`. Converters to these
-            names multiply alpha in, and leave kohya's metadata as it was.
+          path: the LoRA file; PEFT writes the adapter config into the same folder.
+          metadata: metadata of the file's header.
+          peft: tensors have PEFT's names `lora_A` and `lora_B`, not `lora_down` and `lora_up`. Converters to
+            PEFT's names multiply alpha into the tensors and leave kohya's metadata unchanged, so kohya's
+            metadata is ignored.
 
         Raises:
-          UserError: a config is no JSON of its kind, or asks for what is not supported.
+          UserError: the adapter config is invalid, or has unsupported options.
         """
         self._path = path
-        self._config = read_adapter_config(path, metadata) if peft else _of_header(path, metadata)
+        self._config = read_adapter_config(path, metadata) if peft else _header_config(path, metadata)
         self._alpha = None if peft or self._config else _kohya_alpha(path, metadata)
-        self._said = False
+        self._logged = False
 
     def __call__(self, name: str, rank: int) -> float:
-        """The factor of the update of the map `name`, as the file calls it without its prefix."""
+        """Scale of the linear map `name`, which is the external name without prefix."""
         if self._config is not None:
-            self._log(f"the scale is {self._config.where}'s", warn=False)
+            self._log(f"the scale is from {self._config.where}", warn=False)
             return self._config.scale(name, rank)
         if self._alpha is not None:
-            self._log(f"alpha is {self._alpha:g}, the header's ss_network_alpha", warn=False)
+            self._log(f"alpha is {self._alpha:g}, from the header's ss_network_alpha", warn=False)
             return self._alpha / rank
         self._log(
             "alpha is neither in the tensors, nor in the header's metadata, nor in a config beside the file: "
-            "it is taken to be equal to the rank (scale 1), which is too weak or too strong if the LoRA was "
-            "trained with another",
+            "assuming alpha = rank (scale 1), which is too weak or too strong if the LoRA was trained with "
+            "another alpha",
             warn=True,
         )
         return 1.0
 
     def _log(self, message: str, *, warn: bool) -> None:
-        if not self._said:
+        if not self._logged:
             (_log.warning if warn else _log.info)("%s: %s", self._path, message)
-        self._said = True
+        self._logged = True
 
 
 def read_adapter_config(path: pathlib.Path, metadata: Mapping[str, str]) -> AdapterConfig | None:
-    """PEFT's config of the adapter in a file, from the file's header, or else from adapter_config.json.
+    """PEFT's adapter config of a LoRA file, from its header or else from adapter_config.json; None if absent.
 
-    The latter counts where it must belong to the file: the file has PEFT's name, or is alone in its folder.
+    adapter_config.json is used only if it must belong to the file: the file has PEFT's name, or is the only
+    safetensors file in its folder.
 
     Raises:
-      UserError: it is no JSON of its kind, or asks for what is not supported.
+      UserError: the config is invalid, or has unsupported options.
     """
-    config = _of_header(path, metadata)
-    beside = path.with_name(ADAPTER_CONFIG)
-    if config is not None or not beside.exists():
+    config = _header_config(path, metadata)
+    config_path = path.with_name(ADAPTER_CONFIG)
+    if config is not None or not config_path.exists():
         return config
     if path.name != "adapter_model.safetensors" and len(list(path.parent.glob("*.safetensors"))) > 1:
-        _log.warning("%s is not used for %s: there are other weights in the folder", beside, path.name)
+        _log.warning("%s is not used for %s: the folder has other safetensors files", config_path, path.name)
         return None
-    return _config(read_json(beside, remedy="take it from where the LoRA is from"), str(beside))
+    remedy = "take it from where the LoRA is from"
+    return _config(read_json(config_path, remedy=remedy), str(config_path))
 
 
-def _of_header(path: pathlib.Path, metadata: Mapping[str, str]) -> AdapterConfig | None:
+def _header_config(path: pathlib.Path, metadata: Mapping[str, str]) -> AdapterConfig | None:
     if _METADATA not in metadata:
         return None
     where = f"{path}: {_METADATA}"
     values = parse_json(metadata[_METADATA], where)
     if not isinstance(values, dict):
         raise UserError(f"{where}: found JSON of type {type(values).__name__}, expected a mapping")
-    # Keys begin with the part of the pipeline; those of text encoders are of no use here.
-    of_part = {key.removeprefix("transformer."): value for key, value in values.items() if _is_ours(key)}
-    return _config(of_part, where) if of_part else None
+    # Keys start with the pipeline component; those of text encoders are ignored.
+    transformer_values = {
+        key.removeprefix("transformer."): value for key, value in values.items() if _is_transformer_key(key)
+    }
+    return _config(transformer_values, where) if transformer_values else None
 
 
-def _is_ours(key: str) -> bool:
+def _is_transformer_key(key: str) -> bool:
     return key.startswith("transformer.") or "." not in key
 
 
@@ -157,7 +162,7 @@ def _config(values: Mapping[str, Any], where: str) -> AdapterConfig:
 
 
 def _pattern(values: Mapping[str, Any], key: str, limit: limits.Limit, where: str) -> dict[str, Any]:
-    """A mapping of names; of regular expressions only those that stand for names are taken."""
+    """Values by name from a PEFT pattern; accepts only regular expressions that match a single name."""
     found = values.get(key) or {}
     if not isinstance(found, dict):
         raise UserError(f"{where}: {key} is {json.dumps(found)[:60]}; expected a mapping")
@@ -170,8 +175,8 @@ def _pattern(values: Mapping[str, Any], key: str, limit: limits.Limit, where: st
     return named
 
 
-def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that is `name` or its end after a dot, as PEFT looks it up."""
+def _lookup(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Value of the first key that equals `name` or its end after a dot, as PEFT looks it up."""
     return next((value for key, value in pattern.items() if f".{name}".endswith(f".{key}")), default)
 
 

@@ -1,4 +1,4 @@
-"""What the tensors of a LoRA file mean for a transformer: which array each changes, and how strongly."""
+"""Maps the tensors of a LoRA file to the transformer's arrays, and checks them."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _PREFIXES = (
     "diffusion_model.",
     "base_model.model.",
     "model.diffusion_model.",
-    # Names with underscores for dots: of kohya's trainers, and of OneTrainer.
+    # Names with underscores for dots, as kohya's trainers and OneTrainer write them.
     "lora_unet_",
     "lora_unet__",
     "lora_transformer_",
@@ -37,7 +37,7 @@ _SIDES = {
     r"(.+)\.diff": "diff",
     r"(.+)\.diff_b": "diff_b",
 }
-_OTHERS = {
+_UNSUPPORTED = {
     r".*\.(dora_scale|lora_magnitude_vector)\b.*": "DoRA",
     r".*\.hada_.*": "LoHa",
     r".*\.lokr_.*": "LoKr",
@@ -49,7 +49,7 @@ _SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An array of the transformer by its dotted name, or a layer of one that holds all layers."""
+    """An array of the transformer, by dotted name, or one layer of a stacked array."""
 
     name: str
     layer: int | None
@@ -57,10 +57,10 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The factors of an update of low rank.
+    """The two LoRA matrices of one linear map.
 
     Attributes:
-      read: gives both, float32, [in, rank] and [rank, out], the second scaled.
+      read: returns down [in, rank] and up [rank, out], float32; up includes the scale.
     """
 
     rank: int
@@ -69,11 +69,12 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRATensors:
-    """The updates of a file.
+    """Contents of a LoRA file.
 
     Attributes:
-      pairs: of kernels.
-      changes: of whole arrays; gives the sum of them, float32, in the shape of the array, of one layer.
+      pairs: LoRA matrices by kernel.
+      changes: by array, a function that returns the sum of its full-rank changes, float32, in the shape of
+        the array or of one layer of it.
     """
 
     pairs: Mapping[Place, Pair]
@@ -82,23 +83,23 @@ class LoRATensors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Target:
-    """An array that files may change, of one layer: where it is, and its shape here and elsewhere."""
+    """An array of one layer that files may change, with its native and its external shape."""
 
     place: Place
     mapping: TensorMapping
     shape: tuple[int, ...]
 
     @property
-    def theirs(self) -> tuple[int, ...]:
+    def external_shape(self) -> tuple[int, ...]:
         return self.mapping.external_shape(self.shape)
 
 
 def read_tensors(files: TensorFiles, dit: DiT, path: pathlib.Path) -> LoRATensors:
-    """Finds out what each tensor of a file means; every tensor is checked before any is used.
+    """LoRA matrices and full-rank changes of a file; checks every tensor first.
 
     Raises:
-      WeightsError: a tensor means nothing for this transformer, does not fit, or is not finite; names them.
-      UserError: what is said of alpha cannot be used.
+      WeightsError: tensors are unknown to this transformer, do not fit or are not finite; names each.
+      UserError: an alpha is invalid or unsupported.
     """
     reader = _Reader(files, _targets(dit), path)
     grouped = reader.grouped()
@@ -108,7 +109,7 @@ def read_tensors(files: TensorFiles, dit: DiT, path: pathlib.Path) -> LoRATensor
         reader.read_base(base, sides, pairs, changes)
     if reader.problems or not (pairs or changes):
         listed = "\n".join(f"  {problem}" for problem in sorted(reader.problems)[:_SHOWN])
-        raise WeightsError(f"{path} holds no LoRA for this transformer, or not only one:\n{listed}")
+        raise WeightsError(f"{path} is not a valid LoRA of this transformer; unusable tensors:\n{listed}")
     return LoRATensors(pairs=pairs, changes={place: _sum_of(reads) for place, reads in changes.items()})
 
 
@@ -116,25 +117,27 @@ class _Reader:
     def __init__(self, files: TensorFiles, targets: Mapping[tuple[str, str], _Target], path: pathlib.Path):
         self._files = files
         self._targets = targets
-        # Files that call one map by two names are found by what both mean.
-        self._means = {base: _holder(target.place) for (base, _), target in targets.items()}
+        # Different names of one map have the same owner, which finds duplicates.
+        self._owners = {base: _owner(target.place) for (base, _), target in targets.items()}
         peft = any(".lora_A" in name for name in files.shapes)
         self._scale_of = ScaleOf(path, files.metadata, peft=peft)
         self.problems: list[str] = []
 
     def grouped(self) -> list[tuple[str, dict[str, str]]]:
-        """What the file calls each map or other array, without prefixes, and its tensors by meaning."""
+        """External name without prefix of each map or other array, and its tensor names by kind."""
         found: dict[Place, tuple[str, dict[str, str]]] = {}
         for name in self._files.shapes:
-            kind = next((kind for pattern, kind in _OTHERS.items() if re.fullmatch(pattern, name)), None)
+            kind = next((kind for pattern, kind in _UNSUPPORTED.items() if re.fullmatch(pattern, name)), None)
             if kind is not None:
-                self.problems.append(f"{name}: {kind} is not supported; merge it where it was trained")
+                self.problems.append(
+                    f"{name}: {kind} is not supported; merge it into the weights where it was trained"
+                )
                 continue
-            side, base = self._meaning(name)
+            side, base = self._parse_name(name)
             if base is None:
                 self.problems.append(f"{name}: unknown")
                 continue
-            _, sides = found.setdefault(self._means[base], (base, {}))
+            _, sides = found.setdefault(self._owners[base], (base, {}))
             if side in sides:
                 self.problems.append(f"{name}: means the same as {sides[side]}")
             elif self._is_number(name):
@@ -148,7 +151,7 @@ class _Reader:
         pairs: dict[Place, Pair],
         changes: dict[Place, list[Callable[[], np.ndarray]]],
     ) -> None:
-        """Adds the updates of one map, or of one other array."""
+        """Adds the tensors of one map or other array to `pairs` and `changes`."""
         factor = 1.0
         kernel = self._targets.get((base, "weight"))
         if {"down", "up"} <= sides.keys() and kernel is not None:
@@ -156,10 +159,10 @@ class _Reader:
             if pair is None:
                 return
             pairs[kernel.place] = pair
-        elif left := sides.keys() & {"down", "up", "alpha", "up_bias"}:
+        elif unpaired := sides.keys() & {"down", "up", "alpha", "up_bias"}:
             what = "no linear map" if kernel is None else "one factor of two"
-            self.problems.append(f"{base} ({what if left & {'down', 'up'} else 'no factors'}): unknown")
-        for side, kind, times in (
+            self.problems.append(f"{base} ({what if unpaired & {'down', 'up'} else 'no factors'}): unknown")
+        for side, kind, scale in (
             ("diff", "weight", 1.0),
             ("diff_b", "bias", 1.0),
             ("up_bias", "bias", factor),
@@ -170,26 +173,27 @@ class _Reader:
             shape = self._files.shapes[name]
             if target is None:
                 self.problems.append(f"{name}: there is no such {kind}")
-            elif shape != target.theirs and shape != target.shape:
-                self.problems.append(f"{name}: {shape} does not fit {target.theirs}")
+            elif shape != target.external_shape and shape != target.shape:
+                self.problems.append(f"{name}: {shape} does not fit {target.external_shape}")
             else:
-                changes.setdefault(target.place, []).append(_change(self._files, name, target, times))
+                changes.setdefault(target.place, []).append(_change(self._files, name, target, scale))
 
-    def _meaning(self, name: str) -> tuple[str, str | None]:
+    def _parse_name(self, name: str) -> tuple[str, str | None]:
+        """Kind of a tensor (a value of `_SIDES`) and its base name; None if no array has that name."""
         for pattern, side in _SIDES.items():
             if match := re.fullmatch(pattern, name):
-                spelled = match[1]
-                found = (spelled.removeprefix(p) for p in _PREFIXES if spelled.startswith(p))
-                return side, next((base for base in found if base in self._means), None)
+                prefixed = match[1]
+                found = (prefixed.removeprefix(p) for p in _PREFIXES if prefixed.startswith(p))
+                return side, next((base for base in found if base in self._owners), None)
         return "", None
 
     def _is_number(self, name: str) -> bool:
-        """Whether a tensor holds finite floating point numbers; alpha may be an integer."""
+        """Whether a tensor holds finite floating-point numbers; alpha may be an integer."""
         dtype = self._files.dtypes[name]
         if dtype.kind not in ("fVui" if name.endswith(".alpha") else "fV"):
             self.problems.append(f"{name}: of type {dtype}, expected floating point")
             return False
-        # False of NaN too. Within this range no product of both factors, alpha and a scale overflows.
+        # The comparison is false for NaN. Within the limit, products of down, up, alpha and scale are finite.
         if not (np.abs(self._files.read(name).astype(np.float32)) <= limits.LORA_WEIGHT.high).all():
             self.problems.append(f"{name}: holds numbers that are not finite, or not {limits.LORA_WEIGHT}")
             return False
@@ -197,7 +201,7 @@ class _Reader:
 
     def _pair(self, base: str, sides: Mapping[str, str], kernel: _Target) -> tuple[Pair | None, float]:
         down, up = (self._files.shapes[sides[side]] for side in ("down", "up"))
-        out, *inputs = kernel.theirs
+        out, *inputs = kernel.external_shape
         rank = down[0] if down else 0
         fits = down in ((rank, *inputs), (rank, math.prod(inputs))) and up[:2] == (out, rank)
         if not fits or math.prod(up[2:]) != 1 or not limits.LORA_RANK.holds(rank):
@@ -225,15 +229,15 @@ class _Reader:
         return limits.LORA_ALPHA.check(value, f"{self._files.path}: {alpha}") / rank
 
 
-def _holder(place: Place) -> Place:
-    """The map or norm that an array belongs to, or the array itself."""
+def _owner(place: Place) -> Place:
+    """The map or norm that owns an array, or the array itself."""
     name, _, last = place.name.rpartition(".")
     return Place(name, place.layer) if last in ("kernel", "scale", "bias") else place
 
 
-def _change(files: TensorFiles, name: str, target: _Target, times: float) -> Callable[[], np.ndarray]:
+def _change(files: TensorFiles, name: str, target: _Target, scale: float) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        tensor = files.read(name).astype(np.float32) * np.float32(times)
+        tensor = files.read(name).astype(np.float32) * np.float32(scale)
         return target.mapping.to_native(tensor, target.shape)
 
     return read
@@ -244,17 +248,17 @@ def _sum_of(reads: Iterable[Callable[[], np.ndarray]]) -> Callable[[], np.ndarra
 
 
 def _targets(dit: DiT) -> dict[tuple[str, str], _Target]:
-    """The arrays by the names of what holds them, as files spell them, and `weight` or `bias`."""
+    """Arrays that files may change, by (external name of the owner, `weight` or `bias`)."""
     leaves = {name: leaf for name, leaf in named_leaves(dit).items() if ".low_rank." not in name}
     targets: dict[tuple[str, str], _Target] = {}
     for table in (diffusers_names, wan_names):
         for name, mapping in table(dit.config, leaves).items():
             shape = tuple(leaves[name].shape)
             for layer in range(shape[0]) if mapping.stacked else (None,):
-                theirs = mapping.external_name.format(layer)
-                base, _, kind = theirs.rpartition(".")
+                external = mapping.external_name.format(layer)
+                base, _, kind = external.rpartition(".")
                 if kind not in ("weight", "bias"):
-                    base, kind = theirs, "weight"
+                    base, kind = external, "weight"
                 target = _Target(
                     place=Place(name, layer),
                     mapping=mapping,

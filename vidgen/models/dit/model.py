@@ -1,4 +1,4 @@
-"""The patch transformer: noisy latents, timesteps and text features to velocity."""
+"""The patch transformer: maps noisy latents, timesteps and text features to velocity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from vidgen.parallel.rules import constrain
 
 
 class DiT(nnx.Module):
-    """Diffusion transformer over spacetime patches (arXiv 2212.09748), in the form of Wan 2.1."""
+    """Diffusion transformer over spacetime patches (arXiv 2212.09748), with Wan 2.1's architecture."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         pt, ph, pw = config.patch_size
@@ -41,22 +41,24 @@ class DiT(nnx.Module):
         run_blocks: "RunBlocks | None" = None,
         time_ids: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b tz hz wz v"]:
-        """Velocity (noise - clean latents) in float32, as many frames, rows and columns as the latents.
+        """Velocity (noise - clean latents), float32, on the grid of the latents.
 
         Args:
-          latents: noisy, normalised latents, and in further channels what is given beside them.
-          timestep: in [0, 1], 1 is noise: one per clip; or several, of which `time_ids` says which one each
-            token has (a latent that is given has timestep 0); or, without `time_ids`, one per token. Tokens
-            are in order time, row, column.
-          text: features of the text encoder; `text_mask` says which are of the prompt, at least one per clip;
-            without it all are seen, as by Wan, whose features beyond the prompt are zeros.
-          image: features of the image encoder, for a model with `image_dim`: of one image per clip, or of
-            first and last frames by turns for one with `image_positions`.
-          run_blocks: in the place of `apply_blocks`.
+          latents: noisy, normalised latents, with concatenated latents in further channels.
+          timestep: timesteps in [0, 1], where 1 is pure noise: one per clip; or g per clip, with one selected
+            for each token by `time_ids` (known latents have timestep 0); or one per token, without
+            `time_ids`. Tokens are in order time, row, column.
+          text: features of the text encoder.
+          text_mask: true for tokens of the prompt, at least one per clip; None attends to all, as Wan does
+            with features that are zero beyond the prompt.
+          image: features of the image encoder, for a model with `image_dim`: one image per clip, or
+            alternating first and last frames for a model with `image_positions`.
+          run_blocks: replaces `apply_blocks`.
+          time_ids: index of each token's timestep.
 
         Raises:
-          UserError: the latents do not divide into patches, or their channels are not `in_channels`; an
-            image is missing, or given to a model that takes none.
+          UserError: the latents do not divide into patches, or do not have `in_channels` channels; the image
+            is missing, or is given to a model without `image_dim`.
         """
         config = self.config
         if latents.shape[-1] != config.in_channels:
@@ -94,16 +96,16 @@ class DiT(nnx.Module):
         run_blocks: "RunBlocks | None" = None,
         time_ids: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s q"]:
-        """Velocity of the patch of each token, float32; of one clip per row, or of several.
+        """Velocity of each token's patch, float32, for one clip per batch row or several packed clips.
 
         Args:
-          patches: of `patchify`.
-          timestep: those of a row: as many as there are different ones, or one (g = 1) for all tokens, or one
-            for each of them.
-          time_ids: which timestep of its row each token has, where these are neither one nor one per token.
-            Vectors of the model's width are then computed once for each timestep, and not for each token.
+          patches: patches from `patchify`.
+          timestep: timesteps of a batch row: one for all tokens (g = 1), one per token, or g that `time_ids`
+            selects from.
+          time_ids: index of each token's timestep; None if there is one timestep or one per token. With
+            indices, vectors of the model's width are computed per timestep instead of per token.
           positions: time, row and column of each token on the grid of its clip.
-          segment_ids: for rows of several clips, which of them each token, and each text token, belongs to.
+          segment_ids: for packed clips, the clip of each token and of each text token.
         """
         x, embedded, conditions = self.embed(
             patches,
@@ -130,7 +132,7 @@ class DiT(nnx.Module):
         image: Float[Array, "i m e2"] | None = None,
         time_ids: Int[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b g d"], dict[str, Any]]:
-        """What the blocks take: tokens, the embedded timesteps, and the conditions; arguments of `tokens`."""
+        """Tokens, embedded timesteps and conditions, for `apply_blocks` and `head`; arguments as `tokens`."""
         config = self.config
         per_token = time_ids is None and timestep.shape[1] > 1
         embedded, modulation = self.condition_embedder.time(timestep, per_token=per_token)
@@ -147,7 +149,7 @@ class DiT(nnx.Module):
         return constrain(x, "batch", "tokens", None), embedded, conditions
 
     def apply_blocks(self, x: Float[Array, "b s d"], conditions: dict[str, Any]) -> Float[Array, "b s d"]:
-        """Runs tokens through all blocks."""
+        """Tokens after the last block."""
         return apply_stack(self.blocks, x, _apply_block, remat=self.config.remat, **conditions)
 
     def _image(self, features: Array | None) -> Array | None:
@@ -158,7 +160,7 @@ class DiT(nnx.Module):
 
 
 RunBlocks = Callable[[DiT, Array, dict[str, Any]], Array]
-"""Of a transformer, its tokens and its conditions, the tokens that the blocks make."""
+"""Replaces `DiT.apply_blocks`: (dit, tokens, conditions) -> tokens after the last block."""
 
 
 def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:
@@ -166,7 +168,7 @@ def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:
 
 
 def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "b s p"]:
-    """Tokens in order time, row, column; within a token frame, row, column, channel (slowest first)."""
+    """Patches in order time, row, column; values within a patch in order frame, row, column, channel."""
     b, t, h, w, c = latents.shape
     pt, ph, pw = patch
     x = latents.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)

@@ -17,22 +17,22 @@ from vidgen.parallel.rules import constrain
 
 
 def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array, eps: float) -> Float[Array, "b s d"]:
-    """Layer norm without weights, then scale and shift per token or per clip (`b s d` or `b 1 d`)."""
+    """Layer norm without weights, times 1 + scale plus shift, per token (`b s d`) or per clip (`b 1 d`)."""
     return (layer_norm(x, eps) * _over_tokens(1.0 + scale, x) + _over_tokens(shift, x)).astype(x.dtype)
 
 
 def _over_tokens(vector: Float[Array, "b s2 d"], x: Float[Array, "b s d"]) -> Array:
-    """One vector for all tokens there are as `over_last_axis` has it, in its own dtype; others unchanged."""
+    """A single vector broadcast to the shape of `x` (as `over_last_axis`, same dtype); others unchanged."""
     if vector.shape[:2] != (1, 1):
         return vector
     return jax.lax.broadcast_in_dim(vector[0, 0], x.shape, (2,))
 
 
 def of_tokens(vectors: Float[Array, "b g d"], time_ids: Int[Array, "b s"] | None) -> Float[Array, "b s2 d"]:
-    """The vector of each token, exactly: number `time_ids` of its row; without these, `vectors` unchanged.
+    """Vector of each token, `vectors[b, time_ids[b, s]]`, exactly; `vectors` unchanged without `time_ids`.
 
-    By products with zeros and ones, which the mesh cuts as all other products of tokens, and whose gradient
-    is a product too: the sum over the tokens of each vector.
+    Computed as a matrix product with one-hot rows: it is sharded like other products over tokens, and its
+    gradient, the sum over each vector's tokens, is a matrix product too.
     """
     if time_ids is None:
         return vectors
@@ -42,14 +42,14 @@ def of_tokens(vectors: Float[Array, "b g d"], time_ids: Int[Array, "b s"] | None
 
 
 class ConditionEmbedder(nnx.Module):
-    """Timestep to modulation vectors, text features to model width."""
+    """Maps timesteps to modulation vectors, and text and image features to the model's width."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
         self.freq_dim = config.freq_dim
         self.time_1 = Linear(config.freq_dim, d, axes=("features", "embed"), rngs=rngs)
         self.time_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
-        # Zero: every block starts as the identity (adaLN-Zero; Peebles and Xie, arXiv 2212.09748).
+        # Zero: the gated branches of every block start at zero (adaLN-Zero; arXiv 2212.09748).
         self.time_proj = Linear(d, 6 * d, axes=("embed", "mlp"), init=zeros, rngs=rngs)
         self.text_1 = Linear(config.text_dim, d, axes=("features", "embed"), rngs=rngs)
         self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
@@ -58,10 +58,10 @@ class ConditionEmbedder(nnx.Module):
     def time(
         self, timestep: Float[Array, "b g"], *, per_token: bool = False
     ) -> tuple[Float[Array, "b g d"], Float[Array, "b g 6 d"]]:
-        """Embedding of the timestep and the six modulation vectors of a block, in float32.
+        """Timestep embedding and the six modulation vectors of a block, float32.
 
         Args:
-          per_token: there is a timestep for each token, cut over the mesh as tokens are.
+          per_token: `timestep` has one entry per token, sharded like the tokens.
         """
         axis = "tokens" if per_token else None
         hidden = self.time_1(timestep_embedding(timestep, self.freq_dim))
@@ -75,7 +75,7 @@ class ConditionEmbedder(nnx.Module):
 
 
 class ImageEmbedder(nnx.Module):
-    """Features of an image encoder to model width."""
+    """Maps features of an image encoder to the model's width."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         assert config.image_dim is not None
@@ -88,7 +88,7 @@ class ImageEmbedder(nnx.Module):
         self.positions = param(rngs, zeros, shape, (None, None)) if config.image_positions else None
 
     def __call__(self, features: Float[Array, "i m g"]) -> Float[Array, "b m2 d"]:
-        """With learned positions, the tokens of two images in a row of the batch follow one another."""
+        """Image tokens; with learned positions, two consecutive images are concatenated into one example."""
         if self.positions is not None:
             count, width = self.positions.shape
             features = features.reshape(-1, count, width) + self.positions[...][None].astype(features.dtype)
@@ -97,7 +97,7 @@ class ImageEmbedder(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, text cross-attention and feed-forward; the timestep modulates first and last."""
+    """Self-attention, cross-attention and feed-forward network; the timestep modulates first and last."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
@@ -128,17 +128,18 @@ class Block(nnx.Module):
         segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
         image: Float[Array, "b m d"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """One layer.
+        """Tokens after this block.
 
         Args:
-          modulation: of each timestep there is.
-          time_ids: which of them each token has; None is one (g = 1) for all, or one per token in order.
-          segment_ids: of tokens and of text tokens, for rows of several clips.
+          modulation: modulation vectors of each timestep.
+          time_ids: index of each token's timestep; None if there is one for all (g = 1) or one per token.
+          segment_ids: segment ids of tokens and of text tokens, for packed clips.
         """
-        own = None if segment_ids is None else (segment_ids[0], segment_ids[0])
+        token_segments = None if segment_ids is None else (segment_ids[0], segment_ids[0])
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (of_tokens(part[:, :, 0], time_ids) for part in parts)
-        y = self.self_attention(modulate(x, shift1, scale1, self.eps), angles=angles, segment_ids=own)
+        y = modulate(x, shift1, scale1, self.eps)
+        y = self.self_attention(y, angles=angles, segment_ids=token_segments)
         x = x + (y * _over_tokens(gate1, y)).astype(x.dtype)
         x = x + self.cross_attention(
             self.cross_norm(x), text, key_mask=text_mask, segment_ids=segment_ids, second=image
@@ -148,7 +149,7 @@ class Block(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated norm and projection of each token to its patch of velocity; starts at zero."""
+    """Modulated norm and projection of each token to its velocity patch; zero at initialisation."""
 
     def __init__(self, config: DiTConfig, features: int, *, rngs: nnx.Rngs):
         self.eps = config.eps
@@ -161,7 +162,7 @@ class Head(nnx.Module):
         embedded: Float[Array, "b g d"],
         time_ids: Int[Array, "b s"] | None = None,
     ) -> Float[Array, "b s p"]:
-        """The embedded timesteps are picked for each token as `Block` picks modulations."""
+        """Velocity patch of each token; `time_ids` selects embedded timesteps as in `Block`."""
         parts = jnp.split(embedded[:, :, None] + self.scale_shift_table[...][None, None], 2, axis=2)
         shift, scale = (of_tokens(part[:, :, 0], time_ids) for part in parts)
         return self.proj(modulate(x, shift, scale, self.eps))

@@ -1,4 +1,4 @@
-"""Tensor names of the transformer in diffusers (`WanTransformer3DModel`) and in Wan's own checkpoints."""
+"""Tensor names of the transformer in diffusers (`WanTransformer3DModel`) and Wan's original checkpoints."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ _DIFFUSERS = {
     "head.scale_shift_table": "scale_shift_table",
     "self_attention": "attn1",
     "cross_attention": "attn2",
-    # The second norm to be applied; Wan, which numbers it last, and diffusers swap the names of two norms.
+    # Applied second: diffusers numbers norms in order of application, Wan calls this one norm3.
     "cross_norm": "norm2",
     "query": "to_q",
     "key": "to_k",
@@ -74,7 +74,7 @@ def diffusers_names(config: DiTConfig, names: Iterable[str]) -> dict[str, Tensor
     """Name and layout of each parameter in diffusers.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     return {name: _mapping(name, _DIFFUSERS, config) for name in names}
 
@@ -83,7 +83,7 @@ def wan_names(config: DiTConfig, names: Iterable[str]) -> dict[str, TensorMappin
     """Name and layout of each parameter in the checkpoints that Wan's authors published.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     return {name: _mapping(name, _WAN, config) for name in names}
 
@@ -96,10 +96,10 @@ def _mapping(name: str, table: Mapping[str, str], config: DiTConfig) -> TensorMa
     found = _NAME.fullmatch(name)
     assert found is not None
     path, kind = found.groups()
-    theirs = table.get(path) or ".".join(table.get(part, part) for part in path.split("."))
-    theirs = ("blocks.{}." if stacked else "") + theirs
+    external = table.get(path) or ".".join(table.get(part, part) for part in path.split("."))
+    external = ("blocks.{}." if stacked else "") + external
     if kind is not None:
-        theirs += ".bias" if kind == "bias" else ".weight"
-    # Tables have an axis for the batch there.
+        external += ".bias" if kind == "bias" else ".weight"
+    # External scale_shift_tables and position embeddings have a leading batch axis.
     axes = {"kernel": (1, 0), None: (None, 0, 1)}.get(kind, (0,))
-    return TensorMapping(theirs, axes, stacked=stacked)
+    return TensorMapping(external, axes, stacked=stacked)

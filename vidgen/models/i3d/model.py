@@ -1,4 +1,4 @@
-"""I3D, the inflated Inception-v1 whose features are those of the Frechet video distance.
+"""I3D, the inflated Inception-v1 that gives the features of the Frechet video distance (FVD).
 
 Carreira & Zisserman 2017, Quo Vadis, Action Recognition? (arXiv:1705.07750), on RGB, with the 400 classes of
 Kinetics-400; Unterthiner et al. 2018, Towards Accurate Generative Models of Video (arXiv:1812.01717).
@@ -17,7 +17,7 @@ __all__ = ["FEWEST_FRAMES", "I3D", "NUM_CLASSES", "resize"]
 
 NUM_CLASSES = 400
 FEWEST_FRAMES = 9
-"""What three halvings leave at least two frames of, the window of the last average."""
+"""Smallest number of frames: three halvings of time leave two, the window of the final average pooling."""
 
 _SIDE = 224
 _EPSILON = 1e-3
@@ -33,10 +33,10 @@ _MIXED = {
     "mixed_5b": (256, 160, 320, 32, 128, 128),
     "mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-"""Channels of each block's units b0, b1a, b1b, b2a, b2b and b3b."""
+"""Output channels of each block's units b0, b1a, b1b, b2a, b2b and b3b."""
 
 _POOL_BEFORE = {"mixed_4b": ((3, 3, 3), (2, 2, 2)), "mixed_5b": ((2, 2, 2), (2, 2, 2))}
-"""Window and strides of the pooling before a block."""
+"""Window and strides of the max pooling before a block."""
 
 _he_normal = jax.nn.initializers.he_normal()
 
@@ -44,7 +44,7 @@ Sizes = tuple[int, int, int]
 
 
 class Unit(nnx.Module):
-    """Convolution, batch norm with the statistics of training, and ReLU."""
+    """Convolution, batch norm with fixed statistics from training, and ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, size: Sizes, *, strides: Sizes = (1, 1, 1), rngs: nnx.Rngs
@@ -67,7 +67,7 @@ class Unit(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """Inception block: four ways side by side, one above the other in channels."""
+    """Inception block: four parallel branches, concatenated along channels."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...], *, rngs: nnx.Rngs):
         b0, b1a, b1b, b2a, b2b, b3b = widths
@@ -81,15 +81,15 @@ class Mixed(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t h w i"]) -> Float[Array, "b t h w o"]:
         pooled = _max_pool(x, (3, 3, 3), (1, 1, 1))
-        ways = [self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)]
-        return jnp.concatenate(ways, axis=-1)
+        branches = [self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)]
+        return jnp.concatenate(branches, axis=-1)
 
 
 class I3D(nnx.Module):
-    """The RGB network, for inference, in float32."""
+    """The RGB network, for inference in float32."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        """Random weights; `load_i3d` gives the trained ones."""
+        """Initialises random weights; `load_i3d` loads trained ones."""
         self.conv_1a = Unit(3, 64, (7, 7, 7), strides=(2, 2, 2), rngs=rngs)
         self.conv_2b = Unit(64, 64, (1, 1, 1), rngs=rngs)
         self.conv_2c = Unit(64, 192, (3, 3, 3), rngs=rngs)
@@ -102,13 +102,13 @@ class I3D(nnx.Module):
         self.logits_bias = param(rngs, zeros, (NUM_CLASSES,), (None,))
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b 400"]:
-        """The features of FVD: the logits of the classes, averaged over time.
+        """FVD features: class logits averaged over time.
 
         Args:
-          video: pixels in [-1, 1], at least 9 frames, of any size: brought to 224 x 224 by `resize`.
+          video: pixels in [-1, 1], at least 9 frames of any size; `resize` scales them to 224 x 224.
 
         Raises:
-          UserError: there are fewer frames.
+          UserError: the clip has fewer than 9 frames.
         """
         if video.shape[1] < FEWEST_FRAMES:
             raise UserError(f"a clip has {video.shape[1]} frames; I3D needs at least {FEWEST_FRAMES}")
@@ -119,7 +119,7 @@ class I3D(nnx.Module):
             if name in _POOL_BEFORE:
                 x = _max_pool(x, *_POOL_BEFORE[name])
             x = getattr(self, name)(x)
-        # The average over windows of two frames and all 7 x 7 positions; what follows is linear.
+        # Average pooling (2 frames, 7 x 7 positions) and the mean over time commute with the linear logits.
         x = x.mean((2, 3))
         x = (0.5 * (x[:, 1:] + x[:, :-1])).mean(1)
         logits = x @ self.logits_kernel[...]
@@ -127,10 +127,10 @@ class I3D(nnx.Module):
 
 
 def resize(video: Float[Array, "b t h w 3"]) -> Float[Array, "b t 224 224 3"]:
-    """A video at I3D's size, float32: bilinear, without anti-aliasing, the sides each for itself.
+    """Resizes frames to 224 x 224, float32: bilinear, without anti-aliasing, ignoring the aspect ratio.
 
-    Centres of pixels are at halves, as in the ports of FVD to PyTorch. Its authors' own code takes TensorFlow
-    1's grid, which lies up to half a pixel beside it.
+    Pixel centres are at half-integers, as in the PyTorch ports of FVD. The authors' code uses TensorFlow 1's
+    grid, which is shifted by up to half a pixel.
     """
     b, t, _, _, c = video.shape
     shape = (b, t, _SIDE, _SIDE, c)
@@ -142,6 +142,6 @@ def _max_pool(x: Float[Array, "b t h w c"], window: Sizes, strides: Sizes) -> Fl
 
 
 def _same_padding(length: int, size: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's "SAME": ceil(length / stride) outputs, an odd zero at the end."""
-    zeros_in_all = max((-(-length // stride) - 1) * stride + size - length, 0)
-    return zeros_in_all // 2, zeros_in_all - zeros_in_all // 2
+    """TensorFlow's "SAME" padding (before, after): ceil(length / stride) outputs, an odd zero at the end."""
+    total = max((-(-length // stride) - 1) * stride + size - length, 0)
+    return total // 2, total - total // 2

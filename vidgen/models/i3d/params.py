@@ -1,4 +1,4 @@
-"""I3D out of a user's safetensors file, under the names of the port to PyTorch (`pytorch-i3d`)."""
+"""Loads I3D from a safetensors file with the tensor names of the PyTorch port (`pytorch-i3d`)."""
 
 import pathlib
 from collections.abc import Iterable
@@ -31,20 +31,20 @@ _REMEDY = (
 
 
 def load_i3d(path: pathlib.Path | str) -> I3D:
-    """The network in a safetensors file.
+    """Loads I3D from a safetensors file.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: names every tensor that is missing, left over or of another shape, and what was expected.
+      WeightsError: tensors are missing, unexpected or of another shape; names each, and the expected file.
     """
     return load_module(path, lambda: I3D(rngs=nnx.Rngs(0)), names=i3d_names, ignore=_IGNORE, remedy=_REMEDY)
 
 
 def i3d_names(names: Iterable[str]) -> dict[str, TensorMapping]:
-    """Name and layout of each parameter and statistic in a file.
+    """External tensor name and layout of each parameter and statistic.
 
     Args:
-      names: of ours, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted names of parameters and statistics (`vidgen.core.tree.named_leaves`).
     """
     table = {}
     for name in names:
@@ -52,6 +52,6 @@ def i3d_names(names: Iterable[str]) -> dict[str, TensorMapping]:
             table[name] = _LOGITS[name]
             continue
         module, *branch, kind = name.split(".")
-        theirs, tensor = _MODULES.get(module, module.capitalize()), _TENSORS[kind]
-        table[name] = TensorMapping(".".join([theirs, *branch, tensor.external_name]), tensor.permutation)
+        external, tensor = _MODULES.get(module, module.capitalize()), _TENSORS[kind]
+        table[name] = TensorMapping(".".join([external, *branch, tensor.external_name]), tensor.permutation)
     return table

@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look, as the distance between their features in VGG16.
+"""LPIPS: perceptual distance of images, computed from VGG16 features.
 
 Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv:1801.03924),
 with the linear heads of version 0.1.
@@ -16,13 +16,13 @@ from vidgen.ops.convolution import conv3d
 __all__ = ["LPIPS", "SMALLEST_SIDE"]
 
 SMALLEST_SIDE = 16
-"""Pixels: the last features are of one 16th of the picture's sides."""
+"""Smallest height and width, in pixels: the last features have 1/16 of the image's height and width."""
 
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of VGG16's convolutions, stage by stage (arXiv:1409.1556, table 1, column D)."""
+"""Output channels of VGG16's convolutions by stage (arXiv:1409.1556, table 1, column D)."""
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Mean and deviation of the colours of ImageNet, for pixels in [-1, 1]."""
+"""Mean and standard deviation of ImageNet's RGB channels, for pixels in [-1, 1]."""
 
 _EPSILON = 1e-10
 
@@ -30,7 +30,7 @@ _he_normal = jax.nn.initializers.he_normal()
 
 
 class Conv(nnx.Module):
-    """3 x 3 convolution within each frame, and ReLU."""
+    """3 x 3 convolution of each frame, and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         shape = (1, 3, 3, in_channels, out_channels)
@@ -43,10 +43,10 @@ class Conv(nnx.Module):
 
 
 class LPIPS(nnx.Module):
-    """Learned perceptual distance of frames, computed in float32 and differentiable."""
+    """Learned perceptual distance of frames, differentiable, computed in float32."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        """Random weights; `load_lpips` gives the trained ones."""
+        """Initialises random weights; `load_lpips` loads trained ones."""
         self.stages, channels = nnx.List(), 3
         for widths in _WIDTHS:
             pairs = zip((channels, *widths), widths, strict=False)
@@ -56,14 +56,14 @@ class LPIPS(nnx.Module):
         self.heads = nnx.List(param(rngs, heads, widths[-1:], (None,)) for widths in _WIDTHS)
 
     def __call__(self, a: Float[Array, "b t h w 3"], b: Float[Array, "b t h w 3"]) -> Float[Array, "b t"]:
-        """The distance of each frame of `a` from that of `b`, 0 where they are the same.
+        """Distance between corresponding frames of `a` and `b`; 0 for equal frames.
 
         Args:
           a: pixels in [-1, 1], at least 16 x 16.
-          b: likewise.
+          b: pixels in [-1, 1], of the same size.
 
         Raises:
-          UserError: the frames are too small.
+          UserError: the frames are smaller than 16 x 16.
         """
         height, width = a.shape[2:4]
         if min(height, width) < SMALLEST_SIDE:
@@ -73,7 +73,7 @@ class LPIPS(nnx.Module):
         distance = jnp.zeros(a.shape[:2], jnp.float32)
         for index, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
             if index:
-                a, b = _halved(a), _halved(b)
+                a, b = _max_pool(a), _max_pool(b)
             for conv in stage:
                 a, b = conv(a), conv(b)
             square = jnp.square(_unit_length(a) - _unit_length(b))
@@ -86,14 +86,14 @@ def _standardised(x: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
     return (x - over_last_axis(jnp.array(_SHIFT), x)) / over_last_axis(jnp.array(_SCALE), x)
 
 
-def _halved(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
-    """The largest of each 2 x 2 pixels; an odd last row or column is left out."""
+def _max_pool(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
+    """Max pooling over 2 x 2 pixels; drops an odd last row or column."""
     window = (1, 1, 2, 2, 1)
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
 
 
 def _unit_length(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-    """Each position's vector over its length; where it is zero it stays so, and its gradient is finite."""
+    """Channel vectors divided by their length; zero vectors stay zero, with finite gradients."""
     square = jnp.square(x).sum(-1, keepdims=True)
-    silent = square == 0.0
-    return x / (jnp.where(silent, 0.0, jnp.sqrt(jnp.where(silent, 1.0, square))) + _EPSILON)
+    is_zero = square == 0.0
+    return x / (jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square))) + _EPSILON)

@@ -1,4 +1,4 @@
-"""LPIPS out of a user's safetensors file, under the names of torchvision and of the package `lpips`."""
+"""Loads LPIPS from a safetensors file with the tensor names of torchvision or of the package `lpips`."""
 
 import functools
 import pathlib
@@ -15,10 +15,10 @@ from vidgen.models.lpips.model import LPIPS
 __all__ = ["load_lpips", "lpips_names"]
 
 _FEATURES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Where torchvision's list of VGG16's layers has the convolutions of each stage."""
+"""Indices of each stage's convolutions in torchvision's `vgg16().features`."""
 
 _IGNORE = r"classifier\..*|lins\..*|scaling_layer\..*"
-"""VGG16's classifier, the package's second name of each head, and its constants."""
+"""VGG16's classifier, the duplicate names of the heads in the package `lpips`, and its constants."""
 
 _REMEDY = (
     "expected `vgg16().state_dict()` of torchvision with lin0.model.1.weight to lin4.model.1.weight of the "
@@ -27,15 +27,15 @@ _REMEDY = (
 
 
 def load_lpips(path: pathlib.Path | str) -> LPIPS:
-    """The network in a safetensors file.
+    """Loads LPIPS from a safetensors file.
 
-    The file holds VGG16's features as torchvision names them (`features.0.weight`) and the heads as the
-    package `lpips` does (`lin0.model.1.weight`), or all of it as that package's `LPIPS(net="vgg")` does
-    (`net.slice1.0.weight`). The classifier of VGG16 may be there too.
+    Tensors have either torchvision's names for VGG16's features (`features.0.weight`) and the names of the
+    package `lpips` for the heads (`lin0.model.1.weight`), or the names of that package's `LPIPS(net="vgg")`
+    throughout (`net.slice1.0.weight`). VGG16's classifier is ignored.
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: names every tensor that is missing, left over or of another shape, and what was expected.
+      WeightsError: tensors are missing, unexpected or of another shape; names each, and the expected file.
     """
     whole = any(name.startswith("net.") for name in tensor_shapes(path))
     return load_module(
@@ -48,11 +48,11 @@ def load_lpips(path: pathlib.Path | str) -> LPIPS:
 
 
 def lpips_names(names: Iterable[str], *, whole: bool) -> dict[str, TensorMapping]:
-    """Name and layout of each parameter in a file.
+    """External tensor name and layout of each parameter.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
-      whole: as the package `lpips` names all of it, not torchvision's and its names side by side.
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
+      whole: the file is the state dict of the package `lpips`; otherwise VGG16 has torchvision's names.
     """
     table = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Shape of the T5 encoder, and its named variants."""
+"""Options of the T5 encoder, and its named variants."""
 
 import dataclasses
 from typing import Literal
@@ -11,10 +11,12 @@ class T5Config:
     """The encoder of T5 v1.1 (arXiv 1910.10683, 2002.05202) or UMT5 (arXiv 2304.09151).
 
     Attributes:
-      vocab_size: rows of the table of embeddings.
-      head_dim: width of a head; with `num_heads` of them it need not give `dim`.
-      num_buckets, max_distance: of the relative positions that have a bias of their own.
-      shared_bias: all layers have the biases of the first (T5), not each its own (UMT5).
+      vocab_size: number of token embeddings.
+      head_dim: width of a head; `num_heads * head_dim` may differ from `dim`.
+      num_buckets: buckets of relative positions, each with a learned bias.
+      max_distance: distance, in tokens, from which on all positions share the last bucket.
+      shared_bias: all layers share the position biases of the first (T5); otherwise each has separate ones
+        (UMT5).
       dtype: compute dtype of matrix products; norms, biases and softmax are float32.
     """
 
@@ -42,4 +44,4 @@ VARIANTS: dict[str, T5Config] = {
     "umt5-xxl": T5Config(),
     "t5-v1.1-xxl": T5Config(vocab_size=32_128, shared_bias=True),
 }
-"""Shapes by name: Wan's text encoder, and that of LTX-Video and others."""
+"""Shapes by name: the text encoders of Wan (`umt5-xxl`), and of LTX-Video and others (`t5-v1.1-xxl`)."""

@@ -1,4 +1,4 @@
-"""The encoder of T5 and UMT5: features of a prompt's tokens."""
+"""The T5 and UMT5 encoder: token ids to text features."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _table_of_biases(config: T5Config, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class SelfAttention(nnx.Module):
-    """Attention without scaling, with a bias by relative position in place of positions."""
+    """Unscaled attention with a learned relative position bias, and no other position encoding."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         dim, inner = config.dim, config.num_heads * config.head_dim
@@ -55,7 +55,7 @@ class SelfAttention(nnx.Module):
 
 
 class GatedFeedForward(nnx.Module):
-    """Gated by GELU (tanh form), without biases."""
+    """GELU-gated feed-forward network (tanh form), without biases."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         dim, hidden = config.dim, config.ffn_dim
@@ -68,7 +68,7 @@ class GatedFeedForward(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Pre-norm self-attention and feed-forward."""
+    """Pre-norm self-attention and feed-forward network."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.dim, eps=config.eps, rngs=rngs)
@@ -90,7 +90,7 @@ class EncoderLayer(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Tokens to features."""
+    """Maps token ids to features."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -100,10 +100,10 @@ class T5Encoder(nnx.Module):
         self.norm = RMSNorm(config.dim, eps=config.eps, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Features of each token; those where `mask` is False are meaningless.
+        """Features of each token; meaningless where `mask` is False.
 
         Args:
-          mask: which tokens are of the prompt; at least one per row.
+          mask: true for tokens of the prompt, at least one per example.
         """
         config = self.config
         x = constrain(self.embedding[...][tokens].astype(config.dtype), "batch", None, None)
@@ -120,10 +120,11 @@ class T5Encoder(nnx.Module):
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
-    """For each query and key the bucket of key minus query: half of them for keys that come later.
+    """Bucket of the relative position (key - query) of each query and key.
 
-    Of each half, half are distances of their own from 0 on, the others grow with the logarithm of the
-    distance up to `max_distance`, beyond which all are in the last.
+    The second half of the buckets is for keys after the query. In each half, the first half of the buckets
+    holds one distance each, from 0 on; the rest cover logarithmically growing ranges up to `max_distance`,
+    and the last bucket also holds all larger distances.
     """
     half, exact = num_buckets // 2, num_buckets // 4
     offset = np.arange(length)[None] - np.arange(length)[:, None]

@@ -1,4 +1,4 @@
-"""Tensor names of the T5 encoder in transformers, and in Wan's own checkpoint."""
+"""Tensor names of the T5 encoder in transformers and in Wan's original checkpoint."""
 
 from collections.abc import Iterable, Mapping
 
@@ -43,16 +43,16 @@ def transformers_names(names: Iterable[str]) -> dict[str, TensorMapping]:
     """Name and layout of each parameter in transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     return {name: _mapping(name, _TRANSFORMERS) for name in names}
 
 
 def wan_names(names: Iterable[str]) -> dict[str, TensorMapping]:
-    """Name and layout of each parameter in the checkpoint that Wan's authors published, of UMT5.
+    """Name and layout of each parameter in the UMT5 checkpoint that Wan's authors published.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     return {name: _mapping(name, _WAN) for name in names}
 

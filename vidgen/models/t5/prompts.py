@@ -1,4 +1,4 @@
-"""Features of prompts by a T5 encoder, kept on disk."""
+"""Prompt features from a T5 encoder, cached on disk."""
 
 import contextlib
 import hashlib
@@ -24,13 +24,13 @@ __all__ = ["FeatureCache", "T5Prompts", "digest"]
 _log = get_logger(__name__)
 
 _SAMPLED = 2**16
-"""Bytes of the beginning and of the end of a large file that stand for all of it."""
+"""Bytes hashed at the beginning and at the end of a large file."""
 
 
 class T5Prompts:
-    """Prompts to features as Wan takes them: zeros beyond the prompt, and no mask. A `PromptEncoder`.
+    """`PromptEncoder` with features as Wan expects them: zeros beyond the prompt, and no mask.
 
-    The encoder is loaded when the first prompt needs it, so that none is where the cache has them all.
+    The encoder is loaded at the first prompt that the cache lacks.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class T5Prompts:
         mesh: Mesh | None = None,
         batch_size: int = 8,
     ):
-        """Loads nothing yet.
+        """Stores the arguments; loads nothing.
 
         Args:
-          load: gives the encoder.
-          cache: where features are kept; None keeps none.
-          mesh: over which the encoder is laid; None is one device. Over several processes, all of them must
-            ask for the same prompts.
-          batch_size: prompts at a time; fewer are filled up to it, except for single ones.
+          load: returns the encoder.
+          cache: cache of the features; None disables caching.
+          mesh: mesh that the encoder is sharded over; None is one device. If it spans several processes, all
+            of them must pass the same prompts.
+          batch_size: prompts per batch; smaller batches are padded to this size, except single prompts.
         """
         self.tokenizer = tokenizer
         self._load = load
@@ -62,36 +62,38 @@ class T5Prompts:
         return Condition(jax.numpy.asarray(self.features(prompts)))
 
     def features(self, prompts: Sequence[str]) -> Float[np.ndarray, "b l e"]:
-        """Features of the prompts, in the encoder's compute dtype; zeros beyond each."""
+        """Features of the prompts, in the encoder's compute dtype; zeros beyond each prompt."""
         tokens, mask = self.tokenizer(prompts)
-        rows = [row[used] for row, used in zip(tokens, mask, strict=True)]
-        known = {_key(row): self._cache.get(_key(row)) if self._cache else None for row in rows}
-        where = self._missing([key for key in known if known[key] is None], [_key(row) for row in rows])
-        for start in range(0, len(where), self._batch_size):
-            chunk = where[start : start + self._batch_size]
-            for index, features in zip(chunk, self._encode(tokens[chunk], mask[chunk]), strict=True):
-                found = np.ascontiguousarray(features[: len(rows[index])])
-                known[_key(rows[index])] = found
+        prompt_ids = [ids[used] for ids, used in zip(tokens, mask, strict=True)]
+        cached = {_key(ids): self._cache.get(_key(ids)) if self._cache else None for ids in prompt_ids}
+        missing = self._missing(
+            [key for key in cached if cached[key] is None], [_key(ids) for ids in prompt_ids]
+        )
+        for start in range(0, len(missing), self._batch_size):
+            batch = missing[start : start + self._batch_size]
+            for index, features in zip(batch, self._encode(tokens[batch], mask[batch]), strict=True):
+                found = np.ascontiguousarray(features[: len(prompt_ids[index])])
+                cached[_key(prompt_ids[index])] = found
                 if self._cache:
-                    self._cache.put(_key(rows[index]), found)
-        first = known[_key(rows[0])]
+                    self._cache.put(_key(prompt_ids[index]), found)
+        first = cached[_key(prompt_ids[0])]
         assert first is not None
         out = np.zeros((*tokens.shape, first.shape[-1]), first.dtype)
-        for row, ids in zip(out, rows, strict=True):
-            row[: len(ids)] = known[_key(ids)]
+        for padded, ids in zip(out, prompt_ids, strict=True):
+            padded[: len(ids)] = cached[_key(ids)]
         return out
 
     def _missing(self, unknown: Sequence[str], keys: Sequence[str]) -> list[int]:
-        """Where in `keys` each stands first that must be encoded, the same on all processes of the mesh.
+        """First index in `keys` of each key to encode, equal on all processes of the mesh.
 
-        They encode together, while each finds another part of a cache that is being written, or has a cache
-        of its own. What one of them lacks, all encode.
+        Processes encode together, but their caches may differ: each may read a cache that is being written,
+        or a separate one. A key that is missing on any process is encoded on all of them.
         """
-        lacking = np.array([key in unknown for key in keys])
+        is_missing = np.array([key in unknown for key in keys])
         if self._mesh is not None and processes.is_shared(self._mesh):
-            lacking = processes.anywhere(lacking)
+            is_missing = processes.anywhere(is_missing)
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
-        return sorted({first[key] for key, lacks in zip(keys, lacking, strict=True) if lacks})
+        return sorted({first[key] for key, missing in zip(keys, is_missing, strict=True) if missing})
 
     def _encode(
         self, tokens: Int[np.ndarray, "b l"], mask: Bool[np.ndarray, "b l"]
@@ -101,30 +103,30 @@ class T5Prompts:
         size = self._encoder.config.vocab_size
         if tokens.max() >= size:
             raise UserError(
-                f"the tokenizer gives token {tokens.max()}, the text encoder has {size}: they do not belong "
-                "together; take both from one checkpoint"
+                f"the tokenizer produced token id {tokens.max()}, but the text encoder has only {size} "
+                "embeddings: take tokenizer and text encoder from the same checkpoint"
             )
         count = len(tokens)
         if count > 1:
-            fill = ((0, self._batch_size - count), (0, 0))
-            tokens, mask = np.pad(tokens, fill, mode="edge"), np.pad(mask, fill, mode="edge")
+            padding = ((0, self._batch_size - count), (0, 0))
+            tokens, mask = np.pad(tokens, padding, mode="edge"), np.pad(mask, padding, mode="edge")
         with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
             return np.asarray(_encode(self._encoder, tokens, mask))[:count]
 
 
 class FeatureCache:
-    """Features in a folder, a file for each prompt; several processes may use it at once."""
+    """Folder of prompt features, one file per prompt; several processes may use it at the same time."""
 
     def __init__(self, folder: pathlib.Path | str, encoder: str):
-        """Names the folder, which is made when the first features are put into it.
+        """Sets the folder, which the first `put` creates.
 
         Args:
-          encoder: what made the features, as `digest` gives it; other encoders' are not found.
+          encoder: `digest` of the encoder; features of other encoders are ignored.
         """
         self._folder = pathlib.Path(folder) / encoder[:16]
 
     def get(self, key: str) -> Float[np.ndarray, "l e"] | None:
-        """The features under `key`, or None; a damaged file counts as none."""
+        """Features stored under `key`; None if the file is missing or damaged."""
         path = self._path(key)
         if not path.exists():
             return None
@@ -135,7 +137,7 @@ class FeatureCache:
             return None
 
     def put(self, key: str, features: Float[np.ndarray, "l e"]) -> None:
-        """Keeps features; the file appears whole."""
+        """Stores features under `key`; the file is written atomically."""
         spec = TensorSpec(features.shape, features.dtype)
         write_tensors(self._path(key), {"features": spec}, [features])
 
@@ -144,17 +146,17 @@ class FeatureCache:
 
 
 def digest(paths: Iterable[pathlib.Path], *more: str) -> str:
-    """A hash of files and strings. Of files over 128 kB it looks at the size, the beginning and the end."""
-    whole = hashlib.sha256("\0".join(more).encode())
+    """SHA-256 of files and strings; of files over 128 KiB, only size, first and last 64 KiB are hashed."""
+    sha256 = hashlib.sha256("\0".join(more).encode())
     for path in sorted(paths):
         size = path.stat().st_size
-        whole.update(f"\0{path.name}\0{size}\0".encode())
+        sha256.update(f"\0{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
-            whole.update(file.read(_SAMPLED))
+            sha256.update(file.read(_SAMPLED))
             if size > _SAMPLED:
                 file.seek(max(_SAMPLED, size - _SAMPLED))
-                whole.update(file.read(_SAMPLED))
-    return whole.hexdigest()
+                sha256.update(file.read(_SAMPLED))
+    return sha256.hexdigest()
 
 
 def _key(tokens: Int[np.ndarray, "l"]) -> str:
@@ -163,5 +165,5 @@ def _key(tokens: Int[np.ndarray, "l"]) -> str:
 
 @jax.jit
 def _encode(encoder: T5Encoder, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l e"]:
-    # Replicated, so that each process can read it.
+    # Replicated, so that each process can fetch the features.
     return constrain(encoder(tokens, mask), None, None, None)

@@ -1,4 +1,4 @@
-"""Prompts to the tokens of T5 and UMT5, from the tokenizer's files."""
+"""Tokenizer of T5 and UMT5, read from `tokenizer.json` or `spiece.model`."""
 
 import contextlib
 import functools
@@ -22,31 +22,32 @@ __all__ = ["PromptTokenizer", "clean_prompt"]
 _log = get_logger(__name__)
 
 _MAX_BYTES = 64 << 20
-"""UMT5's tokenizer.json has 17 MB."""
+"""Largest tokenizer file that is read; UMT5's tokenizer.json has 17 MB."""
 _AGAIN = "download it again"
 
 _FAST, _SENTENCEPIECE, _OPTIONS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as Wan takes it: broken characters mended, HTML entities resolved, one space between words."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", mended).strip()
+    """Cleans a prompt as Wan does: repairs broken Unicode, unescapes HTML, collapses white space."""
+    repaired = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", repaired).strip()
 
 
 class PromptTokenizer:
-    """Cleans prompts and splits them into tokens; each ends in an end mark.
+    """Cleans and tokenizes prompts; each prompt ends with an end mark.
 
     Attributes:
-      max_tokens: of a prompt, with its end mark. What is beyond is cut off, with a warning that shows it.
+      max_tokens: longest prompt in tokens, with its end mark. Longer prompts are truncated, with a warning
+        that quotes the lost text.
     """
 
     def __init__(self, folder: pathlib.Path | str, *, max_tokens: int = 512):
         """Reads `tokenizer.json`, or else `spiece.model`.
 
         Raises:
-          FileNotFoundError: neither is in `folder`.
-          UserError: the file is damaged, or has no padding or end mark.
+          FileNotFoundError: `folder` has neither file.
+          UserError: the file is damaged, or has no padding token or end mark.
         """
         self.max_tokens = max_tokens
         folder = pathlib.Path(folder)
@@ -56,13 +57,13 @@ class PromptTokenizer:
             self._split, self._pad = _sentencepiece(folder / _SENTENCEPIECE)
         else:
             raise FileNotFoundError(
-                f"{folder} has neither {_FAST} nor {_SENTENCEPIECE}: give a folder of a tokenizer"
+                f"{folder} has neither {_FAST} nor {_SENTENCEPIECE}: give the folder of a tokenizer"
             )
 
     def __call__(
         self, prompts: Sequence[str]
     ) -> tuple[Int[np.ndarray, "b {self.max_tokens}"], Bool[np.ndarray, "b {self.max_tokens}"]]:
-        """Tokens, padded, and which of them are of the prompt."""
+        """Padded token ids, and a mask that is true for tokens of the prompt."""
         tokens = np.full((len(prompts), self.max_tokens), self._pad, np.int32)
         mask = np.zeros(tokens.shape, np.bool_)
         for row, used, prompt in zip(tokens, mask, prompts, strict=True):
@@ -86,7 +87,7 @@ class PromptTokenizer:
 
 
 _Split = Callable[[str], tuple[list[int], list[int]]]
-"""Tokens of a text with the end mark, and where in the text each begins."""
+"""Maps a text to its token ids, with the end mark, and the character offset where each token begins."""
 
 
 def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
@@ -106,7 +107,9 @@ def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
         )
     pad = tokenizer.token_to_id(pad_token)
     if pad is None:
-        raise UserError(f"{path} has no token {pad_token[:60]!r} for padding: it is not that of T5 or UMT5")
+        raise UserError(
+            f"{path} has no token {pad_token[:60]!r} for padding: expected a tokenizer of T5 or UMT5"
+        )
     if len(empty) != 1:
         raise UserError(f"{path} adds {len(empty)} tokens to a text, expected an end mark alone: {_AGAIN}")
 
@@ -121,11 +124,11 @@ def _fast(folder: pathlib.Path) -> tuple[_Split, int]:
 def _sentencepiece(path: pathlib.Path) -> tuple[_Split, int]:
     _check_file(path)
     with _named(path, "no SentencePiece model"):
-        # In memory: the library waits for pipes, and reads what is no model for a long time.
+        # Read here: given a path, the library blocks on pipes, and takes long to refuse other files.
         model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         marks = model.pad_id(), model.eos_id()
     if min(marks) < 0:
-        raise UserError(f"{path} has no padding or no end mark: it is not that of T5 or UMT5")
+        raise UserError(f"{path} has no padding token or no end mark: expected a tokenizer of T5 or UMT5")
     return functools.partial(_split_by, model), marks[0]
 
 
@@ -133,12 +136,12 @@ def _check_file(path: pathlib.Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is no regular file: {_AGAIN}")
     if path.stat().st_size > _MAX_BYTES:
-        raise UserError(f"{path} is longer than {_MAX_BYTES:,} bytes, which no tokenizer is: {_AGAIN}")
+        raise UserError(f"{path} is larger than {_MAX_BYTES:,} bytes, too large for a tokenizer: {_AGAIN}")
 
 
 @contextlib.contextmanager
 def _named(path: pathlib.Path, what: str) -> Iterator[None]:
-    """Names the file in whatever the libraries raise, which is nothing narrow, and in panics of Rust."""
+    """Turns any library exception, which has no narrow type, and Rust panics into an error with the path."""
     try:
         yield
     except BaseException as error:

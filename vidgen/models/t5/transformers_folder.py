@@ -1,4 +1,4 @@
-"""The T5 encoder as transformers keeps it: a folder of config.json and safetensors."""
+"""Loads the T5 encoder from a transformers folder: config.json and safetensors."""
 
 import dataclasses
 import pathlib
@@ -17,26 +17,26 @@ from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.params import transformers_names
 
-__all__ = ["HALVED", "check_folder", "load_transformers", "read_config"]
+__all__ = ["BF16_PATTERN", "check_folder", "load_transformers", "read_config"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 _IGNORED = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
-"""The same table under its other name, and the decoder of whole models."""
+"""The duplicate name of the embeddings, and the decoder of encoder-decoder models."""
 
-HALVED = r".*\.kernel|embedding"
-"""Names of the arrays that are kept in bfloat16, where matrix products are in it."""
+BF16_PATTERN = r".*\.kernel|embedding"
+"""Pattern of the arrays that are stored in bfloat16 when matrix products are computed in bfloat16."""
 
 _TYPES = {"t5": True, "umt5": False}
-"""Kinds of models that are read, and whether their layers share biases."""
+"""Supported values of `model_type`, and whether the layers share position biases."""
 
 
 def read_config(folder: pathlib.Path | str) -> T5Config:
-    """The shape of the encoder in `folder`.
+    """Config of the encoder in `folder`.
 
     Raises:
-      FileNotFoundError: there is no config.json.
-      UserError: it is of another model, or asks for what this one does not have.
+      FileNotFoundError: config.json is missing.
+      UserError: config.json is of another model, or has unsupported options.
     """
     path = pathlib.Path(folder) / _CONFIG
     values = read_json(path, remedy="give the folder of a T5 or UMT5 encoder of transformers")
@@ -46,16 +46,16 @@ def read_config(folder: pathlib.Path | str) -> T5Config:
 def load_transformers(
     folder: pathlib.Path | str, mesh: Mesh | None = None, *, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> T5Encoder:
-    """The encoder that `T5EncoderModel` or `UMT5EncoderModel` saved, in one file or several.
+    """Loads an encoder that `T5EncoderModel` or `UMT5EncoderModel` saved, in one file or several.
 
     Args:
-      mesh: over which the weights are laid; None is one device.
-      dtype: of matrix products; with bfloat16 the matrices are kept in it too.
+      mesh: mesh to shard the weights over; None is one device.
+      dtype: dtype of matrix products; with bfloat16 the matrices are also stored in bfloat16.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      UserError: config.json is of another model, or asks for what this one does not have.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      UserError: config.json is of another model, or has unsupported options.
+      WeightsError: tensors are missing, unexpected or of another shape; names each.
     """
     config = _checked_config(folder, dtype)
     return load_module(
@@ -63,13 +63,13 @@ def load_transformers(
         lambda: T5Encoder(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=transformers_names,
-        bf16_pattern=None if dtype == "float32" else HALVED,
+        bf16_pattern=None if dtype == "float32" else BF16_PATTERN,
         ignore=_IGNORED,
     )
 
 
 def check_folder(folder: pathlib.Path | str) -> None:
-    """Checks what `load_transformers` would find; reads config.json and headers only.
+    """Checks that `load_transformers` would succeed; reads only config.json and headers.
 
     Raises:
       FileNotFoundError, UserError, WeightsError: as `load_transformers`.
@@ -84,7 +84,7 @@ def _config(config: ConfigValues) -> T5Config:
     kind = str(config.values.get("model_type"))[:80]
     if kind not in _TYPES:
         raise UserError(f"{config.where} is of model_type={kind!r}; expected one of {sorted(_TYPES)}")
-    # T5 v1.1 and UMT5
+    # T5 v1.1 and UMT5; T5 v1.0 has no gate.
     config.choice("feed_forward_proj", ("gated-gelu",))
     return config.make(
         T5Config,
@@ -108,8 +108,8 @@ def _checked_config(folder: pathlib.Path | str, dtype: Literal["float32", "bfloa
 
 
 def _check_size(config: T5Config, folder: pathlib.Path) -> None:
-    """Of the matrices alone."""
-    inside = config.num_heads * config.head_dim
-    needed = config.dim * (config.vocab_size + config.num_layers * (4 * inside + 3 * config.ffn_dim))
+    """Checks that the weights are large enough for the matrices and embeddings of `config`."""
+    inner = config.num_heads * config.head_dim
+    needed = config.dim * (config.vocab_size + config.num_layers * (4 * inner + 3 * config.ffn_dim))
     path = folder / _WEIGHTS
     check_size(needed, tensor_shapes(path), config=str(folder / _CONFIG), weights=str(path))

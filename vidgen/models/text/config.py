@@ -1,4 +1,4 @@
-"""Options of the embedded text encoder."""
+"""Options of the byte-level text encoder."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -12,10 +12,10 @@ class ByteEncoderConfig:
     """A small transformer over the bytes of the prompt, trained together with the video model.
 
     Attributes:
-      dim: width of the features; the video model's `text_dim`.
-      max_bytes: longest prompt in UTF-8 bytes.
-      ngrams: lengths, in bytes, of the sequences that have embeddings of their own; () is none.
-      ngram_rows: size of the table that they share, to which they are hashed.
+      dim: width of the features; equals the video model's `text_dim`.
+      max_bytes: longest prompt, in UTF-8 bytes.
+      ngrams: lengths, in bytes, of the n-grams with hashed embeddings; () is none.
+      ngram_rows: size of the embedding table that n-grams of all lengths are hashed into.
     """
 
     dim: Annotated[int, limits.WIDTH] = 192

@@ -16,11 +16,11 @@ from vidgen.nn.variables import param
 from vidgen.parallel.rules import constrain
 
 _normal = jax.nn.initializers.normal(1.0)
-_PRIME, _MIX = 0x01000193, 0x9E3779B1  # FNV's and Fibonacci hashing's multipliers
+_PRIME, _MIX = 0x01000193, 0x9E3779B1  # Multipliers of FNV and Fibonacci hashing.
 
 
 class EncoderLayer(nnx.Module):
-    """Pre-norm self-attention and a gated feed-forward network."""
+    """Pre-norm self-attention and gated feed-forward network."""
 
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.dim, rngs=rngs)
@@ -36,10 +36,10 @@ class EncoderLayer(nnx.Module):
 
 
 class ByteEncoder(nnx.Module):
-    """Features of a prompt from its bytes and the n-grams that they end; attention in both directions.
+    """Bidirectional transformer over a prompt's bytes, each embedded with the n-grams that end at it.
 
-    The n-grams, hashed to the rows of a table (as in BLT, arXiv 2412.09871), give whole words features from
-    the start: with bytes alone, what a word is must first be put together by the layers.
+    Hashed n-gram embeddings (as in BLT, arXiv 2412.09871) give words features before the first layer; from
+    bytes alone, the layers would have to assemble them.
     """
 
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
@@ -54,28 +54,28 @@ class ByteEncoder(nnx.Module):
         self.norm = RMSNorm(config.dim, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Features of each token; those where `mask` is False are meaningless.
+        """Features of each token; meaningless where `mask` is False.
 
         Args:
-          tokens: of `tokenize`.
+          tokens: token ids from `tokenize`.
         """
         config = self.config
         x = self.embedding[...][tokens]
         if self.ngram_embedding is not None:
-            rows = jnp.stack([hash_ngrams(tokens, n, config.ngram_rows) for n in config.ngrams])
-            x = (x + self.ngram_embedding[...][rows].sum(0)) * (1 + len(config.ngrams)) ** -0.5
+            ngram_ids = jnp.stack([hash_ngrams(tokens, n, config.ngram_rows) for n in config.ngrams])
+            x = (x + self.ngram_embedding[...][ngram_ids].sum(0)) * (1 + len(config.ngrams)) ** -0.5
         x = constrain(x.astype(config.dtype), "batch", None, None)
         angles = rope_angles(grid_positions(tokens.shape[1], 1, 1)[None], config.dim // config.num_heads)
         return self.norm(apply_stack(self.layers, x, _apply_layer, mask=mask, angles=angles))
 
 
 def hash_ngrams(tokens: Int[Array, "b l"], length: int, rows: int) -> Int[Array, "b l"]:
-    """A row in [0, rows) for the `length` tokens that end at each place; padding stands before the first."""
+    """Hash in [0, rows) of the `length` tokens that end at each position, with padding before the first."""
     padded = jnp.pad(tokens, ((0, 0), (length - 1, 0)), constant_values=PADDING).astype(jnp.uint32)
     code = jnp.full(tokens.shape, length, jnp.uint32)
     for offset in range(length):
         code = code * jnp.uint32(_PRIME) + padded[:, offset : offset + tokens.shape[1]]
-    # High bits are the well mixed ones of a product; the remainder looks at the low ones.
+    # A product mixes its high bits best, but the remainder depends on the low bits: fold them together.
     code = code * jnp.uint32(_MIX)
     return ((code ^ (code >> 16)) % jnp.uint32(rows)).astype(jnp.int32)
 

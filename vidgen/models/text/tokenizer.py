@@ -1,4 +1,4 @@
-"""Prompts as bytes."""
+"""Byte-level tokenizer of prompts."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,22 @@ VOCABULARY = 258
 
 
 class PromptTooLong(UserError):
-    """A prompt has more bytes than the text encoder was made for."""
+    """A prompt has more bytes than the text encoder accepts."""
 
 
 def tokenize(
     prompts: Sequence[str], max_bytes: int, *, truncate: bool = False
 ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-    """UTF-8 bytes followed by an end mark, padded; l = max_bytes + 1.
+    """Token ids of prompts: UTF-8 bytes, an end mark, and padding; l = max_bytes + 1.
 
     Args:
-      truncate: cut long prompts instead of raising (training captions).
+      truncate: truncate long prompts instead of raising (training captions).
 
     Returns:
-      Token ids (int32) and which of them are not padding; the end mark is always there.
+      Token ids (int32) and a mask that is false for padding; the end mark is always present.
 
     Raises:
-      PromptTooLong: names the part that would be lost.
+      PromptTooLong: a prompt exceeds `max_bytes`; quotes the excess.
     """
     tokens = np.full((len(prompts), max_bytes + 1), PADDING, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -9,19 +9,19 @@ from vidgen.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Shape of the causal 3D autoencoder; the structure is that of Wan 2.1's (arXiv 2503.20314).
+    """Shape of the causal 3D autoencoder, with the architecture of Wan 2.1 (arXiv 2503.20314).
 
     Attributes:
-      base_dim: channels at full (patched) resolution.
-      decoder_base_dim: the same of the decoder; None is `base_dim`.
+      base_dim: encoder channels at full (patched) resolution.
+      decoder_base_dim: decoder channels at full (patched) resolution; None is `base_dim`.
       latent_channels: channels of the latents.
-      dim_mult: channel multiplier of each level; between levels height and width halve.
-      num_res_blocks: residual blocks per encoder level (the decoder has one more).
-      temporal_downsample: for each of the steps between levels, whether time halves too.
-      patch_size: pixels per side that are moved into channels before the first convolution.
+      dim_mult: channel multiplier of each level; height and width halve between levels.
+      num_res_blocks: residual blocks per encoder level; decoder levels have one more.
+      temporal_downsample: for each step between two levels, whether it also halves time.
+      patch_size: side of the pixel blocks that are moved into channels before the first convolution.
       level_shortcuts: parameter-free skip connections around each level, as in Wan 2.2's VAE.
-      latents_mean, latents_std: statistics of each latent channel to start from; () is 0 and 1. Training goes
-        on from them.
+      latents_mean, latents_std: initial statistics of each latent channel, which training updates; () is 0
+        and 1.
       dtype: compute dtype; weights are float32.
       remat: "full" recomputes each residual block in the backward pass.
     """
@@ -57,26 +57,26 @@ class VAEConfig:
 
     @property
     def least_size(self) -> int:
-        """A lower bound of how many numbers the parameters are, without building anything."""
+        """Lower bound of the number of parameters, computed without building the model."""
         sides = (self.base_dim, self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim)
         widths = [base * factor for base in sides for factor in self.dim_mult]
         return sum(self.num_res_blocks * 27 * width**2 for width in widths)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames per latent frame, after the first frame, which is a latent frame of its own."""
+        """Frames per latent frame, except that the first latent frame holds frame 0 alone."""
         return 2 ** sum(self.temporal_downsample)
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent pixel, per side."""
+        """Pixels per latent pixel, along height and width."""
         return self.patch_size * 2 ** (len(self.dim_mult) - 1)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Shape (t, h, w, c) of the latents of a clip.
+        """Shape (t, h, w, c) of a clip's latents.
 
         Raises:
-          UserError: the clip's size is not one that the VAE takes; names the nearest sizes.
+          UserError: the VAE does not support the clip's size; names the nearest sizes that work.
         """
         if num_frames < 1 or (num_frames - 1) % self.temporal_factor:
             lower = max((num_frames - 1) // self.temporal_factor, 0) * self.temporal_factor + 1
@@ -133,7 +133,8 @@ VARIANTS: dict[str, VAEConfig] = {
         latents_mean=_WAN22_MEAN,
         latents_std=_WAN22_STD,
     ),
-    # Higher compression, for longer and larger clips: 1 latent frame for 8, as LTX-Video (arXiv 2501.00103).
+    # Higher compression for longer and larger clips: 8 frames per latent frame, as in LTX-Video
+    # (arXiv 2501.00103).
     "base-8x16x16": VAEConfig(
         decoder_base_dim=128,
         latent_channels=64,
@@ -182,5 +183,5 @@ VARIANTS: dict[str, VAEConfig] = {
         level_shortcuts=True,
     ),
 }
-"""Shapes by name; Wan's are for its weights, the rest for training from scratch: 4 x 8 x 8 pixels per latent,
-or as the name says. `variants.py` prints their sizes."""
+"""Shapes by name: Wan's fit Wan's weights, the others are for training from scratch. Pixels per latent pixel
+(frames x rows x columns) are 4 x 8 x 8 unless the name gives them; `variants.py` prints them all."""

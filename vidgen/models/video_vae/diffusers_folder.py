@@ -1,4 +1,4 @@
-"""The autoencoder as diffusers keeps it: a folder of config.json and safetensors."""
+"""Loads and saves the autoencoder as a diffusers folder: config.json and safetensors."""
 
 import pathlib
 from typing import Any
@@ -29,32 +29,32 @@ _REMEDY = "give the folder `vae` of a diffusers checkpoint of Wan"
 
 
 def is_diffusers(folder: pathlib.Path | str) -> bool:
-    """Whether `folder` holds a model of diffusers, of whatever kind."""
+    """Whether `folder` holds a diffusers model of any class."""
     path = pathlib.Path(folder) / _CONFIG
     return path.exists() and "_class_name" in read_json(path, remedy=_REMEDY)
 
 
 def read_config(folder: pathlib.Path | str) -> VAEConfig:
-    """The shape of the autoencoder in `folder`.
+    """Config of the autoencoder in `folder`.
 
     Raises:
-      FileNotFoundError: there is no config.json.
-      UserError: it is of another model, or asks for what this one does not have.
+      FileNotFoundError: config.json is missing.
+      UserError: config.json is of another model, or has unsupported options.
     """
     path = pathlib.Path(folder) / _CONFIG
     return _config(ConfigValues(read_json(path, remedy=_REMEDY), str(path)))
 
 
 def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> VideoVAE:
-    """The autoencoder that `AutoencoderKLWan.save_pretrained` wrote, Wan 2.1's, 2.2's or one of that kind.
+    """Loads an autoencoder that `AutoencoderKLWan.save_pretrained` wrote, such as Wan 2.1's or 2.2's.
 
     Args:
-      keep_dtypes: the arrays have the types of the file, not float32.
+      keep_dtypes: load arrays with the dtypes of the file instead of float32.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      UserError: config.json is of another model, or asks for what this one does not have.
-      WeightsError: names every tensor that is missing, left over or of another shape.
+      UserError: config.json is of another model, or has unsupported options.
+      WeightsError: tensors are missing, unexpected or of another shape; names each.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -70,18 +70,18 @@ def load_diffusers(folder: pathlib.Path | str, *, keep_dtypes: bool = False) -> 
 
 
 def save_diffusers(vae: VideoVAE, folder: pathlib.Path | str) -> None:
-    """Writes what `AutoencoderKLWan.from_pretrained` reads; each file appears whole.
+    """Writes a folder for `AutoencoderKLWan.from_pretrained`; each file is written atomically.
 
-    Warns of shortcuts that diffusers does not have: this package reads them. Only process 0 writes; all of
-    them must call this.
+    Warns if diffusers lacks the level shortcuts; `load_diffusers` reads them. Only process 0 writes, but all
+    processes must call this.
     """
     folder = pathlib.Path(folder)
-    if not _shortcuts_of_diffusers(vae.config):
+    if not _diffusers_has_shortcuts(vae.config):
         _log.warning(
-            "%s: diffusers refuses this autoencoder, this package reads it. With level_shortcuts diffusers "
-            "wants each level's channels times the pixels that its step merges to be a multiple of the next "
-            "level's, and no more channels in the last level than before it: dim_mult is %s, Wan's "
-            "(1, 2, 4, 4)",
+            "%s: diffusers refuses this autoencoder; only this package can read it. With level_shortcuts, "
+            "diffusers requires each level's channels times the pixels merged by its step to be a multiple "
+            "of the next level's channels, and the last level to have no more channels than the one before: "
+            "dim_mult is %s, Wan's is (1, 2, 4, 4)",
             folder,
             vae.config.dim_mult,
         )
@@ -91,8 +91,8 @@ def save_diffusers(vae: VideoVAE, folder: pathlib.Path | str) -> None:
     write_json(folder / _CONFIG, _values(vae))
 
 
-def _shortcuts_of_diffusers(config: VAEConfig) -> bool:
-    """Whether all shortcuts average or repeat whole groups of channels, which ours need not."""
+def _diffusers_has_shortcuts(config: VAEConfig) -> bool:
+    """Whether each shortcut averages or repeats equal groups of channels: diffusers supports no other."""
     if not config.level_shortcuts:
         return True
     mults = (1, *config.dim_mult)

@@ -1,4 +1,4 @@
-"""The causal video autoencoder: pixels to normalised latents and back, images being one-frame videos."""
+"""The causal video autoencoder: pixels to normalised latents and back; an image is a one-frame video."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from vidgen.nn.layers import CausalCache, CausalConv3d, pixel_shuffle, pixel_uns
 from vidgen.nn.norms import ChannelNorm
 from vidgen.nn.variables import Buffer
 
-_SLOWEST = 0.01
-"""Least rate at which latent statistics follow a batch."""
+_MIN_RATE = 0.01
+"""Smallest weight of a batch in the running latent statistics."""
 
 
 class Posterior(NamedTuple):
@@ -27,13 +27,13 @@ class Posterior(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.log_variance) * jax.random.normal(key, self.mean.shape)
 
     def kl(self) -> Float[Array, ""]:
-        """Divergence from the standard normal, in nats, mean over latent elements."""
+        """KL divergence from the standard normal, in nats, averaged over latent elements."""
         variance = jnp.exp(self.log_variance)
         return 0.5 * (jnp.square(self.mean) + variance - 1.0 - self.log_variance).mean()
 
 
 class Encoder(nnx.Module):
-    """Pixels to the posterior's mean and log variance, one above the other in channels."""
+    """Maps pixels to the posterior's mean and log variance, concatenated along channels."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
@@ -63,7 +63,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Raw latents to pixels."""
+    """Maps raw (not normalised) latents to pixels."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         mults = config.dim_mult[::-1]
@@ -72,8 +72,8 @@ class Decoder(nnx.Module):
         self.remat = config.remat
         self.conv_in = CausalConv3d(config.latent_channels, dims[0], (3, 3, 3), rngs=rngs)
         self.mid_block = MidBlock(dims[0], rngs=rngs)
-        # Without shortcuts each step up halves the channels that the next level takes.
-        bf16_pattern = [dims[0], *(dim if config.level_shortcuts else dim // 2 for dim in dims[1:])]
+        # Without shortcuts, upsampling halves the channels before the next level.
+        input_dims = [dims[0], *(dim if config.level_shortcuts else dim // 2 for dim in dims[1:])]
         self.up_blocks = nnx.List(
             UpBlock(
                 dim_in,
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
                 rngs=rngs,
             )
             for dim_in, dim_out, step in zip(
-                bf16_pattern, dims[1:], _steps(config.temporal_downsample[::-1]), strict=False
+                input_dims, dims[1:], _steps(config.temporal_downsample[::-1]), strict=False
             )
         )
         self.norm_out = ChannelNorm(dims[-1], rngs=rngs)
@@ -99,13 +99,13 @@ class Decoder(nnx.Module):
 
 
 def _steps(temporal: tuple[bool, ...]) -> list[Step | None]:
-    """What follows each level; the last has no step."""
+    """Resampling step after each level; None after the last."""
     return [*(Step(flag) for flag in temporal), None]
 
 
 def _run(blocks: list, x: Array, cache: CausalCache | None, *, remat: bool) -> Array:
     for block in blocks:
-        # A cache is written to, which a recomputed function must not do; nothing is trained with one.
+        # Blocks write to the cache, and jax.checkpoint allows no side effects; training uses no cache.
         if remat and cache is None:
             x = jax.checkpoint(lambda block, x: block(x))(block, x)
         else:
@@ -114,18 +114,18 @@ def _run(blocks: list, x: Array, cache: CausalCache | None, *, remat: bool) -> A
 
 
 def first_statistics(config: VAEConfig) -> tuple[Array, Array, Array]:
-    """Mean and variance of each latent channel at the start, and how many batches they count for."""
+    """Initial mean and variance of each latent channel, and the number of batches that they count as."""
     z = config.latent_channels
     mean = jnp.asarray(config.latents_mean or (0.0,) * z, jnp.float32)
     deviation = jnp.asarray(config.latents_std or (1.0,) * z, jnp.float32)
-    return mean, jnp.square(deviation), jnp.asarray(1.0 / _SLOWEST if config.latents_mean else 0.0)
+    return mean, jnp.square(deviation), jnp.asarray(1.0 / _MIN_RATE if config.latents_mean else 0.0)
 
 
 class VideoVAE(nnx.Module):
-    """KL autoencoder, causal in time: frame 0 is a latent frame, then each group of frames becomes one.
+    """KL autoencoder, causal in time: frame 0 and each `temporal_factor` frames after it are a latent frame.
 
-    A latent frame depends on no later frame of the video. Latents handed out are normalised by the
-    per-channel statistics that are kept as buffers and updated in training.
+    A latent frame does not depend on later frames. `encode` and `decode` use latents normalised by
+    per-channel statistics, which are buffers that training updates.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -138,15 +138,15 @@ class VideoVAE(nnx.Module):
         self.latents_mean, self.latents_variance, self.latents_count = map(Buffer, first_statistics(config))
 
     def posterior(self, video: Video, cache: CausalCache | None = None) -> Posterior:
-        """Distribution over raw latents, in float32.
+        """Posterior over raw latents, float32.
 
         Args:
-          video: pixels in [-1, 1], `b t h w 3`; t is 1 + n * temporal_factor, h and w multiples of
+          video: pixels in [-1, 1], `b t h w 3`; t is 1 + n * temporal_factor, h and w are multiples of
             spatial_factor.
-          cache: `video` is a group of frames of a longer one: frame 0 alone, then n * temporal_factor each.
+          cache: for a video in chunks: frame 0 alone, then n * temporal_factor frames per chunk.
 
         Raises:
-          UserError: the size is not one that the VAE takes.
+          UserError: the VAE does not support the size of `video`.
         """
         frames, height, width = video.shape[1:4]
         self.config.latent_shape(
@@ -158,15 +158,15 @@ class VideoVAE(nnx.Module):
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
     def encode(self, video: Video, cache: CausalCache | None = None) -> Latents:
-        """Normalised mean latents of a video in [-1, 1]; float32."""
+        """Normalised mean latents, float32, of a video in [-1, 1]."""
         return self.normalise(self.posterior(video, cache).mean)
 
     def decode(self, latents: Latents, cache: CausalCache | None = None) -> Video:
-        """Video in [-1, 1] (float32, not clipped) of normalised latents."""
+        """Video in [-1, 1], float32, not clipped, from normalised latents."""
         return self.decode_raw(self.denormalise(latents), cache)
 
     def decode_raw(self, latents: Latents, cache: CausalCache | None = None) -> Video:
-        """Video of raw latents, as sampled from a `Posterior`."""
+        """Video in [-1, 1], float32, not clipped, from raw latents, such as `Posterior.sample` returns."""
         x = self.decoder(self.post_quant_conv(latents.astype(self.config.dtype)), cache)
         return pixel_shuffle(x, self.config.patch_size).astype(jnp.float32)
 
@@ -179,8 +179,8 @@ class VideoVAE(nnx.Module):
         return latents * deviation + mean
 
     def update_statistics(self, raw: Latents) -> None:
-        """Moves the per-channel mean and variance towards those of `raw`: an average, then exponential."""
-        rate = jnp.maximum(1.0 / (self.latents_count[...] + 1.0), _SLOWEST)
+        """Updates the running per-channel statistics with `raw`: cumulative at first, then exponential."""
+        rate = jnp.maximum(1.0 / (self.latents_count[...] + 1.0), _MIN_RATE)
         mean = raw.mean((0, 1, 2, 3))
         shift = mean - self.latents_mean[...]
         variance = raw.var((0, 1, 2, 3)) + (1.0 - rate) * jnp.square(shift)

@@ -18,7 +18,7 @@ _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class Step(NamedTuple):
-    """From one level to the next: height and width change by 2, and time if `temporal`."""
+    """Resampling between levels: by 2 in height and width, and in time if `temporal`."""
 
     temporal: bool
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 class ResidualBlock(nnx.Module):
-    """Two normalised 3x3x3 causal convolutions and a skip connection."""
+    """Two 3x3x3 causal convolutions, each after norm and SiLU, and a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         self.norm1 = ChannelNorm(in_channels, rngs=rngs)
@@ -59,15 +59,15 @@ class FrameAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = x.shape
-        # Positions of a frame in a row: each device asks for its share of them, of all.
-        rows = constrain(self.norm(x).reshape(b, t, h * w, c), "batch", "time", "tokens", None)
-        qkv = self.to_qkv(rows).reshape(b * t, h * w, 1, 3 * c)
+        # Positions as a sequence: each device computes the queries of its shard against all keys.
+        positions = constrain(self.norm(x).reshape(b, t, h * w, c), "batch", "time", "tokens", None)
+        qkv = self.to_qkv(positions).reshape(b * t, h * w, 1, 3 * c)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         return x + self.out(attention(query, key, value).reshape(x.shape))
 
 
 class SpatialConv(nnx.Module):
-    """A 3x3 convolution of each frame, by which height and width halve, or double."""
+    """3x3 convolution of each frame that halves or doubles height and width."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, resize: Literal["half", "double"], rngs: nnx.Rngs
@@ -90,10 +90,10 @@ def _time_conv(in_channels: int, out_channels: int, rngs: nnx.Rngs) -> CausalCon
 
 
 class Downsample(nnx.Module):
-    """Halves height and width and, if `temporal`, time: frame 0 stays, then pairs of frames merge.
+    """Halves height and width and, if `temporal`, time: frame 0 stays alone, later frames merge in pairs.
 
-    It starts by dropping the first frame of each pair, as `Upsample` starts by showing each frame twice: what
-    the blocks around learned from images holds for clips.
+    At initialisation it drops the first frame of each pair, and `Upsample` repeats each frame, so that
+    surrounding blocks trained on images work on clips.
     """
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs):
@@ -116,7 +116,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles height and width; if `temporal`, doubles time but for the first frame."""
+    """Doubles height and width and, if `temporal`, every frame but the first."""
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool, rngs: nnx.Rngs):
         self.space = SpatialConv(channels, out_channels, resize="double", rngs=rngs)
@@ -131,7 +131,7 @@ class Upsample(nnx.Module):
         return self.space(x)
 
     def _double(self, x: Array, cache: CausalCache | None) -> Array:
-        """Two frames for each; the convolution over time never sees frame 0."""
+        """Doubles the frames after frame 0, which the temporal convolution never sees."""
         assert self.time is not None
         if x.shape[1] == 0:
             if cache:
@@ -143,7 +143,7 @@ class Upsample(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention within frames, residual block, at the lowest resolution."""
+    """Residual block, attention within frames and residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.first = ResidualBlock(channels, channels, rngs=rngs)
@@ -157,10 +157,10 @@ class MidBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """One level of the encoder: residual blocks, then a step down unless it is the last level.
+    """One level of the encoder: residual blocks, then downsampling except in the last level.
 
-    With `shortcut`, neighbourhoods averaged into channels are added to the result (Wan 2.2; DC-AE,
-    arXiv 2410.10733): the level then starts near the identity and learns much faster.
+    With `shortcut`, `average_down` of the input is added to the output (Wan 2.2; DC-AE, arXiv 2410.10733):
+    the level then starts near the identity and learns much faster.
     """
 
     def __init__(
@@ -194,9 +194,9 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """One level of the decoder: residual blocks, then a step up unless it is the last level.
+    """One level of the decoder: residual blocks, then upsampling except in the last level.
 
-    With `shortcut`, channels repeated into neighbourhoods are added to the result of a step up (Wan 2.2).
+    With `shortcut`, `repeat_up` of the input is added to the upsampled output (Wan 2.2).
     """
 
     def __init__(
@@ -236,9 +236,9 @@ class UpBlock(nnx.Module):
 def average_down(
     x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int]
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """Moves neighbourhoods into channels, then averages groups of them (or repeats them) to give `channels`.
+    """Moves spacetime blocks into channels, then averages groups of channels (or repeats) to `channels`.
 
-    A zero frame stands before the first where time halves, so that frame 0 is merged with nothing else.
+    If time halves, a zero frame is put before frame 0, so that frame 0 merges with no other frame.
     """
     ft, fh, fw = factors
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % ft, 0), (0, 0), (0, 0), (0, 0)))
@@ -253,7 +253,11 @@ def average_down(
 def repeat_up(
     x: Float[Array, "b t h w i"], channels: int, factors: tuple[int, int, int], *, begins: bool = True
 ) -> Float[Array, "b t2 h2 w2 o"]:
-    """Repeats channels and moves them into neighbourhoods; a first frame, if `begins`, gives one frame."""
+    """Repeats channels and moves them into spacetime blocks.
+
+    Args:
+      begins: `x` starts with frame 0, which gives a single frame.
+    """
     ft, fh, fw = factors
     b, t, h, w, c = x.shape
     x = jnp.repeat(x, channels * ft * fh * fw // c, axis=-1).reshape(b, t, h, w, channels, ft, fh, fw)

@@ -1,4 +1,4 @@
-"""Tensor names of the same autoencoder in diffusers (`AutoencoderKLWan`) and in Wan's own checkpoints."""
+"""Tensor names of the autoencoder in diffusers (`AutoencoderKLWan`) and in Wan's original checkpoints."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ def diffusers_names(config: VAEConfig, names: Iterable[str]) -> dict[str, Tensor
     """Name and layout of each parameter in diffusers.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     plain = {
         "mid_block.first.": "mid_block.resnets.0.",
@@ -45,7 +45,7 @@ def wan_names(config: VAEConfig, names: Iterable[str]) -> dict[str, TensorMappin
     """Name and layout of each parameter in the checkpoints that Wan's authors published.
 
     Args:
-      names: of the parameters, dotted (`vidgen.core.tree.named_leaves`).
+      names: dotted parameter names (`vidgen.core.tree.named_leaves`).
     """
     plain = {
         ".norm1.": ".residual.0.",
@@ -82,14 +82,14 @@ def _table(
 ) -> dict[str, TensorMapping]:
     table = {}
     for name in names:
-        theirs = name
+        external = name
         if found := _BLOCK.fullmatch(name):
             side, level, index, rest = found.groups()
-            theirs = block(side, int(level), None if index is None else int(index), rest)
-        for ours, other in plain.items():
-            theirs = theirs.replace(ours, other)
-        theirs = re.sub(r"\.kernel$", ".weight", re.sub(r"\.scale$", ".gamma", theirs))
-        table[name] = TensorMapping(theirs, _axes(name))
+            external = block(side, int(level), None if index is None else int(index), rest)
+        for native_part, external_part in plain.items():
+            external = external.replace(native_part, external_part)
+        external = re.sub(r"\.kernel$", ".weight", re.sub(r"\.scale$", ".gamma", external))
+        table[name] = TensorMapping(external, _axes(name))
     return table
 
 

@@ -1,11 +1,11 @@
-"""Videos of any length through the VAE group by group: memory does not grow with the duration.
+"""Encodes and decodes videos of any length chunk by chunk: memory does not grow with the duration.
 
-Frame 0 is a group of its own; each of the others is `group` latent frames. The results are those of the whole
-video at once: what a group needs of earlier ones is carried along.
+Frame 0 is the first chunk; each later chunk is `group` latent frames. Results equal those of the full video
+at once, because each chunk gets the cached frames of the previous one.
 
-On a mesh in context (`jax.set_mesh`), frames are cut over the devices, width over `context` and height over
-`tensor`, where these divide the latents' width and height; the results are the same. `tiles` are for one
-device that is too small for whole frames; the results are not quite the same.
+With a mesh in context (`jax.set_mesh`), frames are sharded: width over `context` and height over `tensor`,
+where these divide the latents' width and height; results are the same. `tiles` are for a device without
+memory for full frames; results differ slightly.
 """
 
 import functools
@@ -24,19 +24,19 @@ from vidgen.nn.layers import CausalCache
 
 __all__ = ["decode", "decode_stream", "encode", "encode_stream", "fill_sides", "padded_frames"]
 
-Kept = tuple[Array, ...]
-"""What one group leaves to the next: the last frames that each causal layer has seen."""
+Carry = tuple[Array, ...]
+"""Frames carried from one chunk to the next: `CausalCache.new_frames`, one array per causal layer."""
 
 
 def encode(vae: VideoVAE, video: Video, *, group: int = 1, tiles: Tiles | None = None) -> Latents:
-    """`vae.encode` as a scan over groups of frames.
+    """`vae.encode` as a scan over chunks of frames.
 
     Args:
-      video: in [-1, 1]; 1 + n * temporal_factor frames.
-      group: latent frames per step.
-      tiles: one after the other, the whole of each.
+      video: pixels in [-1, 1]; 1 + n * temporal_factor frames.
+      group: latent frames per chunk.
+      tiles: split frames into tiles, and encode all frames of one tile after another.
     """
-    step, size = functools.partial(_encode_group, vae), vae.config.temporal_factor * group
+    step, size = functools.partial(_encode_chunk, vae), vae.config.temporal_factor * group
     return _per_tile(lambda x: _scan(step, x, size), video, tiles, *_factors(vae, encoding=True))
 
 
@@ -48,50 +48,52 @@ def decode(
     tiles: Tiles | None = None,
     emit: Callable[[Video], Array] = lambda video: video,
 ) -> Array:
-    """`vae.decode` as a scan over groups of latent frames.
+    """`vae.decode` as a scan over chunks of latent frames.
 
     Args:
-      group: latent frames per step.
-      tiles: one after the other, the whole of each; blended before `emit`.
-      emit: applied to each group's frames, for a smaller result (`vidgen.core.pixels.to_uint8`).
+      group: latent frames per chunk.
+      tiles: split frames into tiles, and decode all frames of one tile after another; blended before `emit`.
+      emit: applied to each chunk's frames, for a smaller result (`vidgen.core.pixels.to_uint8`).
 
     Returns:
-      Frames `b t h w 3`, in [-1, 1] and not clipped but for what `emit` does.
+      `emit` of the frames `b t h w 3`, which are in [-1, 1] and not clipped.
     """
-    step = functools.partial(_decode_group, vae)
+    step = functools.partial(_decode_chunk, vae)
     if tiles is not None:
         return emit(
             _per_tile(lambda x: _scan(step, x, group), latents, tiles, *_factors(vae, encoding=False))
         )
 
-    def emitting(x: Array, kept: Kept | None) -> tuple[Array, Kept]:
-        frames, kept = step(x, kept)
-        return emit(frames), kept
+    def decode_and_emit(x: Array, carry: Carry | None) -> tuple[Array, Carry]:
+        frames, carry = step(x, carry)
+        return emit(frames), carry
 
-    return _scan(emitting, latents, group)
+    return _scan(decode_and_emit, latents, group)
 
 
 def encode_stream(
     vae: VideoVAE, frames: Iterable[np.ndarray], *, group: int = 1, tiles: Tiles | None = None
 ) -> Iterator[Latents]:
-    """Latents of a video that arrives frame by frame, as soon as each group is whole.
+    """Encodes a video that arrives frame by frame; yields latents as soon as a chunk is complete.
 
     Args:
-      frames: `b h w 3` in [-1, 1] each, any number. If they do not fill the last group, its last frame is
-        repeated; `decode_stream` crops if it is told the number of frames.
-      tiles: what the device holds at a time; what is kept of the others waits on the host.
+      frames: any number of frames, each `b h w 3` in [-1, 1]. An incomplete last latent frame is filled by
+        repeating the last frame; pass the number of frames to `decode_stream` to crop it again.
+      group: latent frames per chunk.
+      tiles: split frames into tiles that are on the device one at a time; carries of the others are on the
+        host.
 
     Yields:
       Normalised latents `b t h w c`: one latent frame for frame 0, then `group` at a time.
 
     Raises:
-      UserError: a frame has another size than the first, or pixels that are not finite; names it.
+      UserError: a frame differs from the first in size, or has pixels that are not finite; names the frame.
     """
-    step = _step(_jit_encode_group, vae, tiles, *_factors(vae, encoding=True))
-    kept = None
+    step = _step(_jit_encode_chunk, vae, tiles, *_factors(vae, encoding=True))
+    carry = None
     size = vae.config.temporal_factor * group
-    for block in _blocks(frames, size, vae.config.temporal_factor):
-        latents, kept = step(jnp.asarray(block), kept)
+    for chunk in _chunks(frames, size, vae.config.temporal_factor):
+        latents, carry = step(jnp.asarray(chunk), carry)
         yield latents
 
 
@@ -102,57 +104,58 @@ def decode_stream(
     num_frames: int | None = None,
     tiles: Tiles | None = None,
 ) -> Iterator[Video]:
-    """Frames of a video, handed out group by group while later ones are still to be computed.
+    """Decodes a video chunk by chunk; yields the frames of each chunk before the next is computed.
 
     Args:
-      latents: blocks `b t h w c` of any length, as `encode_stream` yields them.
-      num_frames: frames to hand out in all; None is all there are.
-      tiles: what the device holds at a time; what is kept of the others waits on the host.
+      latents: chunks `b t h w c` of any length, as `encode_stream` yields.
+      num_frames: total number of frames to yield; None is all.
+      tiles: split frames into tiles that are on the device one at a time; carries of the others are on the
+        host.
 
     Yields:
       Frames `b t h w 3` in [-1, 1], float32, not clipped.
     """
-    step = _step(_jit_decode_group, vae, tiles, *_factors(vae, encoding=False))
-    kept = None
-    left = num_frames
-    for block in _first_alone(latents):
-        if left is not None and left <= 0:
+    step = _step(_jit_decode_chunk, vae, tiles, *_factors(vae, encoding=False))
+    carry = None
+    remaining = num_frames
+    for chunk in _first_alone(latents):
+        if remaining is not None and remaining <= 0:
             return
-        frames, kept = step(block, kept)
-        if left is not None:
-            frames, left = frames[:, :left], left - frames.shape[1]
+        frames, carry = step(chunk, carry)
+        if remaining is not None:
+            frames, remaining = frames[:, :remaining], remaining - frames.shape[1]
         yield frames
 
 
 def padded_frames(num_frames: int, temporal_factor: int) -> int:
-    """The smallest 1 + n * temporal_factor that is not less than `num_frames`."""
+    """Smallest 1 + n * temporal_factor that is at least `num_frames`."""
     return num_frames + (1 - num_frames) % temporal_factor
 
 
 def fill_sides(frame: UInt8[np.ndarray, "h w 3"], spatial_factor: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The frame with its last row and column repeated until the VAE divides its sides."""
+    """Pads a frame to multiples of `spatial_factor` by repeating its last row and column of pixels."""
     height, width = frame.shape[:2]
     return np.pad(frame, ((0, -height % spatial_factor), (0, -width % spatial_factor), (0, 0)), mode="edge")
 
 
-def _encode_group(vae: VideoVAE, video: Video, kept: Kept | None) -> tuple[Latents, Kept]:
-    cache = CausalCache(kept)
+def _encode_chunk(vae: VideoVAE, video: Video, carry: Carry | None) -> tuple[Latents, Carry]:
+    cache = CausalCache(carry)
     latents = vae.encode(video, cache)
     return latents, tuple(cache.new_frames)
 
 
-def _decode_group(vae: VideoVAE, latents: Latents, kept: Kept | None) -> tuple[Video, Kept]:
-    cache = CausalCache(kept)
+def _decode_chunk(vae: VideoVAE, latents: Latents, carry: Carry | None) -> tuple[Video, Carry]:
+    cache = CausalCache(carry)
     video = vae.decode(latents, cache)
     return video, tuple(cache.new_frames)
 
 
-_jit_encode_group = jax.jit(_encode_group, donate_argnames="kept")
-_jit_decode_group = jax.jit(_decode_group, donate_argnames="kept")
+_jit_encode_chunk = jax.jit(_encode_chunk, donate_argnames="carry")
+_jit_decode_chunk = jax.jit(_decode_chunk, donate_argnames="carry")
 
 
 def _factors(vae: VideoVAE, *, encoding: bool) -> tuple[int, int]:
-    """Pixels per latent pixel of what goes in, and of what comes out."""
+    """Pixels per latent pixel of the input and of the output, along height and width."""
     return (vae.config.spatial_factor, 1) if encoding else (1, vae.config.spatial_factor)
 
 
@@ -166,51 +169,51 @@ def _per_tile(
 
 
 def _step(
-    run: Callable[..., tuple[Array, Kept]],
+    run: Callable[..., tuple[Array, Carry]],
     vae: VideoVAE,
     tiles: Tiles | None,
     factor_in: int,
     factor_out: int,
 ) -> Callable[[Array, Any], tuple[Array, Any]]:
-    """A group from what is kept of the one before, tile by tile if there are `tiles`."""
+    """Step function (chunk, carry) -> (output, carry); with `tiles` it runs tile by tile."""
     if tiles is None:
         return functools.partial(run, vae)
 
-    def step(x: Array, kept: list[Any] | None) -> tuple[Array, list[Any]]:
-        parts, keeps = [], []
+    def step(x: Array, carries: list[Any] | None) -> tuple[Array, list[Any]]:
+        parts, new_carries = [], []
         for index, tile in enumerate(tiles.split(x, factor_in)):
-            part, keep = run(vae, tile, None if kept is None else kept[index])
+            part, new_carry = run(vae, tile, None if carries is None else carries[index])
             parts.append(part)
-            keeps.append(jax.device_get(keep))
+            new_carries.append(jax.device_get(new_carry))
         height, width = x.shape[2] // factor_in, x.shape[3] // factor_in
-        return tiles.blend(parts, height, width, factor_out), keeps
+        return tiles.blend(parts, height, width, factor_out), new_carries
 
     return step
 
 
-def _scan(run: Callable[[Array, Kept | None], tuple[Array, Kept]], x: Array, size: int) -> Array:
-    """Frame 0, a scan over as many blocks of `size` frames as there are, and what is left."""
-    first, kept = run(x[:, :1], None)
+def _scan(run: Callable[[Array, Carry | None], tuple[Array, Carry]], x: Array, size: int) -> Array:
+    """Runs frame 0, scans over chunks of `size` frames, and runs the remaining frames."""
+    first, carry = run(x[:, :1], None)
     count = (x.shape[1] - 1) // size
     done = [first]
     if count:
         b, _, *rest = x.shape
-        blocks = x[:, 1 : 1 + count * size].reshape(b, count, size, *rest).swapaxes(0, 1)
+        chunks = x[:, 1 : 1 + count * size].reshape(b, count, size, *rest).swapaxes(0, 1)
 
-        def body(kept: Kept, block: Array) -> tuple[Kept, Array]:
-            out, kept = run(block, kept)
-            return kept, out
+        def body(carry: Carry, chunk: Array) -> tuple[Carry, Array]:
+            out, carry = run(chunk, carry)
+            return carry, out
 
-        kept, out = jax.lax.scan(body, kept, blocks)
+        carry, out = jax.lax.scan(body, carry, chunks)
         done.append(out.swapaxes(0, 1).reshape(b, -1, *out.shape[3:]))
     if x.shape[1] > 1 + count * size:
-        done.append(run(x[:, 1 + count * size :], kept)[0])
+        done.append(run(x[:, 1 + count * size :], carry)[0])
     return jnp.concatenate(done, axis=1)
 
 
-def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np.ndarray]:
-    """`b t h w 3`: frame 0, then `size` frames at a time; the end is filled to a multiple of `factor`."""
-    waiting: list[np.ndarray] = []
+def _chunks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np.ndarray]:
+    """Chunks `b t h w 3`: frame 0, then `size` frames each; pads the last to a multiple of `factor`."""
+    pending: list[np.ndarray] = []
     wanted = 1
     shape: tuple[int, ...] | None = None
     for index, frame in enumerate(frames):
@@ -219,21 +222,21 @@ def _blocks(frames: Iterable[np.ndarray], size: int, factor: int) -> Iterator[np
             raise UserError(f"frame {index} is {list(frame.shape)}, those before it {list(shape)}")
         if not np.isfinite(frame).all():
             raise UserError(f"frame {index} has pixels that are not finite")
-        waiting.append(frame)
-        if len(waiting) == wanted:
-            yield np.stack(waiting, axis=1)
-            waiting, wanted = [], size
-    if waiting:
-        waiting += [waiting[-1]] * (-len(waiting) % factor)
-        yield np.stack(waiting, axis=1)
+        pending.append(frame)
+        if len(pending) == wanted:
+            yield np.stack(pending, axis=1)
+            pending, wanted = [], size
+    if pending:
+        pending += [pending[-1]] * (-len(pending) % factor)
+        yield np.stack(pending, axis=1)
 
 
 def _first_alone(latents: Iterable[Latents]) -> Iterator[Latents]:
-    """The same latents with the first frame in a block of its own."""
-    blocks = iter(latents)
-    for first in blocks:
+    """The same chunks, with the first latent frame split into a separate chunk."""
+    chunks = iter(latents)
+    for first in chunks:
         yield first[:, :1]
         if first.shape[1] > 1:
             yield first[:, 1:]
         break
-    yield from blocks
+    yield from chunks

@@ -1,4 +1,4 @@
-"""Tiles of a frame that overlap and are blended: for one device that is too small for whole frames."""
+"""Overlapping, blended tiles of frames, for a device without memory for full frames."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ __all__ = ["Tiles"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How frames are cut. All tiles have one size; lengths are in latent pixels, for pixels times the factor.
+    """Size and overlap of tiles, in latent pixels. All tiles of a frame have the same size.
 
-    The result is not that of the whole frame: a tile's edge is padded with zeros where the frame goes on, and
-    attention within frames sees one tile. With the sprites' VAE, frames of 256 pixels and tiles of 16 latent
-    pixels (`benchmarks/vae_tiles.py`), what is decoded differs near the seams by 8.4 levels of 255 without
-    overlap, by 0.5 where half of each tile overlaps, 0.3 elsewhere. Cutting frames over several devices
+    Results differ from those of full frames: inner tile edges see zero padding, and attention within frames
+    sees one tile. With the sprites' VAE, frames of 256 pixels and tiles of 16 latent pixels
+    (`benchmarks/vae_tiles.py`), decoded pixels near the seams differ by 8.4 levels of 255 without overlap and
+    by 0.5 if half of each tile overlaps; elsewhere by 0.3. Sharding frames over several devices
     (`vidgen.ops.convolution`) is exact.
 
     Attributes:
-      height, width: of a tile; a smaller frame is one tile.
-      overlap: that neighbouring tiles have at least in common.
+      height, width: size of a tile; a smaller frame is a single tile.
+      overlap: smallest overlap of neighbouring tiles.
     """
 
     height: int = 32
@@ -40,10 +40,10 @@ class Tiles:
             )
 
     def split(self, x: Array, factor: int = 1) -> list[Array]:
-        """Tiles of `b t h w c` frames, row by row, all of one shape.
+        """Tiles of `b t h w c` frames in row-major order, all of the same shape.
 
         Args:
-          factor: what `x` has pixels of per latent pixel.
+          factor: pixels of `x` per latent pixel, along height and width.
         """
         rows, columns, height, width = self._grid(x.shape[2] // factor, x.shape[3] // factor)
         return [
@@ -53,11 +53,11 @@ class Tiles:
         ]
 
     def blend(self, tiles: Sequence[Array], height: int, width: int, factor: int = 1) -> Array:
-        """Frames of which these are the tiles; where they overlap, each fades out towards its edge.
+        """Frames assembled from tiles in row-major order; overlaps are blended linearly.
 
         Args:
-          height, width: of the frame, in latent pixels.
-          factor: what the tiles have pixels of per latent pixel.
+          height, width: size of the frame, in latent pixels.
+          factor: pixels of the tiles per latent pixel, along height and width.
         """
         rows, columns, tile_height, tile_width = self._grid(height, width)
         row_weights = _weights(rows, tile_height, factor)
@@ -79,7 +79,7 @@ class Tiles:
         return frame
 
     def _grid(self, height: int, width: int) -> tuple[list[int], list[int], int, int]:
-        """First rows and columns of the tiles, and their size."""
+        """Top rows and left columns of the tiles, and the tiles' height and width."""
         tile_height, tile_width = min(self.height, height), min(self.width, width)
         return (
             _starts(height, tile_height, self.overlap),
@@ -90,13 +90,13 @@ class Tiles:
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:
-    """Of the fewest tiles, spread evenly from edge to edge."""
+    """Start positions of the fewest tiles that cover `length`, spaced evenly from edge to edge."""
     count = 1 if length <= size else math.ceil((length - overlap) / (size - overlap))
     return [round(k * (length - size) / max(count - 1, 1)) for k in range(count)]
 
 
 def _weights(starts: Sequence[int], size: int, factor: int) -> list[np.ndarray]:
-    """A weight for each pixel of each tile along one side; at every pixel of the frame they sum to 1."""
+    """Blending weight of each pixel of each tile along one axis; the weights of a frame pixel sum to 1."""
     size, starts = size * factor, [start * factor for start in starts]
     position = np.arange(size, dtype=np.float32)
     weights = []

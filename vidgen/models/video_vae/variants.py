@@ -1,4 +1,4 @@
-"""Sizes of the named variants as a table: `python -m vidgen.models.video_vae.variants`."""
+"""Prints a table of the named variants' sizes: `python -m vidgen.models.video_vae.variants`."""
 
 import math
 from collections.abc import Iterable
@@ -13,16 +13,16 @@ __all__ = ["parameters", "table"]
 
 
 def parameters(config: VAEConfig) -> tuple[int, int]:
-    """How many the encoder and the decoder have; nothing is computed."""
+    """Number of parameters of the encoder and of the decoder; nothing is computed."""
     vae = nnx.eval_shape(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     return _count(vae.encoder, vae.quant_conv), _count(vae.decoder, vae.post_quant_conv)
 
 
 def table(names: Iterable[str] = tuple(VARIANTS)) -> str:
-    """A line of Markdown for each variant.
+    """Markdown table with one line per variant.
 
-    Its columns: frames x rows x columns of pixels per latent, channels, how many numbers of a video one of
-    its latents' stands for, millions of parameters of encoder and decoder.
+    Columns: pixels per latent pixel (frames x rows x columns), latent channels, compression (numbers of a
+    video per number of its latents), millions of parameters of the encoder and of the decoder.
     """
     lines = [
         "| variant | pixels per latent | channels | compression | encoder | decoder |",
