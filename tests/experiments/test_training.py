@@ -25,7 +25,7 @@ SLOW = (
     "experiments/vae/folder.py",
     "experiments/vae/wan.py",
 )
-"""Their parts are in other tests: bfloat16, remat, the adversary; folder.py is trained on several sizes above."""
+"""Other tests have their parts: bfloat16, remat, the adversary; folder.py has a test of its own."""
 
 
 @pytest.fixture(scope="module")

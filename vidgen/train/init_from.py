@@ -42,7 +42,7 @@ def init_from_run(
       workdir: workdir of the other run, whose newest checkpoint is read; or a VAE without a run, as
         `vidgen.train.vae_folder.load_vae` finds it, also Wan's in diffusers' layout; or a transformer in that
         layout (for a full checkpoint, its `transformer`) if the run trains a transformer.
-      param_groups: names of submodules that keep their initial weights if the other run has none of their shapes.
+      param_groups: names of submodules that keep their initial weights if the other run lacks them.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is of another model; the message names the arrays that

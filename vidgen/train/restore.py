@@ -12,10 +12,10 @@ from vidgen.train.experiment import Experiment, load_experiment
 from vidgen.train.state import abstract_state, restore_averaged
 from vidgen.train.text_to_video_task import TextToVideoTask
 
-__all__ = ["load_trained"]
+__all__ = ["load_run"]
 
 
-def load_trained(
+def load_run(
     workdir: pathlib.Path | str,
     mesh: Mesh,
     *,

@@ -102,7 +102,7 @@ def make_train_step(
 def clipped(
     grads: PyTree, largest: float | None, param_groups: Mapping[str, Any]
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Gradients clipped to norm `largest` per group, and the unclipped norms of the groups in `param_groups`."""
+    """Gradients clipped to norm `largest` per group, and the unclipped norms of `param_groups`."""
     labels = param_labels(grads, param_groups)
     labelled = zip(jax.tree.leaves(labels), jax.tree.leaves(grads), strict=True)
     by_name = itertools.groupby(sorted(labelled, key=lambda pair: pair[0]), key=lambda pair: pair[0])
