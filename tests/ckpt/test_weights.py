@@ -93,7 +93,7 @@ def test_several_files_with_an_index_are_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"w-00002-of-00002\.safetensors is missing"):
         load_weights(tmp_path / "w.safetensors", arrays)
     save_weights(tmp_path / "w-00002-of-00002.safetensors", {"c": np.zeros(1)})
-    with pytest.raises(WeightsError, match=r"lacks \['b'\], which w\.safetensors\.index\.json says"):
+    with pytest.raises(WeightsError, match=r"lacks \['b'\], which w\.safetensors\.index\.json lists"):
         load_weights(tmp_path / "w.safetensors", arrays)
 
 
