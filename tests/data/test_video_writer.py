@@ -7,9 +7,10 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from vidgen.core.errors import UserError
 from vidgen.data import video_writer
 from vidgen.data.video_reader import probe, read_clip
-from vidgen.data.video_writer import read_metadata, save_video, write_mp4
+from vidgen.data.video_writer import read_metadata, save_frames, save_video, write_mp4
 
 TEXTS = {"prompt": 'a "réd" circle\nmoves left', "seed": "0"}
 
@@ -180,3 +181,20 @@ def test_metadata_of_others(tmp_path, numbered_video):
     (tmp_path / "c.mp4").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"c\.mp4: cannot read"):
         read_metadata(tmp_path / "c.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize(
+    ("frames", "fps", "message"),
+    [
+        ([], 8, "has no frames"),
+        ([np.zeros((16, 16, 3), np.float32)], 8, r"a clip is uint8 .* got float32 \[1, 16, 16, 3\]"),
+        ([np.zeros((16, 16), np.uint8)], 8, r"got uint8 \[1, 16, 16\]"),
+        ([np.zeros((n, 16, 3), np.uint8) for n in (16, 32)], 8, r"frame 1 has the shape \(32, 16, 3\)"),
+        ([np.zeros((16, 16, 3), np.uint8)], float("nan"), "fps is nan"),
+    ],
+)
+def test_a_stream_of_frames_that_is_no_clip(tmp_path, suffix, frames, fps, message):
+    with pytest.raises(UserError, match=message):
+        save_frames(tmp_path / f"a{suffix}", iter(frames), fps=fps)
+    assert not any(tmp_path.iterdir())

@@ -100,6 +100,4 @@ def _file_names(info: Mapping[str, Any]) -> Iterator[Any]:
     splits = info.get("splits")
     for split in splits if isinstance(splits, list) else ():
         if isinstance(split, dict):
-            yield from (
-                split[key] for key in ("name", "filepathTemplate", "filepath_template") if key in split
-            )
+            yield from (split[key] for key in _NAMES if key in split)

@@ -92,7 +92,11 @@ class VideoFile:
         self._file = file
         self._origin = 0.0
         self._open()
-        self._origin = self._find_origin()
+        try:
+            self._origin = self._find_origin()
+        except BrokenClip:
+            self._container.close()
+            raise
 
     def _open(self) -> None:
         self._container = open_container(self._file, self.name)

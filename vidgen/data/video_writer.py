@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 import av
@@ -89,14 +89,31 @@ def save_frames(
       fps: as in `save_video`.
       metadata: as in `save_video`.
       crf: as in `save_video`.
+
+    Raises:
+      UserError: there is no frame, one is no uint8 [h w 3] or of another size than the first, or `fps` is out
+        of range.
     """
     path = pathlib.Path(path)
+    checked = _checked(path, frames, fps)
     if path.suffix.lower() != ".mp4":
-        save_video(path, np.stack(list(frames)), fps=fps, metadata=metadata, crf=crf)
+        save_video(path, np.stack(list(checked)), fps=fps, metadata=metadata, crf=crf)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        write_mp4(temporary, frames, fps=fps, metadata=metadata, crf=crf)
+        write_mp4(temporary, checked, fps=fps, metadata=metadata, crf=crf)
+
+
+def _checked(path: pathlib.Path, frames: Iterable[np.ndarray], fps: float | int) -> Iterator[np.ndarray]:
+    shape = None
+    for number, frame in enumerate(frames):
+        _check_clip(path, np.asarray(frame)[None], fps)
+        if shape not in (None, frame.shape):
+            raise UserError(f"{path}: frame {number} has the shape {frame.shape}, the first has {shape}.")
+        shape = frame.shape
+        yield frame
+    if shape is None:
+        raise UserError(f"{path}: the clip has no frames. Give it at least one.")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -58,10 +58,10 @@ def compare_layout(state: TrainState, found: TrainState) -> Layout:
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         total += size
         per_chip += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        if sharding.is_fully_replicated and sharding.num_devices > 1:
-            replicated[name] = size
-        else:
+        if not sharding.is_fully_replicated:
             sharded += size
+        elif sharding.num_devices > 1:
+            replicated[name] = size
     return Layout(
         num_arrays=num_arrays,
         as_asked=num_arrays - len(moved),

@@ -89,8 +89,11 @@ def test_options_restrict_the_world():
         ({"motions": ("sideways",)}, "sideways.*left, right"),
         ({"sizes": ("huge",)}, "huge.*small, medium, large"),
         ({"max_objects": 4}, "max_objects 4"),
-        ({"num_frames": 0}, "num_frames is 0"),
+        ({"num_frames": 0}, r"sprites\.num_frames: found 0"),
         ({"cameras": ("pan_left",)}, "textured"),
+        ({"fps": float("nan")}, r"sprites\.fps: found nan"),
+        ({"height": 10**7}, r"sprites\.height: found 10000000"),
+        ({"num_clips": 0}, r"sprites: num_clips is 0"),
     ],
 )
 def test_impossible_options_are_named(options, message):

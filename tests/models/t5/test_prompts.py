@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from vidgen.core.errors import UserError
 from vidgen.models.t5.config import T5Config
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.prompts import FeatureCache, T5Prompts, digest
@@ -71,6 +72,11 @@ def test_what_was_encoded_once_needs_no_encoder(encoder, tmp_path, dtype):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     with pytest.raises(AssertionError, match="not needed"):
         T5Prompts(forbidden, Letters(), cache=FeatureCache(tmp_path, "another")).features(["de"])
+
+
+def test_no_prompt_is_an_error(make):
+    with pytest.raises(UserError, match="no prompt to encode"):
+        make().features([])
 
 
 def test_a_damaged_file_is_encoded_again(make, tmp_path, caplog):

@@ -111,8 +111,8 @@ def test_names_of_umt5_xxl():
         reference = transformers.UMT5EncoderModel(config)
     shapes, original = {}, {}
     for name, leaf in leaves.items():
-        shapes |= transformers_names(leaves)[name].shapes(tuple(leaf.shape))
-        original |= wan_names(leaves)[name].shapes(tuple(leaf.shape))
+        shapes |= transformers_names(leaves)[name].external_shapes(tuple(leaf.shape))
+        original |= wan_names(leaves)[name].external_shapes(tuple(leaf.shape))
     expected = {name: tuple(x.shape) for name, x in reference.named_parameters()}
     assert shapes == expected
     assert original["blocks.23.pos_embedding.embedding.weight"] == (32, 64)

@@ -52,7 +52,7 @@ class SpritesData:
 
     kind: Literal["sprites"] = "sprites"
     num_clips: int = 100_000
-    seed: int = 0
+    seed: Annotated[int, limits.SEED] = 0
     num_frames: Annotated[int, limits.NUM_FRAMES] = 17
     height: Annotated[int, limits.SIDE] = 64
     width: Annotated[int, limits.SIDE] = 64
@@ -67,9 +67,9 @@ class SpritesData:
     split: Literal["train", "heldout", "all"] = "train"
 
     def __post_init__(self):
-        for name in ("num_clips", "num_frames", "height", "width", "fps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"sprites: {name} is {getattr(self, name)}; expected a positive number")
+        limits.check_fields(self, "sprites")
+        if self.num_clips < 1:
+            raise UserError(f"sprites: num_clips is {self.num_clips}; expected a positive number")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
             raise UserError(
                 f"sprites: min_objects is {self.min_objects} and max_objects {self.max_objects}; "

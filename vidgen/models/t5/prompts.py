@@ -63,6 +63,8 @@ class T5Prompts:
 
     def features(self, prompts: Sequence[str]) -> Float[np.ndarray, "b l e"]:
         """Features of the prompts, in the encoder's compute dtype; zeros beyond each prompt."""
+        if not prompts:
+            raise UserError("found no prompt to encode: give at least one")
         tokens, mask = self.tokenizer(prompts)
         prompt_ids = [ids[used] for ids, used in zip(tokens, mask, strict=True)]
         cached = {_key(ids): self._cache.get(_key(ids)) if self._cache else None for ids in prompt_ids}
