@@ -167,8 +167,8 @@ def folder(tmp_path, monkeypatch):
         (["--out", "file/a.mp4"], "file is no folder"),
         (["--out", "x" * 300 + ".mp4"], "this name cannot be written to"),
         (["--out", "a\0.mp4"], "this name cannot be written to"),
-        (["--prompt", "a\0b"], "--prompt: character 1 is a NUL character, which is no text"),
-        (["--prompt", "a\udc80"], "--prompt: character 1 is half of a surrogate pair, which is no text"),
+        (["--prompt", "a\0b"], "--prompt: character 1 is a NUL character, which is not text"),
+        (["--prompt", "a\udc80"], "--prompt: character 1 is half of a surrogate pair, which is not text"),
         (["--negative-prompt", "\0"], "--negative-prompt: character 0 is a NUL character"),
         (
             ["--guidance-interval", "0.5", "0.2"],
