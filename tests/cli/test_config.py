@@ -18,7 +18,10 @@ def test_show_with_docs_says_what_each_means(capsys):
     out = capsys.readouterr().out
     assert "config.data.path = 'clips'  (str)\n    the folder.\n" in out
     assert "config.data.buckets[1].batch_size = 8  (" in out
-    assert "    seconds between the starts of consecutive clips of a video; None places clips end to end.\n" in out
+    assert (
+        "    seconds between the starts of consecutive clips of a video; None places clips end to end.\n"
+        in out
+    )
 
 
 def test_show_names_what_has_to_be_given_and_unknown_keys(capsys):

@@ -147,7 +147,9 @@ def test_original_names_are_what_diffusers_converts(tmp_path):
     reference = written(SHAPES["2.1"], tmp_path)
     params = nnx.state(load_diffusers(tmp_path), nnx.Param, graph=False)
     leaves = named_leaves(params)
-    ours = {name: f.external_name for name, f in diffusers_names(load_diffusers(tmp_path).config, leaves).items()}
+    ours = {
+        name: f.external_name for name, f in diffusers_names(load_diffusers(tmp_path).config, leaves).items()
+    }
     original = wan_names(load_diffusers(tmp_path).config, leaves)
     converted = convert_wan_vae_to_diffusers({f.external_name: name for name, f in original.items()})
     assert {theirs: name for name, theirs in ours.items()} == converted
@@ -159,7 +161,10 @@ def test_original_names_of_wan_2_2(tmp_path):
     vae = load_diffusers(tmp_path)
     leaves = named_leaves(nnx.state(vae, nnx.Param, graph=False))
     original = wan_names(vae.config, leaves)
-    table = {f.external_name: original[name].external_name for name, f in diffusers_names(vae.config, leaves).items()}
+    table = {
+        f.external_name: original[name].external_name
+        for name, f in diffusers_names(vae.config, leaves).items()
+    }
     assert table.keys() == reference.state_dict().keys()
     # As wan/modules/vae2_2.py of https://github.com/Wan-Video/Wan2.2 nests its modules.
     assert {theirs: table[theirs] for theirs in WAN_2_2} == WAN_2_2
