@@ -169,8 +169,11 @@ class Vidgen:
         import optax
         from flax import nnx
 
+        from vidgen.core.streams import TEXT, Stream
+        from vidgen.core.tokens import Tokens, patchify, unpatchify
         from vidgen.models.dit.diffusers_folder import load_diffusers
         from vidgen.models.dit.model import DiT
+        from vidgen.nn.embeddings import grid_positions
 
         dit = load_diffusers(folder)
         options = {"dtype": "bfloat16", "attention": "cudnn"} if device == "gpu" else {}
@@ -183,7 +186,11 @@ class Vidgen:
             inputs = dict(inputs)
             target = inputs.pop("target")
             graphdef = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)[0]
-            velocity = nnx.merge(graphdef, params)(**inputs)
+            grid = config.token_grid(*target.shape[1:4])
+            tokens = Tokens(patchify(inputs["latents"], config.patch_size), grid_positions(*grid)[None])
+            streams = {TEXT: Stream(inputs["text"])}
+            patches, _ = nnx.merge(graphdef, params)(tokens, inputs["timestep"][:, None], streams)
+            velocity = unpatchify(patches, grid, config.patch_size)
             return jnp.square(velocity - target).mean(), velocity
 
         def train_step(params: Any, state: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:

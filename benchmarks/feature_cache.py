@@ -25,7 +25,6 @@ from vidgen.cli import train
 from vidgen.models.dit.model import DiT
 from vidgen.pipeline import Pipeline, load
 from vidgen.sampling.caching import TeaCache
-from vidgen.sampling.generate import generate
 from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.time_grid import TimeGrid
 
@@ -95,15 +94,8 @@ def _timed(pipeline: Pipeline, options: SamplingOptions, repeats: int) -> tuple[
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        with jax.set_mesh(pipeline.mesh):
-            videos = generate(
-                pipeline.model,
-                pipeline.vae,
-                PROMPTS,
-                size=pipeline.size,
-                seeds=range(len(PROMPTS)),
-                options=options,
-            )
+        pipeline.options = options
+        videos = pipeline(PROMPTS)
         times.append(time.perf_counter() - start)
     return videos, min(times[1:])
 

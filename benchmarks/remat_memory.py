@@ -27,9 +27,12 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from vidgen.core import rng  # noqa: E402
+from vidgen.core.streams import TEXT, Stream  # noqa: E402
+from vidgen.core.tokens import Tokens, patchify  # noqa: E402
 from vidgen.diffusion.rectified_flow import velocity_loss  # noqa: E402
 from vidgen.models.dit.config import VARIANTS, DiTConfig  # noqa: E402
 from vidgen.models.dit.model import DiT  # noqa: E402
+from vidgen.nn.embeddings import grid_positions  # noqa: E402
 from vidgen.nn.stack import Remat  # noqa: E402
 from vidgen.ops.sequence_parallel import SequenceParallel  # noqa: E402
 from vidgen.parallel.mesh import MeshOptions  # noqa: E402
@@ -56,9 +59,12 @@ class Velocity:
         return DiT(self.dit, rngs=rngs)
 
     def loss(self, model, frozen, batch, key, step):
-        noise = jax.random.normal(rng.stream(key, "noise"), batch["latents"].shape)
-        timestep = jax.random.uniform(rng.stream(key, "timestep"), (len(noise),))
-        losses = velocity_loss(lambda x, t: model(x, t, batch["text"]), batch["latents"], noise, timestep)
+        grid = self.dit.token_grid(*batch["latents"].shape[1:4])
+        tokens = Tokens(patchify(batch["latents"], self.dit.patch_size), grid_positions(*grid)[None])
+        noise = jax.random.normal(rng.stream(key, "noise"), tokens.patches.shape)
+        timestep = jax.random.uniform(rng.stream(key, "timestep"), (len(noise), 1))
+        streams = {TEXT: Stream(batch["text"])}
+        losses, _ = velocity_loss(lambda x, t: model(x, t, streams)[0], tokens, noise, timestep)
         return losses.mean(), {}
 
 

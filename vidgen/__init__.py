@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vidgen.data.video_io import save_video
-    from vidgen.pipeline import Pipeline, load
+    from vidgen.pipeline import Pipeline, Request, load
 
-__all__ = ["Pipeline", "__version__", "load", "save_video"]
+__all__ = ["Pipeline", "Request", "__version__", "load", "save_video"]
 
 __version__ = "0.1.0"
 
-_MODULES = {"Pipeline": "vidgen.pipeline", "load": "vidgen.pipeline", "save_video": "vidgen.data.video_io"}
+_MODULES = {
+    "Pipeline": "vidgen.pipeline",
+    "Request": "vidgen.pipeline",
+    "load": "vidgen.pipeline",
+    "save_video": "vidgen.data.video_io",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,12 +72,12 @@ def get_config(arg: str = "") -> ConfigDict:
         config.task.density.update(shift=5.0, between=between)
         config.task.sampling = _sampling(variant, low_noise=name.endswith("low"))
         if name.startswith("i2v"):
-            config.task.images = "beside"
+            config.task.conditioners = [{"kind": "concat_frames"}]
     if "ti2v" in arguments:
         config.task.dit = dataclasses.asdict(VARIANTS["wan2.2-ti2v-5b"])
         config.task.density.shift = 5.0
         config.task.sampling = _sampling("wan2.2-ti2v-5b")
-        config.task.update(images="first", image_share=0.5)
+        config.task.conditioners = [{"kind": "first_frame", "probability": 0.5}]
         config.data.update(num_frames=121, height=704, width=1280, fps=24.0)
     config.task.dit.update(dtype="bfloat16", remat="full")
     if "lora" in arguments:
@@ -93,10 +93,10 @@ def get_config(arg: str = "") -> ConfigDict:
 def _make_tiny(config: ConfigDict) -> None:
     """Replaces the models by tiny ones, the text encoder by a byte encoder, and removes `init_from`."""
     channels = VAE_VARIANTS["tiny"].latent_channels
-    beside = config.task.get("images") == "beside"
+    concatenated = config.task.dit.in_channels > (config.task.dit.out_channels or config.task.dit.in_channels)
     config.task.dit = dataclasses.asdict(VARIANTS["tiny"])
     config.task.dit.update(dtype="bfloat16", remat="full", in_channels=channels)
-    if beside:
+    if concatenated:
         factor = VAE_VARIANTS["tiny"].temporal_factor
         config.task.dit.update(in_channels=2 * channels + factor, out_channels=channels)
     config.task.text = {"dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 64, "max_bytes": 95}

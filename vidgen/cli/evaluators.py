@@ -11,7 +11,6 @@ from vidgen.data.latents_data import clips_of
 from vidgen.data.source import BrokenClip, ClipSource
 from vidgen.data.sprites.source import SpritesData
 from vidgen.evals.previews import ReconstructionPreview, SamplePreview
-from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.pipeline import Pipeline
@@ -50,12 +49,10 @@ def _samples(
     size, fps = clips[0]["video"].shape[:3], experiment.data.fps
 
     def sample(model: TextToVideo, vae: VideoVAE, prompts: Sequence[str]) -> np.ndarray:
-        encode = BytePrompts(model) if task.text_encoder is None else task.text_encoder.prompts(mesh)
-        options = task.sampling_options()
         pipe = Pipeline(
-            model, vae, encode, size=size, fps=fps, mesh=mesh, options=options, images=task.images
+            model, vae, task.all_conditioners, size=size, fps=fps, mesh=mesh, options=task.sampling_options()
         )
-        if task.images is None:
+        if not task.conditioners:
             return pipe(prompts)
         videos = [
             pipe(prompt, image=clip["video"][0], seed=seed)

@@ -19,8 +19,7 @@ from vidgen.core.logging import get_logger
 from vidgen.core.paths import path_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline import Pipeline
-    from vidgen.sampling.generate import Progress
+    from vidgen.pipeline import Pipeline, Progress
 
 __all__ = ["main"]
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.data.video_io import save_video
-    from vidgen.pipeline import load
+    from vidgen.pipeline import Request, load
 
     given = _options(arguments)
     start_time = time.monotonic()
@@ -72,14 +71,17 @@ def main(argv: Sequence[str]) -> int:
     for start in range(0, len(prompts), arguments.batch_size):
         start_time = time.monotonic()
         chunk = prompts[start : start + arguments.batch_size]
-        videos = pipeline(
-            chunk,
+        request = Request(
+            prompt=chunk,
             negative_prompt=arguments.negative_prompt,
             seed=arguments.seed + start,
-            on_progress=_Reporter(start, len(chunk), len(prompts)),
             **settings,
             **given,
         )
+        report, videos = _Reporter(start, len(chunk), len(prompts)), ()
+        for progress in pipeline.stream(request):
+            report(progress)
+            videos = () if progress.videos is None else progress.videos
         for index, video in enumerate(videos, start):
             about = settings | recorded | {"prompt": prompts[index], "seed": arguments.seed + index}
             save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(about, default=str)})
@@ -105,8 +107,10 @@ class _Reporter:
         self._begun = self._last = self._second = time.monotonic()
 
     def __call__(self, progress: "Progress") -> None:
-        now, (stage, done, count) = time.monotonic(), progress
+        now, (stage, done, count, _) = time.monotonic(), progress
         where = f"{self._prompts}step {done} of {count}"
+        if stage == "done":
+            return
         if stage == "decoding":
             _log.info("%s; decoding", where)
         elif done == 0:
@@ -124,8 +128,9 @@ def _recorded_options(
     pipeline: "Pipeline", given: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Options to store with the videos, under the names of the pipeline's arguments where it has them."""
-    images = ("image", "last_image")
-    options = pipeline.with_options(**{name: x for name, x in given.items() if name not in images})
+    from vidgen.pipeline import Request
+
+    options = Request(prompt="", **given).options(pipeline.options)
     made = {
         "negative_prompt": arguments.negative_prompt,
         "steps": options.grid.num_steps,

@@ -17,10 +17,10 @@ __all__ = [
     "Key",
     "Latents",
     "Metrics",
+    "Noisy",
     "PyTree",
     "RGBClip",
     "Shaped",
-    "Tokens",
     "UInt8",
     "UInt32",
     "Video",
@@ -32,7 +32,8 @@ Video: TypeAlias = Float[Array, "b t h w c"]
 Latents: TypeAlias = Float[Array, "b tz hz wz z"]
 """Latents on a coarser grid than pixels, normalised to zero mean and unit variance per channel."""
 
-Tokens: TypeAlias = Float[Array, "b s d"]
+Noisy: TypeAlias = Float[Array, "b *rest"]
+"""Latents of each clip in any form: as sequences of patches, or on their grid."""
 
 RGBClip: TypeAlias = UInt8[np.ndarray, "t h w 3"]
 """A clip on the host: 8-bit RGB frames."""

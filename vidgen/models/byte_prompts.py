@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from vidgen.core.errors import UserError
+from vidgen.core.streams import Stream
 from vidgen.core.typing import Array, Bool, Int
-from vidgen.models.condition import Condition
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo
 
@@ -31,11 +31,11 @@ class BytePrompts:
         self._model = model
         self._max_bytes = model.text.config.max_bytes
 
-    def __call__(self, prompts: Sequence[str]) -> Condition:
+    def __call__(self, prompts: Sequence[str]) -> Stream:
         tokens, mask = tokenize(prompts, self._max_bytes)
         return _encode(self._model, jnp.asarray(tokens), jnp.asarray(mask))
 
 
 @jax.jit
-def _encode(model: TextToVideo, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Condition:
-    return model.condition(tokens, mask)
+def _encode(model: TextToVideo, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Stream:
+    return model.encode_text(tokens, mask)

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,9 @@ from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.clip import transformers_folder as clip_folder
+from vidgen.models.clip.model import CLIPVision
 from vidgen.models.dit import diffusers_folder as dit_folder
+from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.experts import NoiseLevelExperts
 from vidgen.models.dit.model import DiT
 from vidgen.models.t5.prompts import T5Prompts
@@ -28,7 +30,7 @@ from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.pipeline import Pipeline
 from vidgen.pipeline.sampling_file import read_defaults, read_scheduler
-from vidgen.sampling.conditioning import ImageConditioning, infer_image_conditioning
+from vidgen.sampling.conditioning import ClipImages, ConcatFrames, Conditioner, FirstFrame, Prompts
 from vidgen.train.text_features import TextFeatures
 
 __all__ = [
@@ -88,21 +90,22 @@ def load_checkpoint(
     text = _byte_encoder(folder / "byte_encoder", mesh)
     model = TextToVideo(load_transformers(folder, mesh, dtype=dtype), text)
     vae = vae_folder.load_diffusers(folder / "vae")
-    has_encoder = (index.get("image_encoder") or [None])[0] is not None
+    encoder = None
+    if (index.get("image_encoder") or [None])[0] is not None:
+        encoder = clip_folder.load_transformers(folder / "image_encoder", mesh, dtype=dtype)
     experts = isinstance(model.dit, NoiseLevelExperts)
     defaults = read_defaults(folder, model.dit.config, vae.config, experts=experts)
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
-        _prompts(folder, mesh, dtype, cache) if text is None else BytePrompts(model),
+        [
+            Prompts(encode=_prompts(folder, mesh, dtype, cache) if text is None else BytePrompts(model)),
+            *_conditioners(model.dit.config, encoder, index),
+        ],
         size=defaults.size,
         fps=defaults.fps,
         mesh=mesh,
         options=defaults.options,
-        images=_images(model, vae.config.latent_channels, vae.config.temporal_factor, index),
-        image_encoder=clip_folder.load_transformers(folder / "image_encoder", mesh, dtype=dtype)
-        if has_encoder
-        else None,
     )
 
 
@@ -165,9 +168,14 @@ def _prompts(folder: pathlib.Path, mesh: Mesh, dtype: _DTYPE, cache: pathlib.Pat
     )
 
 
-def _images(
-    model: TextToVideo, latent_channels: int, temporal_factor: int, index: Mapping[str, Any]
-) -> ImageConditioning | None:
-    conditioning = infer_image_conditioning(model.dit.config, latent_channels, temporal_factor)
-    # "first" needs a timestep per token; of Wan's models only 2.2 TI2V was trained with one.
-    return None if conditioning == "first" and not index.get("expand_timesteps") else conditioning
+def _conditioners(
+    dit: DiTConfig, encoder: CLIPVision | None, index: Mapping[str, Any]
+) -> Sequence[Conditioner]:
+    """Conditioners of images."""
+    found: list[Conditioner] = []
+    if dit.concat_channels:
+        found.append(ConcatFrames())
+    elif index.get("expand_timesteps"):
+        # A known first frame needs a timestep per token; of Wan's models only 2.2 TI2V was trained with one.
+        found.append(FirstFrame())
+    return found if encoder is None else [*found, ClipImages(encoder=encoder)]

@@ -130,11 +130,12 @@ def _write_diffusers(
     folder: pathlib.Path,
 ) -> None:
     dit = _single(model)
+    kinds = [] if task is None else [conditioner.kind for conditioner in task.conditioners]
     save_diffusers(dit, folder / "transformer")
     vae_folder.save_diffusers(vae, folder / "vae")
     index = {
-        "_class_name": "WanPipeline" if task is None or task.images is None else "WanImageToVideoPipeline",
-        "expand_timesteps": task is not None and task.images == "first",
+        "_class_name": "WanImageToVideoPipeline" if kinds else "WanPipeline",
+        "expand_timesteps": "first_frame" in kinds,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "scheduler": write_scheduler(folder, defaults, dit.config, vae.config),

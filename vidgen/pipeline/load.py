@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from vidgen.core.errors import UserError
 from vidgen.core.paths import local_path
-from vidgen.models.byte_prompts import BytePrompts
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.lora import merge_low_rank
 from vidgen.parallel.mesh import MeshOptions
@@ -58,18 +57,17 @@ def load(
     vae = load_vae(path)
     data, task = experiment.data, experiment.task
     assert isinstance(task, TextToVideoTask)
-    encoder = task.text_encoder
-    cache_path = None if encoder is None else str(cache) if cache is not None else encoder.cache
+    if cache is not None and task.text_encoder is not None:
+        task = dataclasses.replace(
+            task, text_encoder=dataclasses.replace(task.text_encoder, cache=str(cache))
+        )
     merge_low_rank(model)
     return Pipeline(
         model,
         jax.device_put(vae, shardings(vae, mesh)),
-        BytePrompts(model)
-        if encoder is None
-        else dataclasses.replace(encoder, cache=cache_path).prompts(mesh),
+        task.all_conditioners,
         size=(data.num_frames, data.height, data.width),
         fps=data.fps,
         mesh=mesh,
         options=task.sampling_options(),
-        images=task.images,
     )

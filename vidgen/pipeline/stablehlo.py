@@ -10,13 +10,15 @@ import numpy as np
 
 from vidgen.ckpt.json_files import write_json
 from vidgen.core.errors import UserError
+from vidgen.core.streams import TEXT, Stream
 from vidgen.core.typing import Array
-from vidgen.models.condition import Condition
 from vidgen.models.text.tokenizer import END, PADDING
 from vidgen.models.text_to_video import latent_shape
 from vidgen.pipeline.importing import new_folder
 from vidgen.pipeline.pipeline import Pipeline
-from vidgen.sampling.generate import denoise_on_device
+from vidgen.sampling.conditioning import Condition, Target
+from vidgen.sampling.programs import denoise_on_device
+from vidgen.sampling.request import Request
 from vidgen.sampling.sampler import initial_noise
 
 __all__ = ["export_sampler"]
@@ -47,21 +49,23 @@ def export_sampler(
     Raises:
       UserError: the model does not support the size, or needs an image; `target` is not empty.
     """
-    if pipe.images == "beside":
+    provided = {name for conditioner in pipe.conditioners for name in conditioner.provides}
+    if provided != {TEXT}:
         raise UserError("the model generates videos from images, which an exported sampler does not take")
     size = pipe.size if size is None else size
     shape = latent_shape(pipe.vae.config, pipe.model.dit.config, size)
-    options = pipe.with_options(steps=steps, guidance_scale=guidance_scale)
+    options = Request(prompt="", steps=steps, guidance_scale=guidance_scale).options(pipe.options)
     leaves, treedef = jax.tree.flatten((pipe.model, pipe.vae))
     text, described = _text_inputs(pipe, batch_size)
 
     def program(weights: list[Array], seeds: Array, positive: Any, negative: Any) -> Array:
         model, vae = jax.tree.unflatten(treedef, weights)
-        conditions = [
-            Condition(inputs[0]) if model.text is None else model.condition(*inputs)
+        streams = [
+            {TEXT: Stream(inputs[0]) if model.text is None else model.encode_text(*inputs)}
             for inputs in (positive, negative)
         ]
-        return denoise_on_device(model, vae, initial_noise(seeds, shape), *conditions, options=options)
+        condition = Condition(streams[0], negative=streams[1])
+        return denoise_on_device(model.dit, vae, initial_noise(seeds, shape), condition, options=options)
 
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     seeds = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
@@ -79,7 +83,9 @@ def _text_inputs(pipe: Pipeline, batch_size: int) -> tuple[tuple[jax.ShapeDtypeS
     """Shapes of the program's prompt inputs, and their description in config.json."""
     text = pipe.model.text
     if text is None:
-        features = jax.eval_shape(lambda: pipe.encode_prompts([""]).text)
+        target = Target(pipe.model, pipe.vae, pipe.size, 1, pipe.mesh)
+        condition = jax.eval_shape(lambda: pipe.conditioners[0].from_request(Request(prompt=""), target))
+        features = condition.streams[TEXT].features
         shape = (batch_size, *features.shape[1:])
         return (jax.ShapeDtypeStruct(shape, features.dtype),), {"kind": "features", "shape": list(shape)}
     length = text.config.max_bytes + 1

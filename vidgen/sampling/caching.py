@@ -1,21 +1,17 @@
 """Feature caching: some steps skip the transformer's blocks and reuse their last residual."""
 
 import dataclasses
-import math
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core.limits import FINITE, NON_NEGATIVE, check_fields
-from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
-from vidgen.models.condition import Condition
+from vidgen.core.typing import Array, Bool, Float
 from vidgen.models.dit.model import DiT
-from vidgen.models.text_to_video import TextToVideo
-from vidgen.parallel.rules import constrain
 
-__all__ = ["CachePolicy", "CachedDenoiser", "TeaCache"]
+__all__ = ["CachePolicy", "TeaCache"]
 
 
 @runtime_checkable
@@ -68,46 +64,3 @@ class TeaCache:
 
         inputs = (jnp.concatenate([jnp.zeros(1), distance]), jnp.asarray(forced))
         return jax.lax.scan(body, jnp.zeros(()), inputs)[1]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CachedDenoiser:
-    """A denoiser that reuses the blocks' residual, their output minus their input, from an earlier step.
-
-    Attributes:
-      computed: mask of the steps that compute the blocks; true for the first step.
-    """
-
-    model: TextToVideo
-    computed: Bool[Array, "s"]
-
-    def init(self, latents: Latents) -> PyTree:
-        config = self.model.dit.config
-        num_tokens = math.prod(config.token_grid(*latents.shape[1:4]))
-        residual = jnp.zeros((len(latents), num_tokens, config.model_dim), config.dtype)
-        return constrain(residual, "batch", "tokens", None)
-
-    def apply(
-        self,
-        latents: Latents,
-        timestep: Float[Array, "b"],
-        condition: Condition,
-        state: PyTree,
-        step: Int[Array, ""],
-    ) -> tuple[Latents, PyTree]:
-        residuals: list[Array] = []
-
-        def run_blocks(dit: DiT, x: Array, conditions: dict[str, Any]) -> Array:
-            def compute(x: Array, residual: Array) -> tuple[Array, Array]:
-                out = dit.apply_blocks(x, conditions)
-                return out, out - x
-
-            def reuse(x: Array, residual: Array) -> tuple[Array, Array]:
-                return x + residual, residual
-
-            x, residual = jax.lax.cond(self.computed[step], compute, reuse, x, state)
-            residuals.append(residual)
-            return x
-
-        velocity = self.model.velocity(latents, timestep, condition, run_blocks)
-        return velocity, residuals[0]

@@ -1,45 +1,331 @@
-"""Image conditioning: known frames as concatenated channels, or as known latents."""
+"""Conditioners: each makes one condition, of a clip in training and of a request in sampling."""
 
-from typing import Literal
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from vidgen.core import pixels
 from vidgen.core.errors import UserError
+from vidgen.core.limits import PROBABILITY, check_fields
+from vidgen.core.streams import CONCAT_LATENTS, IMAGE, TEXT, Stream
+from vidgen.core.tokens import Tokens, patchify
 from vidgen.core.typing import Array, Bool, Float, Latents, Video
+from vidgen.models.clip import images as clip_images
+from vidgen.models.clip.model import CLIPVision
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.prompt_encoder import PromptEncoder
+from vidgen.models.text_to_video import TextToVideo
 from vidgen.models.video_vae import streaming
+from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.sampling.request import Request, fitted_pixels
 
-__all__ = ["ImageConditioning", "concat_condition", "first_frame", "infer_image_conditioning"]
+__all__ = [
+    "AnyConditioner",
+    "ClipImages",
+    "ConcatFrames",
+    "Condition",
+    "Conditioner",
+    "FirstFrame",
+    "Prompts",
+    "Target",
+    "TrainingClips",
+    "TrainingConditioner",
+    "check_conditioners",
+    "concat_latents",
+    "merged",
+]
 
-ImageConditioning = Literal["beside", "first"]
-"""`beside`: channels of the known frames are concatenated. `first`: the first latent frame is known."""
+
+class Condition(NamedTuple):
+    """What conditioners make for a batch of sequences.
+
+    Attributes:
+      streams: of the transformer.
+      negative: streams that replace those of the same names where guidance steers away from.
+      known_patches: clean patches of the known tokens; arbitrary for others.
+      known_mask: true for known tokens.
+    """
+
+    streams: Mapping[str, Stream] = {}
+    negative: Mapping[str, Stream] = {}
+    known_patches: Float[Array, "b s p"] | None = None
+    known_mask: Bool[Array, "b s"] | None = None
 
 
-def infer_image_conditioning(dit: DiTConfig, latent_channels: int, temporal_factor: int) -> ImageConditioning:
-    """Infers a transformer's image conditioning from its numbers of channels.
+class TrainingClips(NamedTuple):
+    """What a conditioner observes in training.
+
+    Attributes:
+      tokens: clean tokens, one sequence per row of the batch.
+      clips: number of places for clips in a sequence.
+      arrays: arrays of `TrainingConditioner.host`, with leading axes sequence and clip.
+      model: the model in training.
+      vae: the frozen VAE; None for clips that are latents.
+      video: pixels in [-1, 1]; None for clips that are latents.
+    """
+
+    tokens: Tokens
+    clips: int
+    arrays: Mapping[str, Array]
+    model: TextToVideo
+    vae: VideoVAE | None = None
+    video: Video | None = None
+
+
+class Target(NamedTuple):
+    """What a request is sampled with.
+
+    Attributes:
+      size: frames, height and width of the videos, in pixels.
+      count: number of videos.
+      mesh: devices of the model.
+    """
+
+    model: TextToVideo
+    vae: VideoVAE
+    size: tuple[int, int, int]
+    count: int
+    mesh: Mesh
+
+
+@runtime_checkable
+class Conditioner(Protocol):
+    """Makes a condition of a request.
+
+    Attributes:
+      fields: fields of `Request` that it reads, besides those of the size.
+      provides: names of the streams that it makes.
+    """
+
+    fields: ClassVar[frozenset[str]]
+    provides: ClassVar[frozenset[str]]
+
+    def check(self, dit: DiTConfig, vae: VAEConfig) -> None:
+        """Raises UserError if the transformer or the VAE does not support this condition."""
+        ...
+
+    def from_request(self, request: Request, target: Target) -> Condition:
+        """Condition of `target.count` videos, one sequence each.
+
+        Raises:
+          UserError: a field of the request is missing or does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainingConditioner(Conditioner, Protocol):
+    """Makes a condition of a request, and of the clips of a batch in training.
+
+    Attributes:
+      key_name: name of its random stream.
+      needs_video: whether it observes pixels, which packed latents do not have.
+    """
+
+    key_name: ClassVar[str]
+    needs_video: ClassVar[bool]
+
+    def host(self, captions: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+        """Arrays of the captions of each clip of each sequence, which go to the device with the batch.
+
+        Returns:
+          Arrays with leading axes sequence and clip; the second may be 1.
+        """
+        ...
+
+    def host_spec(self, sequences: int, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of `host`; reads no file."""
+        ...
+
+    def observe(self, clips: TrainingClips, key: Array) -> Condition:
+        """Condition of the clips; `negative` is empty."""
+        ...
+
+
+def merged(conditions: Sequence[Condition]) -> Condition:
+    """The union of conditions, of which at most one has known tokens."""
+    known = [c for c in conditions if c.known_mask is not None]
+    if len(known) > 1:
+        raise UserError("two conditioners make tokens known: use one of them")
+    streams = {name: stream for c in conditions for name, stream in c.streams.items()}
+    negative = {name: stream for c in conditions for name, stream in c.negative.items()}
+    return (known[0] if known else Condition())._replace(streams=streams, negative=negative)
+
+
+def check_conditioners(conditioners: Sequence[Conditioner], dit: DiTConfig, vae: VAEConfig) -> None:
+    """Checks that the conditioners make the streams that the transformer takes.
 
     Raises:
-      UserError: the channels fit neither the latents nor Wan's image-to-video input.
+      UserError: a stream is missing, unknown or made twice, or a conditioner does not support the models.
     """
-    extra = dit.in_channels - dit.velocity_channels
-    if dit.velocity_channels == latent_channels:
-        if extra == 0:
-            return "first"
-        if extra == temporal_factor + latent_channels:
-            return "beside"
-    raise UserError(
-        f"the transformer takes {dit.in_channels} channels and gives {dit.velocity_channels}; for latents "
-        f"of {latent_channels} channels it must take {latent_channels} or "
-        f"{2 * latent_channels + temporal_factor}, and give {latent_channels}"
-    )
+    made: dict[str, Conditioner] = {}
+    for conditioner in conditioners:
+        for name in conditioner.provides:
+            if name in made:
+                raise UserError(f"conditioners: {made[name]} and {conditioner} both make the stream {name!r}")
+            made[name] = conditioner
+        conditioner.check(dit, vae)
+    for name, option in dit.stream_options.items():
+        if name not in made:
+            raise UserError(
+                f"dit.{option}: the transformer takes the stream {name!r}, which no conditioner makes: add "
+                "one, or change the transformer"
+            )
+    for name, conditioner in made.items():
+        if name not in dit.stream_options:
+            raise UserError(
+                f"conditioners: {conditioner} makes the stream {name!r}, and the transformer takes "
+                f"{', '.join(dit.stream_options)}: remove it, or change the transformer"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstFrame:
+    """The first latent frame is known: an image in sampling, in training that of a random share of clips.
+
+    Attributes:
+      probability: share of the clips of training whose first frame is known.
+    """
+
+    kind: Literal["first_frame"] = "first_frame"
+    probability: Annotated[float, PROBABILITY] = 1.0
+
+    fields = frozenset({"image"})
+    provides = frozenset()
+    key_name = "image"
+    needs_video = False
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def check(self, dit: DiTConfig, vae: VAEConfig) -> None:
+        if dit.patch_size[0] != 1:
+            raise UserError(
+                f"first_frame: a patch of dit.patch_size={dit.patch_size} is more than one latent frame; set "
+                "the first number to 1"
+            )
+
+    def host(self, captions: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+        return {}
+
+    def host_spec(self, sequences: int, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {}
+
+    def observe(self, clips: TrainingClips, key: Array) -> Condition:
+        tokens, count = clips.tokens, len(clips.tokens.patches)
+        time = jnp.broadcast_to(tokens.positions[..., 0], (count, tokens.patches.shape[1]))
+        of_clips = tokens.of_clips(clips.clips)
+        # An image alone is predicted: with its only frame known, nothing would be left.
+        is_video = jnp.where(of_clips, time[..., None], 0).max(1) > 0
+        chosen = is_video & jax.random.bernoulli(key, self.probability, is_video.shape)
+        known_mask = (of_clips & chosen[:, None]).any(-1) & (time == 0)
+        return Condition(known_patches=tokens.patches, known_mask=known_mask)
+
+    def from_request(self, request: Request, target: Target) -> Condition:
+        if request.image is None:
+            return Condition()
+        image = _pixels(request.image, target)
+        known_patches, known_mask = _first_frame(target.vae, image, target.model.dit.config, target.size)
+        return _repeated(Condition(known_patches=known_patches, known_mask=known_mask), target.count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConcatFrames:
+    """Wan's image to video: a mask and latents of the known frames as channels beside the noisy latents."""
+
+    kind: Literal["concat_frames"] = "concat_frames"
+
+    fields = frozenset({"image", "last_image"})
+    provides = frozenset({CONCAT_LATENTS})
+    key_name = "image"
+    needs_video = True
+
+    def check(self, dit: DiTConfig, vae: VAEConfig) -> None:
+        expected = vae.temporal_factor + vae.latent_channels
+        if dit.concat_channels != expected:
+            raise UserError(
+                f"dit.in_channels={dit.in_channels}: concat_frames makes {expected} channels for this VAE; "
+                f"expected in_channels={vae.latent_channels + expected} and out_channels={vae.latent_channels}"
+            )
+
+    def host(self, captions: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+        return {}
+
+    def host_spec(self, sequences: int, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {}
+
+    def observe(self, clips: TrainingClips, key: Array) -> Condition:
+        assert clips.vae is not None and clips.video is not None
+        channels = concat_latents(clips.vae, clips.video, jnp.arange(clips.video.shape[1]) == 0)
+        features = patchify(jax.lax.stop_gradient(channels), clips.model.dit.config.patch_size)
+        return Condition({CONCAT_LATENTS: Stream(features)})
+
+    def from_request(self, request: Request, target: Target) -> Condition:
+        if request.image is None:
+            raise UserError("image is missing: the model generates videos from a first frame")
+        num_frames, height, width = target.size
+        video = jnp.zeros((1, num_frames, height, width, 3)).at[:, :1].set(_pixels(request.image, target))
+        known_mask = np.arange(num_frames) == 0
+        if request.last_image is not None:
+            video = video.at[:, -1:].set(_pixels(request.last_image, target))
+            known_mask[-1] = True
+        channels = concat_latents(target.vae, video, jnp.asarray(known_mask))
+        features = patchify(channels, target.model.dit.config.patch_size)
+        return _repeated(Condition({CONCAT_LATENTS: Stream(features)}), target.count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipImages:
+    """Features of the first frame, or of the first and the last, from CLIP's image encoder."""
+
+    encoder: CLIPVision
+
+    fields = frozenset({"image", "last_image"})
+    provides = frozenset({IMAGE})
+
+    def check(self, dit: DiTConfig, vae: VAEConfig) -> None: ...
+
+    def from_request(self, request: Request, target: Target) -> Condition:
+        shown = [image for image in (request.image, request.last_image) if image is not None]
+        if target.model.dit.config.image_positions and len(shown) < 2:
+            raise UserError("last_image is missing: the model generates videos from a first and a last frame")
+        side = self.encoder.config.image_size
+        prepared = np.stack([clip_images.prepare(fitted_pixels(image), side) for image in shown])
+        features = _image_features(self.encoder, jnp.asarray(prepared))
+        return Condition({IMAGE: Stream(jnp.tile(features, (target.count, 1, 1)))})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Text features of the prompts, and of the negative prompt."""
+
+    encode: PromptEncoder
+
+    fields = frozenset({"prompt", "negative_prompt"})
+    provides = frozenset({TEXT})
+
+    def check(self, dit: DiTConfig, vae: VAEConfig) -> None: ...
+
+    def from_request(self, request: Request, target: Target) -> Condition:
+        return Condition(
+            {TEXT: self.encode(request.prompts)},
+            negative={TEXT: self.encode([request.negative_prompt] * target.count)},
+        )
+
+
+AnyConditioner: TypeAlias = FirstFrame | ConcatFrames
+"""Conditioners of `TextToVideoTask.conditioners`."""
 
 
 @jax.jit
-def concat_condition(
-    vae: VideoVAE, video: Video, known_mask: Bool[Array, "t"]
-) -> Float[Array, "b tz hz wz x"]:
+def concat_latents(vae: VideoVAE, video: Video, known_mask: Bool[Array, "t"]) -> Latents:
     """Channels that Wan's image-to-video models concatenate to the noise: a mask and latents of known frames.
 
     Args:
@@ -59,14 +345,26 @@ def concat_condition(
     return jnp.concatenate([mask, latents], axis=-1)
 
 
-@jax.jit
-def first_frame(vae: VideoVAE, image: Video, noise: Latents) -> tuple[Latents, Bool[Array, "b tz hz wz"]]:
-    """Known latents, zero except the first latent frame, and their mask.
+@functools.partial(jax.jit, static_argnames=("dit", "size"))
+def _first_frame(
+    vae: VideoVAE, image: Video, dit: DiTConfig, size: tuple[int, int, int]
+) -> tuple[Float[Array, "b s p"], Bool[Array, "b s"]]:
+    """Patches of the image's latents followed by zeros, and the mask of the first latent frame."""
+    frame = patchify(vae.encode(image), dit.patch_size)
+    num_tokens = vae.config.latent_shape(*size)[0] * frame.shape[1]
+    patches = jnp.pad(frame, ((0, 0), (0, num_tokens - frame.shape[1]), (0, 0)))
+    return patches, jnp.broadcast_to(jnp.arange(num_tokens)[None] < frame.shape[1], patches.shape[:2])
 
-    Args:
-      image: in [-1, 1], one frame per clip.
-      noise: has the shape of the result.
-    """
-    latents = vae.encode(image)
-    known_latents = jnp.zeros_like(noise).at[:, :1].set(latents)
-    return known_latents, jnp.zeros(noise.shape[:4], bool).at[:, 0].set(True)
+
+@jax.jit
+def _image_features(encoder: CLIPVision, images: Array) -> Array:
+    return encoder(images, skip=1)
+
+
+def _pixels(image: Any, target: Target) -> Video:
+    """One frame of one video, resized and center-cropped to the videos' size."""
+    return pixels.to_float(jnp.asarray(fitted_pixels(image, target.size[1:]))[None, None])
+
+
+def _repeated(condition: Condition, count: int) -> Condition:
+    return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), condition)

@@ -6,47 +6,44 @@ from typing import Annotated, Literal, Protocol, TypeAlias, runtime_checkable
 import jax.numpy as jnp
 
 from vidgen.core.limits import MOMENTUM, NON_NEGATIVE, POSITIVE, PROBABILITY, STEP, check_fields
-from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
+from vidgen.core.typing import Array, Bool, Float, Int, Noisy, PyTree
 
 __all__ = ["GUIDANCES", "AdaptiveProjected", "AnyGuidance", "ClassifierFree", "Guidance", "ZeroStar"]
-
-_AXES = (1, 2, 3, 4)
-"""Axes of one clip's latents in a batch."""
 
 _TINY = 1e-12
 """Smaller standard deviations count as 0."""
 
-Predicted: TypeAlias = Bool[Array, "b t h w 1"]
+Predicted: TypeAlias = Bool[Array, "b *rest"]
 
 
 @runtime_checkable
 class Guidance(Protocol):
     """Combines two velocities; its state is passed from one sampler step to the next."""
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         """State before the first step."""
         ...
 
     def combine(
         self,
-        positive: Latents,
-        negative: Latents,
+        positive: Noisy,
+        negative: Noisy,
         *,
-        latents: Latents,
+        latents: Noisy,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
         state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
-    ) -> tuple[Latents, PyTree]:
+    ) -> tuple[Noisy, PyTree]:
         """The guided velocity, and the state for the next step.
 
         Args:
           positive, negative: velocities at `latents` and `timestep`.
           scale: of guidance; 1 is `positive`.
           step: number of the step, from 0.
-          where: true for predicted latents, false for known ones; None is all predicted. Known latents enter
-            no norm or projection, and their velocity is 0.
+          where: true for predicted latents, false for known ones, with a last axis of 1; None is all
+            predicted. Known latents enter no norm or projection, and their velocity is 0.
         """
         ...
 
@@ -66,21 +63,21 @@ class ClassifierFree:
     def __post_init__(self):
         check_fields(self)
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return ()
 
     def combine(
         self,
-        positive: Latents,
-        negative: Latents,
+        positive: Noisy,
+        negative: Noisy,
         *,
-        latents: Latents,
+        latents: Noisy,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
         state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
-    ) -> tuple[Latents, PyTree]:
+    ) -> tuple[Noisy, PyTree]:
         guided = negative + scale * (positive - negative)
         if self.rescale:
             before, after = _std(positive, where), _std(guided, where)
@@ -103,21 +100,21 @@ class ZeroStar:
     def __post_init__(self):
         check_fields(self)
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return ()
 
     def combine(
         self,
-        positive: Latents,
-        negative: Latents,
+        positive: Noisy,
+        negative: Noisy,
         *,
-        latents: Latents,
+        latents: Noisy,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
         state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
-    ) -> tuple[Latents, PyTree]:
+    ) -> tuple[Noisy, PyTree]:
         fit = _dot(positive, negative, where) / (_dot(negative, negative, where) + 1e-8)
         guided = fit * negative + scale * (positive - fit * negative)
         return jnp.where(step < self.zero_steps, 0.0, _only(guided, where)), state
@@ -145,22 +142,22 @@ class AdaptiveProjected:
     def __post_init__(self):
         check_fields(self)
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return jnp.zeros_like(latents)
 
     def combine(
         self,
-        positive: Latents,
-        negative: Latents,
+        positive: Noisy,
+        negative: Noisy,
         *,
-        latents: Latents,
+        latents: Noisy,
         timestep: Float[Array, "b"],
         scale: float | Float[Array, ""],
         state: PyTree,
         step: Int[Array, ""],
         where: Predicted | None = None,
-    ) -> tuple[Latents, PyTree]:
-        t = timestep.reshape(-1, 1, 1, 1, 1)
+    ) -> tuple[Noisy, PyTree]:
+        t = timestep.reshape(-1, *[1] * (latents.ndim - 1))
         positive, negative = _only(positive, where), _only(negative, where)
         clean = _only(latents - t * positive, where)
         # The change of the clean prediction is -t times the change of the velocity. The code computes the
@@ -175,23 +172,28 @@ class AdaptiveProjected:
         return positive + (scale - 1.0) * (change - (1.0 - self.eta) * along), average
 
 
-def _only(x: Latents, where: Predicted | None) -> Latents:
+def _axes(x: Noisy) -> tuple[int, ...]:
+    """Axes of one clip's latents."""
+    return tuple(range(1, x.ndim))
+
+
+def _only(x: Noisy, where: Predicted | None) -> Noisy:
     """`x` for predicted latents, 0 for known ones."""
     return x if where is None else jnp.where(where, x, 0.0)
 
 
-def _dot(a: Latents, b: Latents, where: Predicted | None) -> Float[Array, "b 1 1 1 1"]:
+def _dot(a: Noisy, b: Noisy, where: Predicted | None) -> Noisy:
     """Inner product over the predicted latents of each clip."""
-    return _only(a * b, where).sum(_AXES, keepdims=True)
+    return _only(a * b, where).sum(_axes(a), keepdims=True)
 
 
-def _std(x: Latents, where: Predicted | None) -> Float[Array, "b 1 1 1 1"]:
+def _std(x: Noisy, where: Predicted | None) -> Noisy:
     """Standard deviation over the predicted latents of each clip; 0 for a clip without any."""
     if where is None:
-        return x.std(_AXES, keepdims=True)
-    count = jnp.maximum(x.shape[-1] * where.sum(_AXES, keepdims=True), 1)
-    mean = _only(x, where).sum(_AXES, keepdims=True) / count
-    return jnp.sqrt(_only(jnp.square(x - mean), where).sum(_AXES, keepdims=True) / count)
+        return x.std(_axes(x), keepdims=True)
+    count = jnp.maximum(x.shape[-1] * where.sum(_axes(x), keepdims=True), 1)
+    mean = _only(x, where).sum(_axes(x), keepdims=True) / count
+    return jnp.sqrt(_only(jnp.square(x - mean), where).sum(_axes(x), keepdims=True) / count)
 
 
 AnyGuidance = ClassifierFree | ZeroStar | AdaptiveProjected

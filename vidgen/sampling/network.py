@@ -1,7 +1,6 @@
 """The velocity field that a sampler integrates: a denoiser with its conditions, and state between steps."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -9,23 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core.protocols import VelocityNetwork
-from vidgen.core.typing import Array, Bool, Float, Int, Latents, PyTree
+from vidgen.core.streams import Streams
+from vidgen.core.tokens import Tokens
+from vidgen.core.typing import Array, Bool, Float, Int, Noisy, PyTree
+from vidgen.models.dit.model import ResidualCache, Transformer
+from vidgen.parallel.rules import constrain
 from vidgen.sampling.guidance import Guidance
 
-__all__ = ["Conditional", "Denoiser", "Guided", "StatefulNetwork", "StatelessNetwork", "UncachedDenoiser"]
+__all__ = ["Conditional", "Denoiser", "Guided", "StatefulNetwork", "StatelessNetwork", "TransformerDenoiser"]
 
 
 @runtime_checkable
 class StatefulNetwork(Protocol):
     """A velocity field whose state is passed from one sampler step to the next."""
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         """State before the first step."""
         ...
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
+        self, latents: Noisy, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
+    ) -> tuple[Noisy, PyTree]:
         """Velocity, and the state for the next step.
 
         Args:
@@ -39,18 +42,18 @@ class StatefulNetwork(Protocol):
 class Denoiser(Protocol):
     """A model's velocity for a condition; the first axis of each leaf of its state is the batch."""
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         """State before the first step."""
         ...
 
     def apply(
         self,
-        latents: Latents,
+        latents: Noisy,
         timestep: Float[Array, "b"],
         condition: PyTree,
         state: PyTree,
         step: Int[Array, ""],
-    ) -> tuple[Latents, PyTree]:
+    ) -> tuple[Noisy, PyTree]:
         """Velocity for `condition`, and the state for the next step."""
         ...
 
@@ -61,33 +64,57 @@ class StatelessNetwork:
 
     network: VelocityNetwork
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return ()
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
+        self, latents: Noisy, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
+    ) -> tuple[Noisy, PyTree]:
         return self.network(latents, timestep), state
 
 
-@dataclasses.dataclass(frozen=True)
-class UncachedDenoiser:
-    """A model that computes all its blocks in every step."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerDenoiser:
+    """A transformer's velocity; latents are patches, one sequence per video, and conditions are streams.
 
-    velocity: Callable[[Latents, Float[Array, "b"], PyTree], Latents]
+    Attributes:
+      positions: of the tokens, equal in all sequences.
+      known_patches, known_mask: known tokens of each video, for one or several conditions per video.
+      computed: mask of the steps that compute the blocks; the others reuse their residual, the output minus
+        the input, from an earlier step. True for the first step; None computes them in every step.
+    """
 
-    def init(self, latents: Latents) -> PyTree:
-        return ()
+    transformer: Transformer
+    positions: Int[np.ndarray, "1 s 3"]
+    known_patches: Float[Array, "b s p"] | None = None
+    known_mask: Bool[Array, "b s"] | None = None
+    computed: Bool[Array, "steps"] | None = None
+
+    def init(self, latents: Float[Array, "b s p"]) -> PyTree:
+        if self.computed is None:
+            return ()
+        config = self.transformer.config
+        residual = jnp.zeros((*latents.shape[:2], config.model_dim), config.dtype)
+        return constrain(residual, "batch", "tokens", None)
 
     def apply(
         self,
-        latents: Latents,
+        latents: Float[Array, "b s p"],
         timestep: Float[Array, "b"],
-        condition: PyTree,
+        condition: Streams,
         state: PyTree,
         step: Int[Array, ""],
-    ) -> tuple[Latents, PyTree]:
-        return self.velocity(latents, timestep, condition), state
+    ) -> tuple[Float[Array, "b s p"], PyTree]:
+        tokens = Tokens(latents, self.positions)
+        if self.known_mask is not None and self.known_patches is not None:
+            copies = len(latents) // len(self.known_mask)
+            known_mask = jnp.concatenate([self.known_mask] * copies)
+            known_patches = jnp.concatenate([self.known_patches] * copies)
+            patches = jnp.where(known_mask[..., None], known_patches, latents)
+            tokens = tokens._replace(patches=patches, known_mask=known_mask)
+        cache = None if self.computed is None else ResidualCache(state, self.computed[step])
+        velocity, cache = self.transformer(tokens, timestep[:, None], condition, cache)
+        return velocity, state if cache is None else cache.residual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,12 +124,12 @@ class Conditional:
     denoiser: Denoiser
     condition: PyTree
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return self.denoiser.init(latents)
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
+        self, latents: Noisy, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
+    ) -> tuple[Noisy, PyTree]:
         return self.denoiser.apply(latents, timestep, self.condition, state, step)
 
 
@@ -125,23 +152,18 @@ class Guided:
     guidance: Guidance
     scale: float | Float[Array, ""] | Float[Array, "s"]
     steps: Bool[np.ndarray, "s"] | Bool[Array, "s"] | None = None
-    where: Bool[Array, "b t h w 1"] | None = None
+    where: Bool[Array, "b *rest"] | None = None
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return self.denoiser.init(_joined(latents, latents)), self.guidance.init(latents)
 
     def apply(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
-        if self.steps is None or (isinstance(self.steps, np.ndarray) and self.steps.all()):
-            return self._guided(latents, timestep, state, step)
-        return jax.lax.cond(
-            jnp.asarray(self.steps)[step], self._guided, self._unguided, latents, timestep, state, step
-        )
-
-    def _guided(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
+        self, latents: Noisy, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
+    ) -> tuple[Noisy, PyTree]:
+        if self.steps is not None and not (isinstance(self.steps, np.ndarray) and self.steps.all()):
+            guided = dataclasses.replace(self, steps=None).apply
+            is_guided = jnp.asarray(self.steps)[step]
+            return jax.lax.cond(is_guided, guided, self._unguided, latents, timestep, state, step)
         denoiser_state, guidance_state = state
         doubled, denoiser_state = self.denoiser.apply(
             _joined(latents, latents),
@@ -164,8 +186,8 @@ class Guided:
         return velocity, (denoiser_state, guidance_state)
 
     def _unguided(
-        self, latents: Latents, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
-    ) -> tuple[Latents, PyTree]:
+        self, latents: Noisy, timestep: Float[Array, "b"], state: PyTree, step: Int[Array, ""]
+    ) -> tuple[Noisy, PyTree]:
         denoiser_state, guidance_state = state
         count = len(latents)
         halves = slice(count), slice(count, None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidgen.core.protocols import VelocityNetwork
-from vidgen.core.typing import Array, Float, Int, Latents, PyTree, UInt32
+from vidgen.core.typing import Array, Float, Int, Latents, Noisy, PyTree, UInt32
 from vidgen.sampling.network import StatefulNetwork, StatelessNetwork
 from vidgen.sampling.steppers import Stepper
 from vidgen.sampling.time_grid import TimeGrid
@@ -28,16 +28,28 @@ class Timesteps(NamedTuple):
 
 
 class SamplerState(NamedTuple):
-    """The state that one step passes to the next."""
+    """The state that one step passes to the next.
 
-    latents: Latents
+    Attributes:
+      clean: prediction of the clean latents from the step's first velocity; None if states do not keep it.
+    """
+
+    latents: Noisy
     stepper: PyTree
     network: PyTree
+    clean: Noisy | None = None
 
 
-def init_state(network: StatefulNetwork, noise: Latents, stepper: Stepper) -> SamplerState:
-    """The state before the first step."""
-    return SamplerState(noise, stepper.init(noise), network.init(noise))
+def init_state(
+    network: StatefulNetwork, noise: Noisy, stepper: Stepper, *, keep_clean: bool = False
+) -> SamplerState:
+    """The state before the first step.
+
+    Args:
+      keep_clean: whether states keep the prediction of the clean latents.
+    """
+    clean = jnp.zeros_like(noise) if keep_clean else None
+    return SamplerState(noise, stepper.init(noise), network.init(noise), clean)
 
 
 def step(
@@ -57,21 +69,25 @@ def step(
     """
     times, model_times = jnp.asarray(timesteps.solver), jnp.asarray(timesteps.model)
     t, t_next = times[number], times[number + 1]
-    states: list[PyTree] = []
-
-    def velocity(latents: Latents, timestep: Array) -> Latents:
-        timestep = jnp.where(timestep == t, model_times[number], model_times[number + 1])
-        velocity, new = network.apply(latents, timestep, state.network, number)
-        states.append(new)
-        return velocity
-
-    latents, stepper_state = stepper.step(velocity, state.latents, state.stepper, t, t_next)
-    return SamplerState(latents, stepper_state, states[0])
+    evaluations = stepper.step(state.latents, state.stepper, t, t_next)
+    clean, network_state, velocity = state.clean, None, None
+    while True:
+        try:
+            latents, time = evaluations.send(velocity)
+        except StopIteration as stop:
+            latents, stepper_state = stop.value
+            return SamplerState(latents, stepper_state, network_state, clean)
+        model_time = jnp.where(time == t, model_times[number], model_times[number + 1])
+        batch_times = jnp.full(latents.shape[0], model_time)
+        velocity, new_state = network.apply(latents, batch_times, state.network, number)
+        if network_state is None:
+            network_state = new_state
+            clean = None if clean is None else latents - time * velocity
 
 
 def sample(
-    network: VelocityNetwork | StatefulNetwork, noise: Latents, *, grid: TimeGrid, stepper: Stepper
-) -> Latents:
+    network: VelocityNetwork | StatefulNetwork, noise: Noisy, *, grid: TimeGrid, stepper: Stepper
+) -> Noisy:
     """Integrates from noise at t = 1 to clean latents at t = 0: a scan over all steps, in one program."""
     stateful = network if isinstance(network, StatefulNetwork) else StatelessNetwork(network)
     timesteps = Timesteps(grid.timesteps(), grid.model_timesteps())

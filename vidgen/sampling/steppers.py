@@ -1,33 +1,31 @@
 """Integrators of the sampling ODE dx/dt = velocity, from t = 1 down to t = 0."""
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Generator
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax.numpy as jnp
 
-from vidgen.core.protocols import VelocityNetwork
-from vidgen.core.typing import Array, Float, Latents, PyTree
+from vidgen.core.typing import Array, Float, Noisy, PyTree
 
 Time = Float[Array, ""]
+
+Evaluations: TypeAlias = Generator[tuple[Noisy, Time], Noisy, tuple[Noisy, PyTree]]
+"""A step as a generator: yields the points (latents, timestep) at which it needs the velocity, is sent each
+velocity, and returns the latents after the step and the state for the next one."""
 
 
 @runtime_checkable
 class Stepper(Protocol):
     """One step of an integrator; its state is passed to the next step."""
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         """State before the first step."""
         ...
 
-    def step(
-        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
-    ) -> tuple[Latents, PyTree]:
-        """Latents at `t_next` < `t`, and the state for the next step."""
+    def step(self, latents: Noisy, state: PyTree, t: Time, t_next: Time) -> Evaluations:
+        """Evaluations of a step from `t` to `t_next` < `t`, each at one of these two."""
         ...
-
-
-def _velocity(network: VelocityNetwork, latents: Latents, t: Time) -> Latents:
-    return network(latents, jnp.full(latents.shape[0], t))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +34,12 @@ class Euler:
 
     kind: Literal["euler"] = "euler"
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return ()
 
-    def step(
-        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
-    ) -> tuple[Latents, PyTree]:
-        return latents + (t_next - t) * _velocity(network, latents, t), state
+    def step(self, latents: Noisy, state: PyTree, t: Time, t_next: Time) -> Evaluations:
+        velocity = yield latents, t
+        return latents + (t_next - t) * velocity, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +48,12 @@ class Heun:
 
     kind: Literal["heun"] = "heun"
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return ()
 
-    def step(
-        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
-    ) -> tuple[Latents, PyTree]:
-        first = _velocity(network, latents, t)
-        second = _velocity(network, latents + (t_next - t) * first, t_next)
+    def step(self, latents: Noisy, state: PyTree, t: Time, t_next: Time) -> Evaluations:
+        first = yield latents, t
+        second = yield latents + (t_next - t) * first, t_next
         return latents + 0.5 * (t_next - t) * (first + second), state
 
 
@@ -73,17 +68,16 @@ class DPMSolver:
 
     kind: Literal["dpm_solver"] = "dpm_solver"
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return {
             "clean": jnp.zeros_like(latents),
             "t": jnp.asarray(1.0, jnp.float32),
             "first": jnp.asarray(True),
         }
 
-    def step(
-        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
-    ) -> tuple[Latents, PyTree]:
-        clean = latents - t * _velocity(network, latents, t)
+    def step(self, latents: Noisy, state: PyTree, t: Time, t_next: Time) -> Evaluations:
+        velocity = yield latents, t
+        clean = latents - t * velocity
         # half_ratio is 0 after the first step, which starts at lambda = -inf.
         h, h_last = _log_snr(t_next) - _log_snr(t), _log_snr(t) - _log_snr(state["t"])
         multistep = ~state["first"] & (state["t"] < 1.0) & (t_next > 0.0)
@@ -105,20 +99,19 @@ class UniPC:
 
     kind: Literal["unipc"] = "unipc"
 
-    def init(self, latents: Latents) -> PyTree:
+    def init(self, latents: Noisy) -> PyTree:
         return {
-            # Latents at the start of the last step; clean predictions there and one step earlier.
+            # Noisy at the start of the last step; clean predictions there and one step earlier.
             "latents": jnp.zeros_like(latents),
             "clean": (jnp.zeros_like(latents), jnp.zeros_like(latents)),
             "t": (jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)),
             "count": jnp.zeros((), jnp.int32),
         }
 
-    def step(
-        self, network: VelocityNetwork, latents: Latents, state: PyTree, t: Time, t_next: Time
-    ) -> tuple[Latents, PyTree]:
+    def step(self, latents: Noisy, state: PyTree, t: Time, t_next: Time) -> Evaluations:
         (last, _), (t_last, _), count = state["clean"], state["t"], state["count"]
-        clean = latents - t * _velocity(network, latents, t)
+        velocity = yield latents, t
+        clean = latents - t * velocity
         corrected = self._corrected(state, clean, t)
         latents = jnp.where(count > 0, corrected, latents)
 
@@ -133,7 +126,7 @@ class UniPC:
             "count": count + 1,
         }
 
-    def _corrected(self, state: PyTree, clean: Latents, t: Time) -> Latents:
+    def _corrected(self, state: PyTree, clean: Noisy, t: Time) -> Noisy:
         """Recomputes the latents at `t` with the clean prediction `clean` at `t`."""
         (last, before), (t_last, t_before) = state["clean"], state["t"]
         h = _log_snr(t) - _log_snr(t_last)
@@ -150,7 +143,7 @@ class UniPC:
         return _exponential(state["latents"], last, slope, t_last, t)
 
 
-def _exponential(latents: Latents, clean: Latents, slope: Latents, t: Time, t_next: Time) -> Latents:
+def _exponential(latents: Noisy, clean: Noisy, slope: Noisy, t: Time, t_next: Time) -> Noisy:
     """Exponential integrator from `t` to `t_next` with the clean prediction `clean + slope`."""
     # e^-h - 1, written with signal-to-noise ratios instead of logarithms, so that it is -1 at t_next = 0.
     phi_1 = (1.0 - t) * t_next / ((1.0 - t_next) * t) - 1.0

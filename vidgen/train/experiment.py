@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -90,7 +91,21 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
             f"{path} is missing: {workdir} is not the workdir of a training run{hub_remedy(workdir)}"
         )
     values = read_json(path, remedy="restore it, or use another workdir")
-    return resolve(Experiment, values, where=str(path))
+    return resolve(Experiment, _upgraded(values), where=str(path))
+
+
+def _upgraded(values: Any) -> Any:
+    """Values of a config.json with the options of earlier versions replaced by today's."""
+    task = values.get("task") if isinstance(values, dict) else None
+    if not isinstance(task, dict) or "images" not in task:
+        return values
+    kept = {name: value for name, value in task.items() if name not in ("images", "image_share")}
+    conditioners = {
+        None: [],
+        "beside": [{"kind": "concat_frames"}],
+        "first": [{"kind": "first_frame", "probability": task.get("image_share", 1.0)}],
+    }[task["images"]]
+    return values | {"task": kept | {"conditioners": conditioners}}
 
 
 def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write: bool = True) -> Experiment:

@@ -22,13 +22,13 @@ class PackedRows:
       patches: latent patches, clip after clip, each in the order time, row, column; 0 in the padding. In the
         dtype of the latents.
       positions: time, row and column of each token in the grid of its clip.
-      segment_ids: number of a token's clip in its packed row, from 1; 0 is padding.
+      clip_ids: clip of each token, from 1; 0 is padding.
       captions: g captions per packed row; empty for places without a clip.
     """
 
     patches: Float[np.ndarray, "b s p"]
     positions: Int[np.ndarray, "b s 3"]
-    segment_ids: Int[np.ndarray, "b s"]
+    clip_ids: Int[np.ndarray, "b s"]
     captions: list[list[str]]
 
 
@@ -54,7 +54,7 @@ def pack_rows(
     width = int(np.prod(dit.patch_size)) * dit.in_channels
     patches = np.zeros((count, tokens_per_row, width), dtype)
     positions = np.zeros((count, tokens_per_row, 3), np.int32)
-    segment_ids = np.zeros((count, tokens_per_row), np.int32)
+    clip_ids = np.zeros((count, tokens_per_row), np.int32)
     captions = [[""] * clips_per_row for _ in rows]
     for r, row in enumerate(rows):
         end = 0
@@ -71,9 +71,9 @@ def pack_rows(
                 )
             patches[r, start:end] = tokens
             positions[r, start:end] = grid_positions(*grid)
-            segment_ids[r, start:end] = segment
+            clip_ids[r, start:end] = segment
             captions[r][segment - 1] = clip["caption"]
-    return PackedRows(patches=patches, positions=positions, segment_ids=segment_ids, captions=captions)
+    return PackedRows(patches=patches, positions=positions, clip_ids=clip_ids, captions=captions)
 
 
 def host_patches(

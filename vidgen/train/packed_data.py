@@ -49,11 +49,12 @@ def check_latents(data: LatentsData, task: Task, batch_size: int, parts: int, me
     """
     if not isinstance(task, TextToVideoTask):
         raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
-    if task.images is not None:
-        raise ConfigError(
-            "config.data.kind is latents, which supports no images: leave out "
-            "config.task.images, or train on data of one size"
-        )
+    for conditioner in task.conditioners:
+        if conditioner.needs_video:
+            raise ConfigError(
+                f"config.data.kind is latents, and {conditioner} in config.task.conditioners needs videos: "
+                "leave it out, or train on data of one size"
+            )
     records = data.source()
     if records.info.channels != task.dit.in_channels:
         raise ConfigError(

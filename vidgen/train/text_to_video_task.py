@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,24 +15,31 @@ from jax.sharding import Mesh
 
 from vidgen.core import pixels, rng
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Bool, Float, Int, Latents, Metrics, Video
-from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
+from vidgen.core.tokens import Tokens, patchify
+from vidgen.core.typing import Array, Float, Int, Metrics
+from vidgen.diffusion.rectified_flow import velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
-from vidgen.models.condition import Condition, PackedCondition, packed_condition
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
-from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.nn.embeddings import grid_positions
 from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import freeze
 from vidgen.parallel import processes
-from vidgen.sampling.conditioning import ImageConditioning, concat_condition, infer_image_conditioning
+from vidgen.sampling.conditioning import (
+    AnyConditioner,
+    TrainingClips,
+    TrainingConditioner,
+    check_conditioners,
+    merged,
+)
 from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
+from vidgen.train.captions import ByteCaptions, EncodedCaptions
 from vidgen.train.long_captions import LongCaptions
 from vidgen.train.optimizer import Optimizer
 from vidgen.train.packed_clips import pack_rows
@@ -56,8 +63,7 @@ class TextToVideoTask:
       weighting: loss weight by timestep, 1 on average over the density; None is uniform.
       text_encoder: a large text encoder, which is not trained, instead of `text`.
       lora: trains LoRA matrices of the transformer and nothing else; None trains all weights.
-      images: how a transformer for image-to-video receives the first frame of a clip; None passes none.
-      image_share: share of the clips whose first frame is known.
+      conditioners: make further conditions: of known frames, for image to video.
       draws_per_clip: noises and timesteps per clip and step. A clip is encoded once for all of them: the
         transformer's batch is this many times the clips'.
       sampling: default sampling options, for previews and later use of the model.
@@ -72,8 +78,7 @@ class TextToVideoTask:
     weighting: AnyWeighting | None = None
     text_encoder: TextFeatures | None = None
     lora: LoRAOptions | None = None
-    images: ImageConditioning | None = None
-    image_share: float = 1.0
+    conditioners: tuple[AnyConditioner, ...] = ()
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
 
@@ -81,11 +86,6 @@ class TextToVideoTask:
         if self.dit.image_dim is not None:
             raise UserError(
                 "dit.image_dim: training supports no transformers with image features; set it to None"
-            )
-        if not 0 <= self.image_share <= 1 or (self.images == "beside" and self.image_share != 1):
-            raise UserError(
-                f'image_share is {self.image_share}; expected a share, and 1 with images="beside", '
-                "whose transformers always have an image"
             )
         if self.draws_per_clip < 1:
             raise UserError(f"draws_per_clip is {self.draws_per_clip}; expected 1 or more")
@@ -113,11 +113,7 @@ class TextToVideoTask:
         """Raises UserError for a clip size that the VAE or the transformer does not support."""
         vae = vae_config(self.vae)
         latent_shape(vae, self.dit, (num_frames, height, width))
-        expected = infer_image_conditioning(self.dit, vae.latent_channels, vae.temporal_factor)
-        if (expected == "beside") != (self.images == "beside"):
-            raise UserError(
-                f"dit.in_channels={self.dit.in_channels} is for images={expected!r}, found {self.images!r}"
-            )
+        check_conditioners(self.all_conditioners, self.dit, vae)
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Number of tokens of a clip."""
@@ -151,18 +147,19 @@ class TextToVideoTask:
         if self.text_encoder is None:
             self._long_captions.note(batch)
         if "rows" not in batch:
-            return {"video": batch["video"], **self._text_arrays(batch["caption"])}
-        packed = pack_rows(
-            batch["rows"],
-            self.dit,
-            tokens_per_row=batch["tokens_per_row"],
-            clips_per_row=batch["clips_per_row"],
-        )
-        arrays = {name: getattr(packed, name) for name in ("patches", "positions", "segment_ids")}
-        rows = len(packed.captions)
-        for name, x in self._text_arrays([caption for row in packed.captions for caption in row]).items():
-            shared_by_row = name == "empty_text"
-            arrays[name] = x[:rows, None] if shared_by_row else x.reshape(rows, -1, *x.shape[1:])
+            arrays = {"video": batch["video"]}
+            captions = [[caption] for caption in batch["caption"]]
+        else:
+            packed = pack_rows(
+                batch["rows"],
+                self.dit,
+                tokens_per_row=batch["tokens_per_row"],
+                clips_per_row=batch["clips_per_row"],
+            )
+            arrays = {name: getattr(packed, name) for name in ("patches", "positions", "clip_ids")}
+            captions = packed.captions
+        for conditioner in self.all_conditioners:
+            arrays |= conditioner.host(captions)
         return arrays
 
     @functools.cached_property
@@ -170,31 +167,24 @@ class TextToVideoTask:
         return LongCaptions(self.text.max_bytes)
 
     def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
-        spec = spec_of(dataclasses.replace(self, text_encoder=None).arrays(empty_batch(data)), batch_size)
-        if self.text_encoder is None:
-            return spec
-        del spec["mask"]
-        captions = spec.pop("tokens").shape[:-1]
-        of_caption = (self.text_encoder.max_tokens, self.dit.text_dim)
-        # A packed batch has one empty caption per row.
-        shapes = {
-            "text": (*captions, *of_caption),
-            "empty_text": (batch_size, *(1 for _ in captions[1:]), *of_caption),
-        }
-        return spec | {
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(self.text_encoder.dtype))
-            for name, shape in shapes.items()
-        }
+        batch = empty_batch(data)
+        clips = batch.get("clips_per_row", 1)
+        spec = spec_of(dataclasses.replace(self, text_encoder=None).arrays(batch), batch_size)
+        spec = {name: spec[name] for name in ("video", "patches", "positions", "clip_ids") if name in spec}
+        for conditioner in self.all_conditioners:
+            spec |= conditioner.host_spec(batch_size, clips)
+        return spec
 
-    def _text_arrays(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Inputs of the text condition, one per caption."""
+    @property
+    def all_conditioners(self) -> tuple[TrainingConditioner, ...]:
+        """The conditioner of captions, then `conditioners`."""
         if self.text_encoder is None:
-            tokens, mask = tokenize(captions, self.text.max_bytes, truncate=True)
-            return {"tokens": tokens, "mask": mask}
-        unique = list(dict.fromkeys(["", *captions]))
-        features = self.text_encoder.features(unique)
-        text = features[[unique.index(caption) for caption in captions]]
-        return {"text": text, "empty_text": np.broadcast_to(features[:1], text.shape)}
+            captions = ByteCaptions(config=self.text, dropout=self.caption_dropout)
+        else:
+            captions = EncodedCaptions(
+                encoder=self.text_encoder, dim=self.dit.text_dim, dropout=self.caption_dropout
+            )
+        return (captions, *self.conditioners)
 
     def loss(
         self,
@@ -204,25 +194,28 @@ class TextToVideoTask:
         key: Array,
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
+        """Mean loss over clips, however many a sequence has."""
         assert isinstance(model, TextToVideo)
-        if "patches" in batch:
-            return self._packed_loss(model, batch, key)
-        assert isinstance(frozen, VideoVAE)
-        video = pixels.to_float(batch["video"])
-        clean = jax.lax.stop_gradient(frozen.encode(video))
-        condition = self._condition(model, batch, rng.stream(key, "caption"))
-        condition = self._with_image(condition, frozen, video, clean, rng.stream(key, "image"))
+        clips = self._clips(model, frozen, batch)
+        condition = merged([c.observe(clips, rng.stream(key, c.key_name)) for c in self.all_conditioners])
+        tokens = clips.tokens._replace(known_mask=condition.known_mask)
         # The draws of a clip are adjacent: in a sharded batch, no clip leaves its device.
-        clean, condition = jax.tree.map(
-            lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
+        tokens, streams = jax.tree.map(
+            lambda x: x if len(x) == 1 else jnp.repeat(x, self.draws_per_clip, axis=0),
+            (tokens, dict(condition.streams)),
         )
-        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
-        num_tokens = math.prod(self.dit.token_grid(*clean.shape[1:4]))
-        timestep, weight = self._timesteps(key, len(clean), num_tokens)
-        loss_mask = None if condition.known_mask is None else ~condition.known_mask
-        network = lambda x, t: model.velocity(x, t, condition)  # noqa: E731
-        losses = velocity_loss(network, clean, noise, timestep, loss_mask)
-        return (losses * weight).mean(), {"latent_std": clean.std()}
+        noise = self._noise(rng.stream(key, "noise"), tokens, clips)
+        timestep, weight = self._timesteps(key, tokens, clips.clips)
+        losses, present = velocity_loss(lambda x, t: model.dit(x, t, streams)[0], tokens, noise, timestep)
+        metrics = {"latent_std": tokens.patches.std()}
+        if tokens.clip_ids is not None:
+            is_token = tokens.clip_ids > 0
+            metrics = {
+                "latent_std": tokens.patches.std(where=is_token[..., None]),
+                "fill": is_token.mean(),
+                "clips": Total(present.sum() / self.draws_per_clip),
+            }
+        return (losses * weight).sum() / jnp.maximum(present.sum(), 1), metrics
 
     def finish(
         self,
@@ -235,92 +228,51 @@ class TextToVideoTask:
     ) -> None:
         """Does nothing: the checkpoints hold what sampling needs."""
 
-    def _condition(self, model: TextToVideo, batch: Mapping[str, Array], key: Array) -> Condition:
-        """Text condition; dropped captions are replaced by the empty one."""
-        if self.text_encoder is None:
-            return model.condition(*self._drop_captions(batch["tokens"], batch["mask"], key))
-        return Condition(self._drop_features(batch, key))
+    def _clips(
+        self, model: TextToVideo, frozen: nnx.Module | None, batch: Mapping[str, Array]
+    ) -> TrainingClips:
+        """The clips of a batch as clean tokens: of packed latents, or of videos, which the VAE encodes."""
+        if "patches" in batch:
+            patches = batch["patches"].astype(jnp.float32)
+            tokens = Tokens(patches, batch["positions"], clip_ids=batch["clip_ids"])
+            return TrainingClips(tokens, _clips_per_sequence(batch), batch, model)
+        assert isinstance(frozen, VideoVAE)
+        video = pixels.to_float(batch["video"])
+        clean = jax.lax.stop_gradient(frozen.encode(video))
+        positions = grid_positions(*self.dit.token_grid(*clean.shape[1:4]))[None]
+        tokens = Tokens(patchify(clean, self.dit.patch_size), positions)
+        return TrainingClips(tokens, 1, batch, model, frozen, video)
 
-    def _packed_condition(
-        self, model: TextToVideo, batch: Mapping[str, Array], key: Array
-    ) -> PackedCondition:
-        """Text condition of packed rows; each clip's caption is dropped independently."""
-        if self.text_encoder is None:
-            shape = batch["tokens"].shape
-            tokens, mask = (batch[name].reshape(-1, shape[-1]) for name in ("tokens", "mask"))
-            tokens, mask = self._drop_captions(tokens, mask, key)
-            return model.packed_condition(tokens.reshape(shape), mask.reshape(shape))
-        text = self._drop_features(batch, key)
-        return packed_condition(text, jnp.ones(text.shape[:-1], bool))
-
-    def _drop_features(self, batch: Mapping[str, Array], key: Array) -> Float[Array, "*b l e"]:
-        text = batch["text"]
-        drop = jax.random.bernoulli(key, self.caption_dropout, (*text.shape[:-2], 1, 1))
-        return jnp.where(drop, batch["empty_text"], text).astype(jnp.float32)
-
-    def _with_image(
-        self, condition: Condition, vae: VideoVAE, video: Video, clean: Latents, key: Array
-    ) -> Condition:
-        """Condition with the first frame: channels for all clips, or known latents for a random share."""
-        if self.images is None or (clean.shape[1] == 1 and self.images == "first"):
-            return condition
-        if self.images == "beside":
-            channels = concat_condition(vae, video, jnp.arange(video.shape[1]) == 0)
-            return condition._replace(concat_latents=jax.lax.stop_gradient(channels))
-        chosen = jax.random.bernoulli(key, self.image_share, (len(clean), 1, 1, 1))
-        first = (jnp.arange(clean.shape[1]) == 0)[None, :, None, None]
-        known_mask = jnp.broadcast_to(chosen & first, clean.shape[:4])
-        return condition._replace(known_latents=clean, known_mask=known_mask)
+    def _noise(self, key: Array, tokens: Tokens, clips: TrainingClips) -> Float[Array, "b s p"]:
+        """Noise of each token; that of videos is drawn on the grid of their latents, as in sampling."""
+        if clips.vae is None or clips.video is None:
+            return jax.random.normal(key, tokens.patches.shape)
+        shape = clips.vae.config.latent_shape(*clips.video.shape[1:4])
+        return patchify(jax.random.normal(key, (len(tokens.patches), *shape)), self.dit.patch_size)
 
     def _timesteps(
-        self, key: Array, count: int, num_tokens: int | Int[Array, "b"], places: int = 1
-    ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-        """Timesteps, and loss weights, of clips with `num_tokens` tokens each.
+        self, key: Array, tokens: Tokens, clips: int
+    ) -> tuple[Float[Array, "b g"], Float[Array, "b g"]]:
+        """Timestep and loss weight of each of the `clips` clips of each sequence.
 
-        Clips are in the order (packed row, draw, place in the row), with `places` per row. With a stratified
-        density the noise levels of one clip's draws are as far apart as possible.
+        With a stratified density the noise levels of one clip's draws are as far apart as possible.
         """
-        draws = self.draws_per_clip
-        strata = np.arange(count).reshape(draws, -1, places).swapaxes(0, 1).reshape(-1)
-        timestep = self.density.sample(rng.stream(key, "timestep"), count, num_tokens, jnp.asarray(strata))
-        if self.weighting is None:
-            return timestep, jnp.ones_like(timestep)
-        mean = mean_weight(self.weighting, self.density, num_tokens)
-        return timestep, self.weighting.weight(timestep) / mean
-
-    def _packed_loss(
-        self, model: TextToVideo, batch: Mapping[str, Array], key: Array
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Mean loss over clips, however many a packed row has."""
-        condition = self._packed_condition(model, batch, rng.stream(key, "caption"))
-        clean, positions, segment_ids, condition = jax.tree.map(
-            lambda x: jnp.repeat(x, self.draws_per_clip, axis=0),
-            (batch["patches"].astype(jnp.float32), batch["positions"], batch["segment_ids"], condition),
+        draws, sequences = self.draws_per_clip, len(tokens.patches)
+        num_tokens = tokens.patches.shape[1]
+        if tokens.clip_ids is not None:
+            # Places without a clip count as one token: their losses are masked.
+            num_tokens = jnp.maximum(tokens.of_clips(clips).sum(1).reshape(-1), 1)
+        # Sequences are in the order (row of the batch, draw).
+        strata = np.arange(sequences * clips).reshape(draws, -1, clips).swapaxes(0, 1).reshape(-1)
+        timestep = self.density.sample(
+            rng.stream(key, "timestep"), sequences * clips, num_tokens, jnp.asarray(strata)
         )
-        noise = jax.random.normal(rng.stream(key, "noise"), clean.shape)
-        places = batch["text" if "text" in batch else "tokens"].shape[1]
-        clips = jnp.arange(1, places + 1)
-        num_tokens = (segment_ids[:, :, None] == clips[None, None]).sum(1).reshape(-1)
-        # Places without a clip count as one token: their losses are masked.
-        timestep, weight = self._timesteps(key, num_tokens.size, jnp.maximum(num_tokens, 1), places)
-        losses, present = packed_velocity_loss(
-            lambda x, t: model.packed_velocity(x, t, condition, positions=positions, segment_ids=segment_ids),
-            clean,
-            noise,
-            timestep.reshape(-1, places),
-            segment_ids,
-        )
-        is_token = segment_ids > 0
-        metrics = {
-            "latent_std": clean.std(where=is_token[..., None]),
-            "fill": is_token.mean(),
-            "clips": Total(present.sum() / self.draws_per_clip),
-        }
-        return (losses * weight.reshape(losses.shape)).sum() / jnp.maximum(present.sum(), 1), metrics
+        weight = jnp.ones_like(timestep)
+        if self.weighting is not None:
+            mean = mean_weight(self.weighting, self.density, num_tokens)
+            weight = self.weighting.weight(timestep) / mean
+        return timestep.reshape(sequences, clips), weight.reshape(sequences, clips)
 
-    def _drop_captions(
-        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"], key: Array
-    ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"]]:
-        empty_tokens, empty_mask = tokenize([""], self.text.max_bytes)
-        drop = jax.random.bernoulli(key, self.caption_dropout, (len(tokens), 1))
-        return jnp.where(drop, empty_tokens, tokens), jnp.where(drop, empty_mask, mask)
+
+def _clips_per_sequence(batch: Mapping[str, Array]) -> int:
+    return batch["text" if "text" in batch else "tokens"].shape[1]

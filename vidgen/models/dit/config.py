@@ -5,10 +5,35 @@ from typing import Annotated, Literal
 
 from vidgen.core import limits
 from vidgen.core.errors import UserError
+from vidgen.core.streams import CONCAT_LATENTS, IMAGE, TEXT
 from vidgen.nn.layers import FeedForwardKind
 from vidgen.nn.stack import Remat
 from vidgen.ops.attention import Implementation
 from vidgen.ops.sequence_parallel import SequenceParallel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """A stream of conditions besides text and images. With initial weights it has no influence.
+
+    Attributes:
+      name: of the stream, for instance `boxes`.
+      dim: width of its features.
+      enters: `cross` is a gated cross-attention in each block, for any number of features per clip; `token`
+        adds a projection of each token's feature to the token; `modulation` adds a projection of each clip's
+        only feature to the embedding of its timesteps.
+    """
+
+    name: str
+    dim: Annotated[int, limits.WIDTH]
+    enters: Literal["cross", "token", "modulation"] = "cross"
+
+    def __post_init__(self):
+        if not self.name.isidentifier() or self.name in (TEXT, IMAGE, CONCAT_LATENTS):
+            raise UserError(
+                f"streams: the name {self.name!r} must be an identifier other than {TEXT}, {IMAGE} and "
+                f"{CONCAT_LATENTS}, which every transformer has"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +50,7 @@ class DiTConfig:
         (Wan 2.1's image to video); None is no image encoder.
       image_positions: number of learned position embeddings of image tokens, for models that take two images
         (Wan 2.1's first and last frame to video); 0 is none.
+      streams: further conditions.
       freq_dim: width of the sinusoidal timestep embedding.
       ffn: plain or gated feed-forward network.
       dtype: compute dtype of matrix products; weights, norms and modulation are float32.
@@ -45,6 +71,7 @@ class DiTConfig:
     text_dim: Annotated[int, limits.WIDTH] = 4096
     image_dim: Annotated[int, limits.WIDTH] | None = None
     image_positions: Annotated[int, limits.POSITIONS] = 0
+    streams: tuple[StreamConfig, ...] = ()
     freq_dim: Annotated[int, limits.WIDTH] = 256
     ffn: FeedForwardKind = "gelu"
     eps: Annotated[float, limits.EPSILON] = 1e-6
@@ -61,6 +88,9 @@ class DiTConfig:
                 "because rotary embedding rotates pairs of a head's channels"
             )
 
+        names = [stream.name for stream in self.streams]
+        if len(set(names)) < len(names):
+            raise UserError(f"streams: each needs a name of its own, found {', '.join(names)}")
         if self.image_positions and self.image_dim is None:
             raise UserError(
                 f"image_positions={self.image_positions} needs image_dim, the width of the image features"
@@ -69,6 +99,21 @@ class DiTConfig:
     @property
     def velocity_channels(self) -> int:
         return self.in_channels if self.out_channels is None else self.out_channels
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels concatenated to those of the noisy latents."""
+        return self.in_channels - self.velocity_channels
+
+    @property
+    def stream_options(self) -> dict[str, str]:
+        """Streams that the transformer takes, and the option that each comes from."""
+        options = {TEXT: "text_dim"}
+        if self.image_dim is not None:
+            options[IMAGE] = "image_dim"
+        if self.concat_channels:
+            options[CONCAT_LATENTS] = "in_channels"
+        return options | dict.fromkeys((stream.name for stream in self.streams), "streams")
 
     @property
     def head_dim(self) -> int:

@@ -1,14 +1,14 @@
 """Two transformers, one for high and one for low noise levels, as in Wan 2.2's A14B."""
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Float, Latents
+from vidgen.core.streams import Streams
+from vidgen.core.tokens import Tokens
+from vidgen.core.typing import Array, Float
 from vidgen.models.dit.config import DiTConfig
-from vidgen.models.dit.model import DiT
+from vidgen.models.dit.model import DiT, ResidualCache
 
 __all__ = ["NoiseLevelExperts"]
 
@@ -45,9 +45,13 @@ class NoiseLevelExperts(nnx.Module):
         return self.high_noise.config
 
     def __call__(
-        self, latents: Latents, timestep: Float[Array, "b"] | Float[Array, "b g"], *arguments: Any
-    ) -> Float[Array, "b tz hz wz v"]:
+        self,
+        tokens: Tokens,
+        timestep: Float[Array, "b g"],
+        streams: Streams,
+        cache: ResidualCache | None = None,
+    ) -> tuple[Float[Array, "b s q"], ResidualCache | None]:
         """Velocity, as from `DiT`; all latents except known ones must have the same timestep."""
-        run = lambda expert: lambda: expert(latents, timestep, *arguments)  # noqa: E731
+        run = lambda expert: lambda: expert(tokens, timestep, streams, cache)  # noqa: E731
         is_high = timestep.max() >= self.boundary
         return jax.lax.cond(is_high, run(self.high_noise), run(self.low_noise))

@@ -1,20 +1,55 @@
-"""The patch transformer: maps noisy latents, timesteps and text features to velocity."""
+"""The patch transformer: maps noisy tokens, timesteps and streams of conditions to velocity."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Bool, Float, Int, Latents
+from vidgen.core.streams import CONCAT_LATENTS, IMAGE, TEXT, Stream, Streams
+from vidgen.core.tokens import Tokens
+from vidgen.core.typing import Array, Bool, Float, Int
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.modules import Block, ConditionEmbedder, Head
-from vidgen.nn.embeddings import grid_positions, rope_angles
+from vidgen.models.dit.streams import AttendedStream
+from vidgen.nn.embeddings import rope_angles
 from vidgen.nn.layers import Linear
 from vidgen.nn.stack import apply_stack, make_stack
+from vidgen.ops.key_ranges import KeyRanges, cross_attention_ranges, self_attention_ranges
 from vidgen.parallel.rules import constrain
+
+__all__ = ["DiT", "ResidualCache", "Transformer"]
+
+
+class ResidualCache(NamedTuple):
+    """Residual of the blocks from an earlier step, which a step may reuse instead of computing the blocks.
+
+    Attributes:
+      residual: the blocks' output minus their input.
+      compute: true if this step computes the blocks.
+    """
+
+    residual: Float[Array, "b s d"]
+    compute: Bool[Array, ""]
+
+
+@runtime_checkable
+class Transformer(Protocol):
+    """The velocity function: `DiT`, or the experts of Wan 2.2."""
+
+    @property
+    def config(self) -> DiTConfig: ...
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        timestep: Float[Array, "b g"],
+        streams: Streams,
+        cache: ResidualCache | None = None,
+    ) -> tuple[Float[Array, "b s q"], ResidualCache | None]:
+        """Velocity, and the cache for the next step, as `DiT.__call__`."""
+        ...
 
 
 class DiT(nnx.Module):
@@ -33,152 +68,118 @@ class DiT(nnx.Module):
 
     def __call__(
         self,
-        latents: Latents,
-        timestep: Float[Array, "b"] | Float[Array, "b g"],
-        text: Float[Array, "b l e"],
-        text_mask: Bool[Array, "b l"] | None = None,
-        image: Float[Array, "i m e2"] | None = None,
-        run_blocks: "RunBlocks | None" = None,
-        time_ids: Int[Array, "b s"] | None = None,
-    ) -> Float[Array, "b tz hz wz v"]:
-        """Velocity (noise - clean latents), float32, on the grid of the latents.
+        tokens: Tokens,
+        timestep: Float[Array, "b g"],
+        streams: Streams,
+        cache: ResidualCache | None = None,
+    ) -> tuple[Float[Array, "b s q"], ResidualCache | None]:
+        """Velocity (noise - clean latents) of each token's patch, float32; 0 for known tokens.
+
+        The velocity of a packed clip equals that of the clip alone.
 
         Args:
-          latents: noisy, normalised latents, with concatenated latents in further channels.
-          timestep: timesteps in [0, 1], where 1 is pure noise: one per clip; or g per clip, with one selected
-            for each token by `time_ids` (known latents have timestep 0); or one per token, without
-            `time_ids`. Tokens are in order time, row, column.
-          text: features of the text encoder.
-          text_mask: true for tokens of the prompt, at least one per clip; None attends to all, as Wan does
-            with features that are zero beyond the prompt.
-          image: features of the image encoder, for a model with `image_dim`: one image per clip, or
-            alternating first and last frames for a model with `image_positions`.
-          run_blocks: replaces `apply_blocks`.
-          time_ids: index of each token's timestep.
+          tokens: patches of noisy, normalised latents.
+          timestep: timesteps in [0, 1], where 1 is pure noise, of each clip of a sequence.
+          streams: `text`, with an unmasked feature per clip; without a mask tokens attend to all features,
+            as in Wan, whose features are zero beyond the prompt. `image` for a model with `image_dim`: one
+            image per clip, or first and last frames in turn for a model with `image_positions`.
+            `concat_latents` for a model with more input than velocity channels: a feature per token, in the
+            order of `patchify`. The streams of `config.streams`.
+          cache: residual of an earlier step; None computes the blocks.
+
+        Returns:
+          Velocity, and the residual of this step if `cache` is given.
 
         Raises:
-          UserError: the latents do not divide into patches, or do not have `in_channels` channels; the image
-            is missing, or is given to a model without `image_dim`.
+          UserError: the patches have another number of channels, or a stream is missing or unknown.
         """
-        config = self.config
-        if latents.shape[-1] != config.in_channels:
-            raise UserError(
-                f"latents have {latents.shape[-1]} channels, the model takes {config.in_channels}"
-            )
-        if (image is None) != (config.image_dim is None):
-            expected = "takes none" if config.image_dim is None else "needs them (image_dim)"
-            raise UserError(
-                f"features of an image are {'missing' if image is None else 'given'}; the model {expected}"
-            )
-        grid = config.token_grid(*latents.shape[1:4])
-        tokens = self.tokens(
-            patchify(latents, config.patch_size),
-            timestep[:, None] if timestep.ndim == 1 else timestep,
-            text,
-            positions=grid_positions(*grid)[None],
-            text_mask=text_mask,
-            image=image,
-            run_blocks=run_blocks,
-            time_ids=time_ids,
-        )
-        return unpatchify(tokens, grid, config.patch_size)
-
-    def tokens(
-        self,
-        patches: Float[Array, "b s p"],
-        timestep: Float[Array, "b g"],
-        text: Float[Array, "b l e"],
-        *,
-        positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
-        text_mask: Bool[Array, "b l"] | None = None,
-        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
-        image: Float[Array, "i m e2"] | None = None,
-        run_blocks: "RunBlocks | None" = None,
-        time_ids: Int[Array, "b s"] | None = None,
-    ) -> Float[Array, "b s q"]:
-        """Velocity of each token's patch, float32, for one clip per batch row or several packed clips.
-
-        Args:
-          patches: patches from `patchify`.
-          timestep: timesteps of a batch row: one for all tokens (g = 1), one per token, or g that `time_ids`
-            selects from.
-          time_ids: index of each token's timestep; None if there is one timestep or one per token. With
-            indices, vectors of the model's width are computed per timestep instead of per token.
-          positions: time, row and column of each token on the grid of its clip.
-          segment_ids: for packed clips, the clip of each token and of each text token.
-        """
-        x, embedded, conditions = self.embed(
-            patches,
-            timestep,
-            text,
-            positions=positions,
-            text_mask=text_mask,
-            segment_ids=segment_ids,
-            image=image,
-            time_ids=time_ids,
-        )
-        x = (run_blocks or type(self).apply_blocks)(self, x, conditions)
-        return self.head(x, embedded, time_ids).astype(jnp.float32)
+        _check_streams(self.config, tokens, streams)
+        x, embedded, time_ids, conditions = self.embed(tokens, timestep, streams)
+        if cache is None:
+            x, _ = apply_stack(self.blocks, x, Block.__call__, remat=self.config.remat, **conditions)
+        else:
+            x, residual = jax.lax.cond(cache.compute, self._compute, _reuse, x, cache.residual, conditions)
+            cache = cache._replace(residual=residual)
+        velocity = self.head(x, embedded, time_ids).astype(jnp.float32)
+        if tokens.known_mask is not None:
+            # The loss leaves known tokens out, so the network's output there is arbitrary.
+            velocity = jnp.where(tokens.known_mask[..., None], 0.0, velocity)
+        return velocity, cache
 
     def embed(
-        self,
-        patches: Float[Array, "b s p"],
-        timestep: Float[Array, "b g"],
-        text: Float[Array, "b l e"],
-        *,
-        positions: Int[Array, "#b s 3"] | Int[np.ndarray, "#b s 3"],
-        text_mask: Bool[Array, "b l"] | None = None,
-        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
-        image: Float[Array, "i m e2"] | None = None,
-        time_ids: Int[Array, "b s"] | None = None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b g d"], dict[str, Any]]:
-        """Tokens, embedded timesteps and conditions, for `apply_blocks` and `head`; arguments as `tokens`."""
-        config = self.config
-        per_token = time_ids is None and timestep.shape[1] > 1
-        embedded, modulation = self.condition_embedder.time(timestep, per_token=per_token)
+        self, tokens: Tokens, timestep: Float[Array, "b g"], streams: Streams
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b k d"], Int[Array, "b s"] | None, dict[str, Any]]:
+        """Inputs of the blocks and the head: tokens, embedded levels, level of each token, conditions."""
+        config, embedder = self.config, self.condition_embedder
+        x = self.patch_embedding(_concatenated(tokens.patches, streams, config).astype(config.dtype))
+        attended = {TEXT: embedder.text(streams[TEXT].features.astype(config.dtype))}
+        if embedder.image is not None:
+            attended[IMAGE] = embedder.image(streams[IMAGE].features.astype(config.dtype))
+        of_clips = 0.0
+        if embedder.streams is not None:
+            x = x + embedder.streams.per_token(streams)
+            attended |= embedder.streams.attended(streams)
+            of_clips = embedder.streams.per_clip(streams, timestep.shape[1])
+        levels, time_ids = tokens.noise_levels(timestep)
+        embedded, modulation = embedder.time(levels, of_clips)
         conditions = {
             "modulation": modulation,
             "time_ids": time_ids,
-            "angles": rope_angles(positions, config.head_dim, theta=config.rope_theta),
-            "text": self.condition_embedder.text(text.astype(config.dtype)),
-            "text_mask": text_mask,
-            "segment_ids": segment_ids,
-            "image": self._image(image),
+            "angles": rope_angles(tokens.positions, config.head_dim, theta=config.rope_theta),
+            "token_ranges": self_attention_ranges(tokens.clip_ids, tokens.chunk_ids),
+            "streams": {
+                name: AttendedStream(features, _stream_ranges(tokens, streams[name]))
+                for name, features in attended.items()
+            },
         }
-        x = self.patch_embedding(patches.astype(config.dtype))
-        return constrain(x, "batch", "tokens", None), embedded, conditions
+        return constrain(x, "batch", "tokens", None), embedded, time_ids, conditions
 
-    def apply_blocks(self, x: Float[Array, "b s d"], conditions: dict[str, Any]) -> Float[Array, "b s d"]:
-        """Tokens after the last block."""
-        return apply_stack(self.blocks, x, _apply_block, remat=self.config.remat, **conditions)
-
-    def _image(self, features: Array | None) -> Array | None:
-        if features is None:
-            return None
-        assert self.condition_embedder.image is not None
-        return self.condition_embedder.image(features.astype(self.config.dtype))
+    def _compute(
+        self, x: Array, _: Array, conditions: dict[str, Any]
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+        y, _ = apply_stack(self.blocks, x, Block.__call__, remat=self.config.remat, **conditions)
+        return y, y - x
 
 
-RunBlocks = Callable[[DiT, Array, dict[str, Any]], Array]
-"""Replaces `DiT.apply_blocks`: (dit, tokens, conditions) -> tokens after the last block."""
+def _stream_ranges(tokens: Tokens, stream: Stream) -> KeyRanges | None:
+    """Which features of a stream each token sees: those of its clip."""
+    packed = tokens.clip_ids is not None and stream.clip_ids is not None
+    return cross_attention_ranges(
+        tokens.patches.shape[1],
+        clip_ids=(tokens.clip_ids, stream.clip_ids) if packed else None,
+        key_mask=stream.mask,
+    )
 
 
-def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:
-    return constrain(block(x, **conditions), "batch", "tokens", None)
+def _reuse(x: Array, residual: Array, _: dict[str, Any]) -> tuple[Array, Array]:
+    return x + residual, residual
 
 
-def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "b s p"]:
-    """Patches in order time, row, column; values within a patch in order frame, row, column, channel."""
-    b, t, h, w, c = latents.shape
-    pt, ph, pw = patch
-    x = latents.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
-    return jnp.transpose(x, (0, 1, 3, 5, 2, 4, 6, 7)).reshape(b, -1, pt * ph * pw * c)
+def _check_streams(config: DiTConfig, tokens: Tokens, streams: Streams) -> None:
+    pt, ph, pw = config.patch_size
+    channels, rest = divmod(tokens.patches.shape[-1], pt * ph * pw)
+    if rest or channels != config.velocity_channels:
+        raise UserError(
+            f"patches have {tokens.patches.shape[-1]} values, {channels} channels of {pt} x {ph} x {pw}; "
+            f"the model takes {config.velocity_channels} channels"
+        )
+    expected = config.stream_options
+    for name, option in expected.items():
+        if name not in streams:
+            raise UserError(f"the stream {name!r} is missing, which the model needs ({option})")
+    for name in streams:
+        if name not in expected:
+            raise UserError(f"the model takes no stream {name!r}; it takes {', '.join(expected)}")
 
 
-def unpatchify(
-    tokens: Float[Array, "b s p"], grid: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Latents:
-    """Inverse of `patchify`."""
-    b, (t, h, w), (pt, ph, pw) = tokens.shape[0], grid, patch
-    x = jnp.transpose(tokens.reshape(b, t, h, w, pt, ph, pw, -1), (0, 1, 4, 2, 5, 3, 6, 7))
-    return x.reshape(b, t * pt, h * ph, w * pw, -1)
+def _concatenated(patches: Float[Array, "b s p"], streams: Streams, config: DiTConfig) -> Array:
+    """Patches whose channels are those of the latents, then those of the stream `concat_latents`."""
+    if not config.concat_channels:
+        return patches
+    b, s, _ = patches.shape
+    parts = (patches, streams[CONCAT_LATENTS].features)
+    x = [
+        part.reshape(b, s, -1, n)
+        for part, n in zip(parts, (config.velocity_channels, config.concat_channels), strict=True)
+    ]
+    return jnp.concatenate(x, axis=-1).reshape(b, s, -1)

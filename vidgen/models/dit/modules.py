@@ -1,23 +1,27 @@
 """Blocks of the patch transformer, named after Wan's."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.streams import IMAGE, TEXT
+from vidgen.core.typing import Array, Float, Int
 from vidgen.models.dit.config import DiTConfig
+from vidgen.models.dit.streams import AttendedStream, GatedStreams, StreamEmbedder
 from vidgen.nn.attention import MultiHeadAttention
 from vidgen.nn.embeddings import timestep_embedding
 from vidgen.nn.layers import FeedForward, Linear
 from vidgen.nn.norms import LayerNorm, layer_norm
 from vidgen.nn.variables import param, zeros
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.parallel.rules import constrain
 
 
 def modulate(x: Float[Array, "b s d"], shift: Array, scale: Array, eps: float) -> Float[Array, "b s d"]:
-    """Layer norm without weights, times 1 + scale plus shift, per token (`b s d`) or per clip (`b 1 d`)."""
+    """Layer norm without weights, times 1 + scale plus shift, per token (`b s d`) or sequence (`b 1 d`)."""
     return (layer_norm(x, eps) * _over_tokens(1.0 + scale, x) + _over_tokens(shift, x)).astype(x.dtype)
 
 
@@ -30,6 +34,8 @@ def _over_tokens(vector: Float[Array, "b s2 d"], x: Float[Array, "b s d"]) -> Ar
 
 def of_tokens(vectors: Float[Array, "b g d"], time_ids: Int[Array, "b s"] | None) -> Float[Array, "b s2 d"]:
     """Vector of each token, `vectors[b, time_ids[b, s]]`, exactly; `vectors` unchanged without `time_ids`.
+
+    Index -1, padding, gives zeros.
 
     Computed as a matrix product with one-hot rows: it is sharded like other products over tokens, and its
     gradient, the sum over each vector's tokens, is a matrix product too.
@@ -54,20 +60,23 @@ class ConditionEmbedder(nnx.Module):
         self.text_1 = Linear(config.text_dim, d, axes=("features", "embed"), rngs=rngs)
         self.text_2 = Linear(d, d, axes=("embed", "mlp"), rngs=rngs)
         self.image = None if config.image_dim is None else ImageEmbedder(config, rngs=rngs)
+        self.streams = StreamEmbedder(config, rngs=rngs) if config.streams else None
 
     def time(
-        self, timestep: Float[Array, "b g"], *, per_token: bool = False
-    ) -> tuple[Float[Array, "b g d"], Float[Array, "b g 6 d"]]:
-        """Timestep embedding and the six modulation vectors of a block, float32.
+        self, levels: Float[Array, "b k"], per_clip: Float[Array, "b c d"] | float = 0.0
+    ) -> tuple[Float[Array, "b k d"], Float[Array, "b k 6 d"]]:
+        """Embedding of each noise level and the six modulation vectors of a block, float32.
 
         Args:
-          per_token: `timestep` has one entry per token, sharded like the tokens.
+          per_clip: added to the embeddings of each clip's levels; level i is of clip i modulo c.
         """
-        axis = "tokens" if per_token else None
-        hidden = self.time_1(timestep_embedding(timestep, self.freq_dim))
-        embedded = constrain(self.time_2(jax.nn.silu(hidden)), "batch", axis, None)
-        modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", axis, None)
-        return embedded, modulation.reshape(*timestep.shape, 6, -1)
+        hidden = self.time_1(timestep_embedding(levels, self.freq_dim))
+        embedded = self.time_2(jax.nn.silu(hidden))
+        if not isinstance(per_clip, float):
+            embedded = embedded + jnp.tile(per_clip, (1, levels.shape[1] // per_clip.shape[1], 1))
+        embedded = constrain(embedded, "batch", None, None)
+        modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", None, None)
+        return embedded, modulation.reshape(*levels.shape, 6, -1)
 
     def text(self, features: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
         hidden = constrain(jax.nn.gelu(self.text_1(features), approximate=True), "batch", None, None)
@@ -97,7 +106,7 @@ class ImageEmbedder(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and feed-forward network; the timestep modulates first and last."""
+    """Self-attention, cross-attentions and feed-forward network; the timestep modulates first and last."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d = config.model_dim
@@ -114,38 +123,41 @@ class Block(nnx.Module):
         self.self_attention = make_attention(sequence=config.sequence)
         self.cross_norm = LayerNorm(d, eps=config.eps, rngs=rngs)
         self.cross_attention = make_attention(second_context=config.image_dim is not None)
+        self.gated = GatedStreams(config, rngs=rngs) if config.streams else None
         self.ffn = FeedForward(d, config.ffn_dim, kind=config.ffn, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
         *,
-        modulation: Float[Array, "b g 6 d"],
-        time_ids: Int[Array, "b s"] | None = None,
+        modulation: Float[Array, "b k 6 d"],
+        time_ids: Int[Array, "b s"] | None,
         angles: Float[Array, "#b s k2"],
-        text: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"] | None = None,
-        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
-        image: Float[Array, "b m d"] | None = None,
+        token_ranges: KeyRanges | None,
+        streams: Mapping[str, AttendedStream],
     ) -> Float[Array, "b s d"]:
         """Tokens after this block.
 
         Args:
-          modulation: modulation vectors of each timestep.
-          time_ids: index of each token's timestep; None if there is one for all (g = 1) or one per token.
-          segment_ids: segment ids of tokens and of text tokens, for packed clips.
+          modulation: modulation vectors of each noise level.
+          time_ids: noise level of each token; None if there is one for all (k = 1).
+          token_ranges: which tokens each token sees; None is all.
+          streams: `text`, `image` for a model with an image encoder, and others that are attended to.
         """
-        token_segments = None if segment_ids is None else (segment_ids[0], segment_ids[0])
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (of_tokens(part[:, :, 0], time_ids) for part in parts)
         y = modulate(x, shift1, scale1, self.eps)
-        y = self.self_attention(y, angles=angles, segment_ids=token_segments)
+        y = self.self_attention(y, angles=angles, ranges=token_ranges)
         x = x + (y * _over_tokens(gate1, y)).astype(x.dtype)
+        text, image = streams[TEXT], streams.get(IMAGE)
         x = x + self.cross_attention(
-            self.cross_norm(x), text, key_mask=text_mask, segment_ids=segment_ids, second=image
+            self.cross_norm(x), text.features, ranges=text.ranges, second=image and image.features
         )
+        if self.gated is not None:
+            x = self.gated(x, streams)
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
-        return x + (y * _over_tokens(gate2, y)).astype(x.dtype)
+        x = x + (y * _over_tokens(gate2, y)).astype(x.dtype)
+        return constrain(x, "batch", "tokens", None)
 
 
 class Head(nnx.Module):

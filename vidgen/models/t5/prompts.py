@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from vidgen.ckpt.tensor_files import TensorFiles, TensorSpec, WeightsError, write_tensors
 from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
+from vidgen.core.streams import Stream
 from vidgen.core.typing import Array, Bool, Float, Int
-from vidgen.models.condition import Condition
 from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.tokenizer import PromptTokenizer
 from vidgen.parallel import processes
@@ -58,8 +58,8 @@ class T5Prompts:
         self._mesh = mesh
         self._batch_size = batch_size
 
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        return Condition(jax.numpy.asarray(self.features(prompts)))
+    def __call__(self, prompts: Sequence[str]) -> Stream:
+        return Stream(jax.numpy.asarray(self.features(prompts)))
 
     def features(self, prompts: Sequence[str]) -> Float[np.ndarray, "b l e"]:
         """Features of the prompts, in the encoder's compute dtype; zeros beyond each prompt."""
