@@ -14,6 +14,7 @@ from vidgen.models.dit.modules import Block, ConditionEmbedder, Head
 from vidgen.nn.embeddings import grid_positions, rope_angles
 from vidgen.nn.layers import Linear
 from vidgen.nn.stack import apply_stack, make_stack
+from vidgen.ops.key_ranges import cross_attention_ranges, self_attention_ranges
 from vidgen.parallel.rules import constrain
 
 
@@ -141,8 +142,8 @@ class DiT(nnx.Module):
             "time_ids": time_ids,
             "angles": rope_angles(positions, config.head_dim, theta=config.rope_theta),
             "text": self.condition_embedder.text(text.astype(config.dtype)),
-            "text_mask": text_mask,
-            "segment_ids": segment_ids,
+            "token_ranges": self_attention_ranges(None if segment_ids is None else segment_ids[0]),
+            "text_ranges": cross_attention_ranges(patches.shape[1], clip_ids=segment_ids, key_mask=text_mask),
             "image": self._image(image),
         }
         x = self.patch_embedding(patches.astype(config.dtype))
@@ -150,7 +151,7 @@ class DiT(nnx.Module):
 
     def apply_blocks(self, x: Float[Array, "b s d"], conditions: dict[str, Any]) -> Float[Array, "b s d"]:
         """Tokens after the last block."""
-        return apply_stack(self.blocks, x, _apply_block, remat=self.config.remat, **conditions)
+        return apply_stack(self.blocks, x, Block.__call__, remat=self.config.remat, **conditions)[0]
 
     def _image(self, features: Array | None) -> Array | None:
         if features is None:
@@ -161,10 +162,6 @@ class DiT(nnx.Module):
 
 RunBlocks = Callable[[DiT, Array, dict[str, Any]], Array]
 """Replaces `DiT.apply_blocks`: (dit, tokens, conditions) -> tokens after the last block."""
-
-
-def _apply_block(block: Block, x: Array, **conditions: Any) -> Array:
-    return constrain(block(x, **conditions), "batch", "tokens", None)
 
 
 def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "b s p"]:

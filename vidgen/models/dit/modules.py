@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float, Int
 from vidgen.models.dit.config import DiTConfig
 from vidgen.nn.attention import MultiHeadAttention
 from vidgen.nn.embeddings import timestep_embedding
 from vidgen.nn.layers import FeedForward, Linear
 from vidgen.nn.norms import LayerNorm, layer_norm
 from vidgen.nn.variables import param, zeros
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.parallel.rules import constrain
 
 
@@ -119,33 +120,34 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b s d"],
+        per_layer: None = None,
         *,
         modulation: Float[Array, "b g 6 d"],
         time_ids: Int[Array, "b s"] | None = None,
         angles: Float[Array, "#b s k2"],
         text: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"] | None = None,
-        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b l"]] | None = None,
+        token_ranges: KeyRanges | None = None,
+        text_ranges: KeyRanges | None = None,
         image: Float[Array, "b m d"] | None = None,
-    ) -> Float[Array, "b s d"]:
-        """Tokens after this block.
+    ) -> tuple[Float[Array, "b s d"], None]:
+        """Tokens after this block, in the form of `apply` of `vidgen.nn.stack.apply_stack`.
 
         Args:
+          per_layer: a block has no values of its own.
           modulation: modulation vectors of each timestep.
           time_ids: index of each token's timestep; None if there is one for all (g = 1) or one per token.
-          segment_ids: segment ids of tokens and of text tokens, for packed clips.
+          token_ranges: tokens that each token sees; None is all.
+          text_ranges: text tokens that each token sees; None is all.
         """
-        token_segments = None if segment_ids is None else (segment_ids[0], segment_ids[0])
         parts = jnp.split(modulation + self.scale_shift_table[...][None, None], 6, axis=2)
         shift1, scale1, gate1, shift2, scale2, gate2 = (of_tokens(part[:, :, 0], time_ids) for part in parts)
         y = modulate(x, shift1, scale1, self.eps)
-        y = self.self_attention(y, angles=angles, segment_ids=token_segments)
+        y = self.self_attention(y, angles=angles, ranges=token_ranges)
         x = x + (y * _over_tokens(gate1, y)).astype(x.dtype)
-        x = x + self.cross_attention(
-            self.cross_norm(x), text, key_mask=text_mask, segment_ids=segment_ids, second=image
-        )
+        x = x + self.cross_attention(self.cross_norm(x), text, ranges=text_ranges, second=image)
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
-        return x + (y * _over_tokens(gate2, y)).astype(x.dtype)
+        x = x + (y * _over_tokens(gate2, y)).astype(x.dtype)
+        return constrain(x, "batch", "tokens", None), per_layer
 
 
 class Head(nnx.Module):
