@@ -30,41 +30,38 @@ def self_attention_ranges(
       past_chunks: number of earlier chunks that a token sees; None is all.
       key_mask: True for tokens that may be attended to.
     """
-    clips = None if clip_ids is None else (_codes(clip_ids),) * 2
-    if chunk_ids is not None:
-        ranges = causal_ranges(chunk_ids, chunk_ids, past=past_chunks, segments=clips)
-    elif clips is not None:
-        ranges = segment_ranges(*clips)
-    elif key_mask is not None:
-        ranges = _one_code(key_mask, key_mask.shape[1])
-    else:
-        return None
-    return ranges if key_mask is None else ranges.hide(key_mask)
+    return cross_attention_ranges(
+        0 if key_mask is None else key_mask.shape[1],
+        clip_ids=None if clip_ids is None else (clip_ids, clip_ids),
+        chunk_ids=None if chunk_ids is None else (chunk_ids, chunk_ids),
+        past_chunks=past_chunks,
+        key_mask=key_mask,
+    )
 
 
 def cross_attention_ranges(
     num_queries: int,
     *,
     clip_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+    chunk_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+    past_chunks: int | None = None,
     key_mask: Bool[Array, "b r"] | None = None,
 ) -> KeyRanges | None:
-    """Ranges of `num_queries` queries over other tokens; None if every query sees every key.
+    """Ranges of queries over other tokens, such as text; None if every query sees every key.
 
     Args:
-      clip_ids: clips of queries and of keys, as in `self_attention_ranges`.
-      key_mask: True for keys that may be attended to.
+      clip_ids, chunk_ids: of queries and of keys; these and the others are as in `self_attention_ranges`.
     """
     if clip_ids is not None:
-        queries, keys = clip_ids
-        return segment_ranges(_codes(queries), _codes(keys), key_mask)
-    return None if key_mask is None else _one_code(key_mask, num_queries).hide(key_mask)
-
-
-def _codes(clip_ids: Array) -> Array:
-    return jnp.where(clip_ids == 0, _PADDING, clip_ids)
-
-
-def _one_code(key_mask: Array, num_queries: int) -> KeyRanges:
-    """Ranges with which every query sees every key."""
-    batch, num_keys = key_mask.shape
-    return KeyRanges(jnp.zeros((batch, num_keys), jnp.int32), jnp.zeros((batch, num_queries), jnp.int32))
+        queries, keys = (jnp.where(ids == 0, _PADDING, ids) for ids in clip_ids)
+        clip_ids = queries, keys
+    if chunk_ids is not None:
+        ranges = causal_ranges(*chunk_ids, past=past_chunks, segments=clip_ids)
+    elif clip_ids is not None:
+        ranges = segment_ranges(*clip_ids)
+    elif key_mask is not None:
+        zeros = jnp.zeros((key_mask.shape[0], num_queries), jnp.int32)
+        ranges = KeyRanges(jnp.zeros_like(key_mask, jnp.int32), zeros)
+    else:
+        return None
+    return ranges if key_mask is None else ranges.hide(key_mask)
