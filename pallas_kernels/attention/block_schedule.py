@@ -217,7 +217,7 @@ def seen_blocks(
         all_visible &= _numbers(all_visible.shape, 2) < shape[1] - 1
     if ranges is not None:
         largest = jnp.iinfo(jnp.int32).max
-        codes, low, high = ranges
+        codes, (low, high) = ranges.codes, ranges.limits
         is_visible, sees_any = codes >= 0, high >= low
         low_code, high_code, least_code = _extremes(
             key_block,

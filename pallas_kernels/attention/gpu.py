@@ -212,7 +212,9 @@ def _call(
         key_block=tile.keys,
         of_keys=block_axis == "r",
     )
-    arrays = arrays | ({} if ranges is None else ranges._asdict())
+    if ranges is not None:
+        low, high = ranges.limits
+        arrays = arrays | {"codes": ranges.codes, "low": low, "high": high}
     arrays = arrays | ({} if visits is None else visits._asdict())
     blocks = {"s": tile.queries, "r": tile.keys}
 

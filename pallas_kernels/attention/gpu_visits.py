@@ -70,7 +70,7 @@ def list_visits(
 
 def _compare(ranges: KeyRanges, query_block: int, key_block: int) -> tuple[Array, Array]:
     """Whether each pair of blocks may be visible, and whether it is fully visible, both bool, `b i j`."""
-    codes, low, high = ranges
+    codes, (low, high) = ranges.codes, ranges.limits
     largest = jnp.iinfo(jnp.int32).max
     sees_any = low <= high
     first = _of_blocks(jnp.min, jnp.where(sees_any, low, largest), query_block, largest)

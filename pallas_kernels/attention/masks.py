@@ -19,16 +19,28 @@ class KeyRanges(NamedTuple):
     Attributes:
       codes: code of each key, int32, `b r`; >= 0, or `HIDDEN`.
       low, high: inclusive range of each query, int32, `b s`, >= 0; a query with `high < low` sees nothing.
+        `high` is None if it equals `low`: then one comparison makes the mask.
     """
 
     codes: Array
     low: Array
-    high: Array
+    high: Array | None = None
+
+    @property
+    def limits(self) -> tuple[Array, Array]:
+        """`low` and `high`, both as arrays."""
+        return self.low, self.low if self.high is None else self.high
 
     def visible(self) -> Array:
         """The dense mask, bool, `b s r`."""
-        codes = self.codes[:, None, :]
-        return (self.low[:, :, None] <= codes) & (codes <= self.high[:, :, None])
+        codes, low = self.codes[:, None, :], self.low[:, :, None]
+        if self.high is None:
+            return codes == low
+        return (low <= codes) & (codes <= self.high[:, :, None])
+
+    def hide(self, key_mask: Array) -> "KeyRanges":
+        """These ranges, with keys hidden from all queries where `key_mask`, bool, `b r`, is False."""
+        return self._replace(codes=jnp.where(key_mask, self.codes, HIDDEN))
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +70,8 @@ def segment_ranges(query_segments: Array, key_segments: Array, key_mask: Array |
       query_segments, key_segments: segment ids, int, >= 0, `b s` and `b r`.
       key_mask: bool, `b r`; False hides a key from all queries.
     """
-    key_codes, query_codes = key_segments.astype(jnp.int32), query_segments.astype(jnp.int32)
-    if key_mask is not None:
-        key_codes = jnp.where(key_mask, key_codes, HIDDEN)
-    return KeyRanges(key_codes, query_codes, query_codes)
+    ranges = KeyRanges(key_segments.astype(jnp.int32), query_segments.astype(jnp.int32))
+    return ranges if key_mask is None else ranges.hide(key_mask)
 
 
 def causal_ranges(

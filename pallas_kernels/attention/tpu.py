@@ -233,21 +233,23 @@ def _joined(parts: Array, axis: int) -> Array:
 
 def _split_masks(
     size: int, ranges: KeyRanges | None, block_mask: BlockMask | None
-) -> tuple[list[Array], Array | None]:
+) -> tuple[tuple[Array | None, ...], Array | None]:
     """The limits of the ranges, and the rows of the block mask, split into parts of `size` queries."""
-    # One array if low and high are the same array: the kernel then makes one comparison.
-    limits = () if ranges is None else (ranges.low,) if ranges.high is ranges.low else ranges[1:]
+    limits = () if ranges is None else (ranges.low, ranges.high)
     block_rows = None if block_mask is None else _split(block_mask.blocks, size // block_mask.query_size, 0)
-    return [_split(x, size, mode="edge") for x in limits], block_rows
+    return jax.tree.map(lambda x: _split(x, size, mode="edge"), limits), block_rows
 
 
 def _masks_of_part(
-    limits: list[Array], block_rows: Array | None, ranges: KeyRanges | None, block_mask: BlockMask | None
+    limits: tuple[Any, ...],
+    block_rows: Array | None,
+    ranges: KeyRanges | None,
+    block_mask: BlockMask | None,
 ) -> dict[str, Any]:
     """Mask arguments of `forward` and `backward` for one part from `_split_masks`."""
     if block_mask is not None and block_rows is not None:
         block_mask = dataclasses.replace(block_mask, blocks=block_rows)
-    ranges = None if ranges is None else KeyRanges(ranges.codes, limits[0], limits[-1])
+    ranges = None if ranges is None else KeyRanges(ranges.codes, *limits)
     return {"ranges": ranges, "block_mask": block_mask}
 
 

@@ -126,7 +126,7 @@ class Masking:
     Attributes:
       schedule: `Dense` or `Sparse`.
       codes, low, high: int32, `b 1 r` and `b 1 s` (b may be 1), padded to whole blocks; None without key
-        ranges, and `high` is None if it equals `low`.
+        ranges, and `high` is None as in `KeyRanges`.
     """
 
     schedule: Dense | Sparse
@@ -195,7 +195,7 @@ def masking(
     # Padding queries repeat the last query's range, so that they do not change which blocks see no key.
     wide = lambda x: jnp.pad(x, ((0, 0), to_blocks(x, blocks.queries)), mode="edge")[:, None]  # noqa: E731
     return Masking(
-        schedule=schedule, codes=codes[:, None], low=wide(low), high=None if high is low else wide(high)
+        schedule=schedule, codes=codes[:, None], low=wide(low), high=None if high is None else wide(high)
     )
 
 

@@ -21,7 +21,8 @@ class Model(nnx.Module):
         self.last = Linear(8, 4, rngs=rngs)
 
     def __call__(self, x):
-        return self.last(apply_stack(self.blocks, self.first(x), lambda layer, x: jnp.tanh(layer(x))))
+        apply = lambda layer, x, _: (jnp.tanh(layer(x)), None)  # noqa: E731
+        return self.last(apply_stack(self.blocks, self.first(x), apply)[0])
 
 
 OPTIONS = LoRAOptions(rank=3, alpha=6.0, targets="blocks|last")

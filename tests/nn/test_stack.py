@@ -30,12 +30,30 @@ def test_a_stack_has_a_named_axis_of_layers_with_their_own_weights(stack):
 def test_layers_are_applied_in_order(stack, remat):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
     scale = jnp.asarray(1.5)
-    apply = lambda layer, x, scale: jnp.sin(layer(x)) * scale  # noqa: E731
-    y = jax.jit(lambda stack, x: apply_stack(stack, x, apply, remat=remat, scale=scale))(stack, x)
+    apply = lambda layer, x, _, scale: (jnp.sin(layer(x)) * scale, None)  # noqa: E731
+    y, none = jax.jit(lambda stack, x: apply_stack(stack, x, apply, remat=remat, scale=scale))(stack, x)
+    assert none is None
     expected = np.asarray(x, np.float64)
     for kernel in np.asarray(stack.kernel[...], np.float64):
         expected = 1.5 * np.sin(expected @ kernel)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_gets_its_own_value_and_returns_a_new_one(stack):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
+    caches = {"sum": jnp.arange(4.0)[:, None, None] + jnp.zeros((4, 2, 3)), "length": jnp.arange(4)}
+
+    def apply(layer, x, cache):
+        return layer(x), {"sum": cache["sum"] + x, "length": cache["length"] + 1}
+
+    y, found = jax.jit(lambda stack, x, c: apply_stack(stack, x, apply, per_layer=c, remat="full"))(
+        stack, x, caches
+    )
+    np.testing.assert_array_equal(found["length"], np.arange(4) + 1)
+    for index in range(4):
+        np.testing.assert_allclose(found["sum"][index], index + x, rtol=1e-5, atol=1e-6)
+        x = jax.tree.map(lambda leaf: leaf[index], stack)(x)  # noqa: B023
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("remat", get_args(Remat))
@@ -44,8 +62,8 @@ def test_gradients_do_not_depend_on_what_is_saved(stack, remat):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 
     def loss(stack, x, remat):
-        apply = lambda layer, x: layer(checkpoint_name(layer(x), "attention"))  # noqa: E731
-        return jnp.square(apply_stack(stack, x, apply, remat=remat)).sum()
+        apply = lambda layer, x, _: (layer(checkpoint_name(layer(x), "attention")), None)  # noqa: E731
+        return jnp.square(apply_stack(stack, x, apply, remat=remat)[0]).sum()
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     found, expected = gradient(stack, x, remat), gradient(stack, x, "none")

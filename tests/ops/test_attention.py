@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,10 @@ import pytest
 from jax.test_util import check_grads
 
 from tests.ops.array_shapes import array_shapes
-from tests.pallas_kernels.attention.cases import error
+from tests.pallas_kernels.attention.cases import error, exact
 from vidgen.ops import score_budget
 from vidgen.ops.attention import attention
+from vidgen.ops.key_ranges import cross_attention_ranges, self_attention_ranges
 from vidgen.ops.score_budget import ScoresTooLarge
 from vidgen.parallel.mesh import MeshOptions
 
@@ -45,15 +48,43 @@ def test_against_float64(qkv, masked, packed):
     if packed:
         mask = mask & (SEGMENTS[0][:, :, None] == SEGMENTS[1][:, None])
     assert mask.any(-1).all(), "each query must see a key"
-    y = jax.jit(attention)(
-        *qkv, key_mask=KEY_MASK if masked else None, segment_ids=SEGMENTS if packed else None
+    ranges = cross_attention_ranges(
+        5,
+        clip_ids=jax.tree.map(jnp.asarray, SEGMENTS) if packed else None,
+        key_mask=jnp.asarray(KEY_MASK) if masked else None,
     )
+    y = jax.jit(attention)(*qkv, ranges=ranges)
     np.testing.assert_allclose(y, reference(*qkv, mask), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocks", "pallas_tpu", "pallas_gpu"])
+def test_a_token_sees_its_clips_chunks_up_to_its_own(implementation):
+    rng = np.random.default_rng(6)
+    arrays = tuple(jnp.asarray(rng.normal(size=(1, 45, 1, 64)), jnp.float32) for _ in range(4))
+    clips = np.repeat([[1, 2, 0]], [17, 22, 6], axis=1)
+    chunks = np.concatenate([np.arange(17) // 3, np.arange(22) // 5, np.zeros(6, int)])[None]
+    ahead = chunks[:, :, None] - chunks[:, None]
+    mask = (clips[:, :, None] == clips[:, None]) & (ahead >= 0) & (ahead <= 2)
+    ranges = self_attention_ranges(jnp.asarray(clips), jnp.asarray(chunks), past_chunks=2)
+
+    @jax.jit
+    def both(query, key, value, cotangent, ranges):
+        call = functools.partial(attention, ranges=ranges, implementation=implementation)
+        y, back = jax.vjp(call, query, key, value)
+        return y, *back(cotangent)
+
+    expected, _, *gradients = exact(*arrays, mask)
+    for one, wanted in zip(both(*arrays, ranges), (expected, *gradients), strict=True):
+        assert error(one, wanted) <= 2e-6
+
+
+def some_keys():
+    return cross_attention_ranges(5, key_mask=jnp.asarray(KEY_MASK))
 
 
 def test_masked_keys_and_values_have_no_influence_at_all(qkv):
     query, key, value = qkv
-    call = jax.jit(lambda k, v: attention(query, k, v, key_mask=jnp.asarray(KEY_MASK)))
+    call = jax.jit(lambda k, v: attention(query, k, v, ranges=some_keys()))
     hidden = ~KEY_MASK[:, :, None, None]
     changed = call(np.where(hidden, 1e6, key), np.where(hidden, -1e6, value))
     np.testing.assert_array_equal(changed, call(key, value))
@@ -66,9 +97,7 @@ def test_gradients_are_those_of_finite_differences(qkv):
         return (reference(*inputs, np.broadcast_to(KEY_MASK[:, None], (2, 5, 7))) * weight).sum()
 
     def loss_jax(query, key, value):
-        return (
-            attention(query, key, value, key_mask=jnp.asarray(KEY_MASK)) * weight.astype(np.float32)
-        ).sum()
+        return (attention(query, key, value, ranges=some_keys()) * weight.astype(np.float32)).sum()
 
     gradients = jax.jit(jax.grad(loss_jax, argnums=(0, 1, 2)))(*qkv)
     rng = np.random.default_rng(2)
@@ -102,7 +131,8 @@ def test_the_kernels_have_the_gradients_of_finite_differences(packed):
     ids = tuple(jnp.asarray(np.arange(n)[None] // 15, jnp.int32) for n in (40, 50)) if packed else None
 
     def call(*arrays):
-        return attention(*arrays, segment_ids=ids, implementation="pallas_tpu")
+        ranges = cross_attention_ranges(40, clip_ids=ids)
+        return attention(*arrays, ranges=ranges, implementation="pallas_tpu")
 
     check_grads(jax.jit(call), arrays, order=1, modes=["rev"], rtol=2e-3, atol=2e-3, eps=1e-2)
 
@@ -181,7 +211,7 @@ def test_blocks_have_the_results_and_gradients_of_all_scores_at_once(monkeypatch
     monkeypatch.setattr("vidgen.ops.attention_blocks._LARGEST", 3)
 
     def both(implementation, arrays):
-        call = lambda *x: attention(*x, key_mask=jnp.asarray(KEY_MASK), implementation=implementation)  # noqa: E731
+        call = lambda *x: attention(*x, ranges=some_keys(), implementation=implementation)  # noqa: E731
         y, back = jax.vjp(call, *arrays)
         return y, *back(jnp.ones_like(y))
 

@@ -7,6 +7,8 @@ import pytest
 
 from vidgen.ops import attention_cpu
 from vidgen.ops.attention import attention
+from vidgen.ops.key_ranges import cross_attention_ranges, self_attention_ranges
+from vidgen.pallas_kernels.attention.masks import causal_ranges
 from vidgen.parallel.mesh import MeshOptions
 
 SCALE = 0.3
@@ -16,12 +18,20 @@ SEGMENTS = (
     np.repeat([[2, 0, 1]] * 2, [7, 14, 8], axis=1),
 )
 """Of 37 queries and 29 keys."""
-MASKS = {
-    "all": {},
-    "some keys": {"key_mask": KEY_MASK},
-    "segments": {"segment_ids": SEGMENTS},
-    "both": {"key_mask": KEY_MASK, "segment_ids": SEGMENTS},
-}
+CHUNKS = tuple(np.tile(np.arange(n) // 4, (2, 1)) for n in (37, 29))
+
+
+def ranges_and_mask(kind):
+    """Key ranges, and the mask that they mean."""
+    mask, options = np.ones((2, 37, 29), bool), {}
+    if kind == "chunks":
+        return causal_ranges(*map(jnp.asarray, CHUNKS)), CHUNKS[0][:, :, None] >= CHUNKS[1][:, None]
+    if kind in ("some keys", "both"):
+        mask, options["key_mask"] = mask & KEY_MASK[:, None], jnp.asarray(KEY_MASK)
+    if kind in ("segments", "both"):
+        mask = mask & (SEGMENTS[0][:, :, None] == SEGMENTS[1][:, None])
+        options["clip_ids"] = tuple(map(jnp.asarray, SEGMENTS))
+    return cross_attention_ranges(37, **options), mask
 
 
 def reference(query, key, value, weight, mask):
@@ -60,20 +70,15 @@ def inputs():
 
 
 @pytest.mark.parametrize("block", [512, 4096], ids=["13 queries at a time", "3 heads at a time"])
-@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
-def test_result_and_gradients_against_float64(inputs, masks, block, monkeypatch):
+@pytest.mark.parametrize("kind", ["all", "some keys", "segments", "both", "chunks"])
+def test_result_and_gradients_against_float64(inputs, kind, block, monkeypatch):
     monkeypatch.setattr(attention_cpu, "_BLOCK", block)
     *qkv, weight = inputs
     cut = attention_cpu._Cut(*map(jnp.asarray, qkv[:2]))
     assert (cut.group, cut.count, cut.rows) == {512: (1, 3, 13), 4096: (3, 1, 37)}[block]
-    mask = np.ones((2, 37, 29), bool)
-    if "key_mask" in masks:
-        mask &= KEY_MASK[:, None]
-    if "segment_ids" in masks:
-        mask &= SEGMENTS[0][:, :, None] == SEGMENTS[1][:, None]
+    ranges, mask = ranges_and_mask(kind)
     assert mask.any(-1).all()
-    arrays = jax.tree.map(jnp.asarray, masks)
-    found = with_gradients(functools.partial(attention, scale=SCALE, **arrays), weight)(*qkv)
+    found = with_gradients(functools.partial(attention, scale=SCALE, ranges=ranges), weight)(*qkv)
     for array, expected in zip(found, reference(*inputs, mask=mask), strict=True):
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=4e-6)
 
@@ -81,10 +86,10 @@ def test_result_and_gradients_against_float64(inputs, masks, block, monkeypatch)
 def test_a_query_that_sees_no_key_has_what_it_has_elsewhere(inputs, monkeypatch):
     *qkv, weight = inputs
     segments = jnp.full((2, 37), 5).at[:, 3:].set(SEGMENTS[0][:, 3:]), jnp.asarray(SEGMENTS[1])
-    expected = with_gradients(functools.partial(attention, scale=SCALE, segment_ids=segments), weight)(*qkv)
+    call = functools.partial(attention, scale=SCALE, ranges=cross_attention_ranges(37, clip_ids=segments))
+    expected = with_gradients(call, weight)(*qkv)
     monkeypatch.setattr(attention_cpu, "_BLOCK", 512)
-    blocked = functools.partial(attention, scale=SCALE, segment_ids=segments)
-    found = with_gradients(blocked, weight)(*qkv)
+    found = with_gradients(call, weight)(*qkv)
     for array, elsewhere in zip(found, expected, strict=True):
         np.testing.assert_allclose(array, elsewhere, rtol=1e-5, atol=4e-6)
 
@@ -106,9 +111,13 @@ LARGE = jax.ShapeDtypeStruct((1, 1280, 8, 64), jnp.float32)
 
 def program(dtype=jnp.float32, platform="cpu", **options):
     x = jax.ShapeDtypeStruct(LARGE.shape, dtype)
-    options = {"key_mask": jax.ShapeDtypeStruct((1, 1280), jnp.bool_), **options}
-    call = jax.jit(lambda x, options: attention(x, x, x, **options))
-    return call.trace(x, options).lower(lowering_platforms=(platform,)).as_text()
+    mask = jax.ShapeDtypeStruct((1, 1280), jnp.bool_)
+
+    @jax.jit
+    def call(x, mask, options):
+        return attention(x, x, x, ranges=self_attention_ranges(key_mask=mask), **options)
+
+    return call.trace(x, mask, options).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_large_ones_in_float32_on_cpus_have_no_array_of_all_scores():
@@ -131,14 +140,11 @@ def test_no_scores_are_kept_for_the_backward_pass(remat):
 def test_over_a_mesh_nothing_but_keys_and_values_is_gathered(inputs, monkeypatch):
     monkeypatch.setattr(attention_cpu, "_BLOCK", 512)
     query, key, value, weight = (x[:, :28] for x in inputs)
-    options = {
-        "key_mask": jnp.asarray(KEY_MASK[:, :28]),
-        "segment_ids": (jnp.asarray(SEGMENTS[0][:, :28]), jnp.asarray(SEGMENTS[1][:, :28])),
-    }
-    call = with_gradients(functools.partial(attention, scale=SCALE, **options), weight)
+    ranges = jax.tree.map(lambda x: x[:, :28], ranges_and_mask("both")[0])
+    call = with_gradients(functools.partial(attention, scale=SCALE, ranges=ranges), weight)
     expected = call(query, key, value)
     with jax.set_mesh(MeshOptions(data=2, context=2, tensor=2).build()):
-        call = with_gradients(functools.partial(attention, scale=SCALE, **options), weight)
+        call = with_gradients(functools.partial(attention, scale=SCALE, ranges=ranges), weight)
         found = call(query, key, value)
     for array, alone in zip(found, expected, strict=True):
         np.testing.assert_allclose(array, alone, rtol=1e-5, atol=4e-6)

@@ -11,8 +11,9 @@ import pytest
 
 from vidgen.ops.attention import attention
 from vidgen.ops.attention_blocks import ATTENTION, Blocks, PartialAttention, merge
+from vidgen.ops.key_ranges import KeyRanges, self_attention_ranges
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
-from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
+from vidgen.pallas_kernels.attention.masks import HIDDEN
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.hlo import count_collectives
@@ -45,10 +46,14 @@ KEY_MASK = np.random.default_rng(5).random((B, S)) < 0.7
 KEY_MASK[:, [0, -1]] = True
 MASKS = {
     "all": {},
-    "packed": {"segment_ids": SEGMENTS},
+    "chunks": {"clip_ids": SEGMENTS, "chunk_ids": np.tile(np.arange(S, dtype=np.int32) // 3, (B, 1))},
     "masked": {"key_mask": KEY_MASK},
-    "packed and masked": {"segment_ids": np.where(SEGMENTS == 1, 2, SEGMENTS), "key_mask": KEY_MASK},
+    "packed and masked": {"clip_ids": np.where(SEGMENTS == 1, 2, SEGMENTS), "key_mask": KEY_MASK},
 }
+
+
+def ranges_of(masks):
+    return self_attention_ranges(**{name: jnp.asarray(mask) for name, mask in masks.items()})
 
 
 def with_gradients(function, dtype=jnp.float32, weight=WEIGHT):
@@ -61,31 +66,28 @@ def with_gradients(function, dtype=jnp.float32, weight=WEIGHT):
     return jit(jax.grad(loss, has_aux=True))
 
 
-def on_one_device(masks, dtype=jnp.float32):
-    masks = dict(masks)
-    if "segment_ids" in masks:
-        masks["segment_ids"] = (masks["segment_ids"],) * 2
-    return with_gradients(functools.partial(attention, **masks), dtype)
+def on_one_device(ranges=None, dtype=jnp.float32):
+    return with_gradients(functools.partial(attention, ranges=ranges), dtype)
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
 def test_result_and_gradients_are_those_of_one_device(qkv, options, masks):
-    masks = {name: jnp.asarray(mask) for name, mask in masks.items()}
-    expected = on_one_device(masks)(qkv)
+    ranges = ranges_of(masks)
+    expected = on_one_device(ranges)(qkv)
     with jax.set_mesh(MESH.build()):
-        found = with_gradients(functools.partial(sequence_attention, options=options, **masks))(qkv)
+        found = with_gradients(functools.partial(sequence_attention, options=options, ranges=ranges))(qkv)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-BOTH = ("segment_ids", "key_mask")
+BOTH = ("clip_ids", "key_mask")
 
 
 @pytest.mark.parametrize(
     ("method", "context", "masks"),
     [
-        ("ring", 2, BOTH),
+        ("ring", 2, ("clip_ids", "chunk_ids")),
         ("ulysses", 2, ()),
         ("rings of 2 that exchange", 4, BOTH),
         slow("ring", 2, ()),
@@ -102,15 +104,16 @@ def test_with_kernels_result_and_gradients_are_those_of_one_device(method, conte
     weight = normal(3, *shape)
     random = np.random.default_rng(4)
     every = {
-        "segment_ids": jnp.asarray(np.sort(random.integers(0, 3, shape[:2]), axis=1).astype(np.int32)),
-        "key_mask": jnp.asarray(random.random(shape[:2]) < 0.7),
+        "clip_ids": np.sort(random.integers(0, 3, shape[:2]), axis=1).astype(np.int32),
+        "chunk_ids": np.arange(shape[1], dtype=np.int32)[None] // 50,
+        "key_mask": random.random(shape[:2]) < 0.7,
     }
-    given = {name: every[name] for name in masks}
-    alone = {**given, "segment_ids": (every["segment_ids"],) * 2} if masks else {}
-    expected = with_gradients(functools.partial(attention, implementation="xla", **alone), weight=weight)(
-        arrays
+    ranges = ranges_of({name: every[name] for name in masks})
+    alone = functools.partial(attention, implementation="xla", ranges=ranges)
+    expected = with_gradients(alone, weight=weight)(arrays)
+    function = functools.partial(
+        sequence_attention, options=options, implementation="pallas_tpu", ranges=ranges
     )
-    function = functools.partial(sequence_attention, options=options, implementation="pallas_tpu", **given)
     with jax.set_mesh(MeshOptions(data=1, context=context, tensor=1, fsdp=8 // context).build()):
         found = with_gradients(function, weight=weight)
         assert "pallas_call" in str(found.trace(arrays).jaxpr)
@@ -150,13 +153,13 @@ def test_a_ring_falls_back_from_kernels_only_where_none_were_named(qkv, monkeypa
     ],
 )
 def test_bfloat16_differs_by_its_rounding(qkv, mesh, options):
-    expected = on_one_device({})(qkv)
+    expected = on_one_device()(qkv)
     function = functools.partial(sequence_attention, options=options)
     with jax.set_mesh(mesh.build()):
         found = with_gradients(function, jnp.bfloat16)(qkv)
     errors, largest = (
         jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), tree, expected)
-        for tree in (found, on_one_device({}, jnp.bfloat16)(qkv))
+        for tree in (found, on_one_device(dtype=jnp.bfloat16)(qkv))
     )
     # No worse than what one device makes of bfloat16.
     jax.tree.map(lambda error, one: np.testing.assert_array_less(error, 1.5 * one), errors, largest)
@@ -168,13 +171,13 @@ def test_blocks_are_attention_however_they_are_cut_and_a_query_without_keys_gets
     low = jnp.zeros((B, S), jnp.int32)
 
     def attend(keys, mask):
-        ranges = KeyRanges(jnp.where(mask[:, keys], 0, HIDDEN), low, low)
+        ranges = KeyRanges(jnp.where(mask[:, keys], 0, HIDDEN), low)
         part = Blocks().forward(query, key[:, keys], value[:, keys], scale=K**-0.5, ranges=ranges)
         return PartialAttention(part[0].reshape(B, S, N * K), part[1])
 
     mask = jnp.asarray(KEY_MASK)
     mean, log_sum_exp = merge(attend(slice(None, 24), mask), attend(slice(24, None), mask))
-    expected = attention(query, key, value, key_mask=mask).reshape(B, S, N * K)
+    expected = attention(query, key, value, ranges=ranges_of({"key_mask": mask})).reshape(B, S, N * K)
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
     scores = np.einsum("bsnk,brnk->bnsr", query, key) / np.sqrt(K)
     expected = np.log(np.where(KEY_MASK[:, None, None], np.exp(scores), 0).sum(-1))

@@ -4,13 +4,15 @@ import functools
 
 from flax import nnx
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float
 from vidgen.nn.embeddings import apply_rope
 from vidgen.nn.layers import Linear
 from vidgen.nn.norms import RMSNorm
 from vidgen.ops.attention import Implementation, attention
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.ops.norm_rope import norm_rope
 from vidgen.ops.sequence_parallel import SequenceParallel, sequence_attention
+from vidgen.parallel.rules import is_sharded
 
 
 class MultiHeadAttention(nnx.Module):
@@ -32,8 +34,8 @@ class MultiHeadAttention(nnx.Module):
         Args:
           second_context: adds key and value projections for a second context. The same queries attend to it,
             and both outputs are summed.
-          sequence: method of self-attention for tokens sharded over the mesh axis `context`; None if they
-            are not.
+          sequence: method of self-attention where the mesh shards tokens over `context`; None if tokens are
+            never sharded.
         """
         self.num_heads = num_heads
         self.sequence = sequence
@@ -55,16 +57,14 @@ class MultiHeadAttention(nnx.Module):
         context: Float[Array, "b r d"] | None = None,
         *,
         angles: Float[Array, "#b s k2"] | None = None,
-        key_mask: Bool[Array, "b r"] | None = None,
-        segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+        ranges: KeyRanges | None = None,
         second: Float[Array, "b m d"] | None = None,
     ) -> Float[Array, "b s d"]:
         """Attends from `x` to `context` (default: to itself).
 
         Args:
           angles: rotary angles for self-attention, per example or shared by all.
-          key_mask: true for context tokens that queries may attend to.
-          segment_ids: segment ids of queries and keys, for packed sequences.
+          ranges: context tokens that each query sees, from `vidgen.ops.key_ranges`; None is all.
           second: tokens of the second context, all of them visible.
         """
         source = x if context is None else context
@@ -72,19 +72,12 @@ class MultiHeadAttention(nnx.Module):
         key = self._normalised(self.key_norm, self.key(source), angles)
         value = self._heads(self.value(source))
         attend = functools.partial(attention, implementation=self.implementation)
-        if context is None and self.sequence is not None:
-            token_segments = None if segment_ids is None else segment_ids[0]
+        if context is None and self.sequence is not None and is_sharded("tokens"):
             y = sequence_attention(
-                query,
-                key,
-                value,
-                options=self.sequence,
-                key_mask=key_mask,
-                segment_ids=token_segments,
-                implementation=self.implementation,
+                query, key, value, options=self.sequence, ranges=ranges, implementation=self.implementation
             )
         else:
-            y = attend(query, key, value, key_mask=key_mask, segment_ids=segment_ids)
+            y = attend(query, key, value, ranges=ranges)
         if second is not None:
             assert self.second_key and self.second_value and self.second_key_norm
             key = self._heads(self.second_key_norm(self.second_key(second)))

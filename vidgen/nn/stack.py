@@ -56,14 +56,26 @@ _POLICIES = {
 
 
 def apply_stack(
-    stack: nnx.Module, x: Array, apply: Callable[..., Array], *, remat: Remat = "none", **extra: PyTree
-) -> Array:
-    """Output of the last layer: applies x = apply(layer, x, **extra) layer by layer with the same `extra`."""
+    stack: nnx.Module,
+    x: Array,
+    apply: Callable[..., tuple[Array, PyTree]],
+    *,
+    per_layer: PyTree = None,
+    remat: Remat = "none",
+    **extra: PyTree,
+) -> tuple[Array, PyTree]:
+    """Output of the last layer, and the new values of all layers.
 
-    def body(x: Array, layer: nnx.Module) -> tuple[Array, None]:
-        return apply(layer, checkpoint_name(x, _INPUT), **extra), None
+    Args:
+      apply: computes a layer: (layer, x, the layer's slice of `per_layer`, **extra) -> (x, new slice). Slices
+        are None without `per_layer`.
+      per_layer: values of each layer, such as caches: a pytree whose arrays have a leading axis of layers.
+      extra: passed to every layer.
+    """
+
+    def body(x: Array, layer: tuple[nnx.Module, PyTree]) -> tuple[Array, PyTree]:
+        return apply(layer[0], checkpoint_name(x, _INPUT), layer[1], **extra)
 
     if remat != "none" or fsdp_is_sharded():
         body = jax.checkpoint(body, policy=_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, stack)
-    return x
+    return jax.lax.scan(body, x, (stack, per_layer))

@@ -1,18 +1,19 @@
 """Attention dispatch: one function for all models, which picks the backend by platform and shape."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float
 from vidgen.ops import attention_cpu
 from vidgen.ops.attention_blocks import ATTENTION, Blocks, block_score_bytes
-from vidgen.ops.attention_cpu import Masks, SoftmaxStats
+from vidgen.ops.attention_cpu import SoftmaxStats
 from vidgen.ops.attention_kernels import Kernels, device_kind, kernel_attention, over_mesh
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.ops.score_budget import ScoresTooLarge, check_scores, heads_here, refusal, report_fallback
 
 Implementation = Literal["auto", "xla", "blocks", "cudnn", "pallas_tpu", "pallas_gpu"]
@@ -26,8 +27,7 @@ def attention(
     key: Float[Array, "b r n k"],
     value: Float[Array, "b r n k"],
     *,
-    key_mask: Bool[Array, "b r"] | None = None,
-    segment_ids: tuple[Int[Array, "b s"], Int[Array, "b r"]] | None = None,
+    ranges: KeyRanges | None = None,
     bias: Float[Array, "#b n s r"] | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
@@ -38,8 +38,8 @@ def attention(
     forward-mode derivative (`jax.jvp`).
 
     Args:
-      key_mask: True for keys that may be attended to; at least one per example.
-      segment_ids: segment ids of queries and of keys, >= 0; a query attends only to keys of its segment.
+      ranges: keys that each query sees, from `vidgen.ops.key_ranges`; None is all. A query that sees none
+        gets zeros from kernels and `blocks`, and the mean of all values from `xla`.
       bias: added to the scores.
       scale: factor on the query-key products, 1 / sqrt(k) by default.
       implementation: `pallas_tpu` and `pallas_gpu` are the kernels of `pallas_kernels.attention` (interpreted
@@ -53,15 +53,15 @@ def attention(
       ScoresTooLarge: the named implementation, or every one with `auto`, would hold more than
         `score_budget.SCORE_BYTES` of scores in memory.
     """
-    masks = Masks(key_mask, *(segment_ids if segment_ids is not None else (None, None)))
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
-    if implementation != "auto":
-        return _attend(implementation, query, key, value, masks, bias, factor)
     reasons: dict[str, Exception] = {}
-    for candidate in _candidates(query, key, masks):
+    candidates = _candidates(query, key, ranges) if implementation == "auto" else (implementation,)
+    for candidate in candidates:
         try:
-            y = _attend(candidate, query, key, value, masks, bias, factor)
+            y = _backend(candidate, query, key, bias, factor)(query, key, value, ranges)
         except (NotImplementedError, ScoresTooLarge) as error:
+            if implementation != "auto":
+                raise
             reasons.setdefault(candidate, error)
         else:
             report_fallback(query, key, candidate, _score_bytes(candidate, query, key), reasons)
@@ -69,14 +69,13 @@ def attention(
     raise refusal(query, key, reasons)
 
 
-def _candidates(query: Array, key: Array, masks: Masks) -> Iterator[Implementation]:
+def _candidates(query: Array, key: Array, ranges: KeyRanges | None) -> Iterator[Implementation]:
     """Implementations to try, fastest first."""
     platform, _ = device_kind()
     if platform == "tpu":
         yield "pallas_tpu"
     elif platform in ("gpu", "cuda"):
-        masked = masks.keys is not None or masks.query_segments is not None
-        if masked and query.shape[0] * query.shape[1] * key.shape[1] > _MASK_BYTES:
+        if ranges is not None and query.shape[0] * query.shape[1] * key.shape[1] > _MASK_BYTES:
             yield "pallas_gpu"
         else:
             yield "cudnn"
@@ -96,45 +95,47 @@ def _score_bytes(implementation: Implementation, query: Array, key: Array) -> in
     return 4 * heads * queries * keys
 
 
-def _attend(
-    implementation: Implementation,
-    query: Array,
-    key: Array,
-    value: Array,
-    masks: Masks,
-    bias: Array | None,
-    scale: float,
-) -> Array:
+def _backend(
+    implementation: Implementation, query: Array, key: Array, bias: Array | None, scale: float
+) -> Callable[[Array, Array, Array, KeyRanges | None], Array]:
+    """Attention by the implementation, as a function of query, key, value and ranges."""
     if bias is not None and implementation not in ("xla", "cudnn"):
         raise NotImplementedError(f"attention: {implementation} takes no bias of the scores; use `xla`")
     if implementation == "pallas_tpu" or implementation == "pallas_gpu":
-        return kernel_attention(query, key, value, masks, scale, Kernels.of(implementation))
+        return functools.partial(kernel_attention, scale=scale, kernel=Kernels.of(implementation))
     if implementation == "cudnn":
         if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] > 128 or query.shape[-1] % 8:
             raise NotImplementedError(
                 f"attention: cudnn takes bfloat16 and float16, and heads of 8, 16, ... 128 channels; found "
                 f"{query.dtype} and {query.shape[-1]}"
             )
-        y = jax.nn.dot_product_attention(
-            query, key, value, bias, _mask(masks), scale=scale, implementation="cudnn"
-        )
-        return checkpoint_name(y, ATTENTION)
+        return functools.partial(_cudnn, bias=bias, scale=scale)
     check_scores(implementation, _score_bytes(implementation, query, key))
     if implementation == "blocks":
-        return kernel_attention(query, key, value, masks, scale, Blocks())
+        return functools.partial(kernel_attention, scale=scale, kernel=Blocks())
     if bias is None and attention_cpu.worth_blocking(query, key):
-        return _recomputing(query, key, value, masks, scale)
-    return checkpoint_name(_reference(query, key, value, _mask(masks), bias, scale), ATTENTION)
+        return functools.partial(_recomputing, scale=scale)
+    return functools.partial(_saving, bias=bias, scale=scale)
 
 
-def _mask(masks: Masks) -> Array | None:
-    mask = None
-    if masks.keys is not None:
-        mask = masks.keys[:, None, None, :]
-    if masks.query_segments is not None and masks.key_segments is not None:
-        same = (masks.query_segments[:, :, None] == masks.key_segments[:, None, :])[:, None]
-        mask = same if mask is None else mask & same
-    return mask
+def _mask(ranges: KeyRanges | None) -> Array | None:
+    return None if ranges is None else ranges.visible()[:, None]
+
+
+def _cudnn(
+    query: Array, key: Array, value: Array, ranges: KeyRanges | None, *, bias: Array | None, scale: float
+) -> Array:
+    y = jax.nn.dot_product_attention(
+        query, key, value, bias, _mask(ranges), scale=scale, implementation="cudnn"
+    )
+    return checkpoint_name(y, ATTENTION)
+
+
+def _saving(
+    query: Array, key: Array, value: Array, ranges: KeyRanges | None, *, bias: Array | None, scale: float
+) -> Array:
+    """Attention that saves its scores for the backward pass."""
+    return checkpoint_name(_reference(query, key, value, _mask(ranges), bias, scale), ATTENTION)
 
 
 def _reference(
@@ -151,21 +152,19 @@ def _reference(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _recomputing(query: Array, key: Array, value: Array, masks: Masks, scale: float) -> Array:
-    return _forward(query, key, value, masks, scale)[0]
+def _recomputing(query: Array, key: Array, value: Array, ranges: KeyRanges | None, scale: float) -> Array:
+    return _forward(query, key, value, ranges, scale)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float) -> tuple[Array, Any]:
-    def plain(query: Array, key: Array, value: Array, masks: Masks) -> tuple[Array, SoftmaxStats]:
+def _forward(
+    query: Array, key: Array, value: Array, ranges: KeyRanges | None, scale: float
+) -> tuple[Array, Any]:
+    def plain(query: Array, key: Array, value: Array, ranges: KeyRanges | None) -> tuple[Array, SoftmaxStats]:
         zeros = jnp.zeros_like(query[..., 0])  # Only the blockwise CPU backward pass reads the statistics.
-        return _reference(query, key, value, _mask(masks), None, scale), SoftmaxStats(zeros, zeros)
+        return _reference(query, key, value, _mask(ranges), None, scale), SoftmaxStats(zeros, zeros)
 
-    inputs = (query, key, value, masks)
-    blocked = functools.partial(
-        over_mesh,
-        lambda _, *arrays: attention_cpu.forward(*arrays, scale=scale),
-        outputs="qq",
-    )
+    inputs = (query, key, value, ranges)
+    blocked = over_mesh(lambda _, *arrays: attention_cpu.forward(*arrays, scale=scale), inputs, outputs="qq")
     y, statistics = checkpoint_name(
         jax.lax.platform_dependent(*inputs, cpu=blocked, default=plain), ATTENTION
     )
@@ -175,18 +174,20 @@ def _forward(query: Array, key: Array, value: Array, masks: Masks, scale: float)
 def _backward(scale: float, residuals: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
     inputs, y, statistics = residuals
 
-    def blocked(axes: Any, query: Array, key: Array, value: Array, masks: Masks, *others: Any) -> Any:
-        d_query, *rest = attention_cpu.backward(query, key, value, masks, scale, *others)
+    def blocked(axes: Any, query: Array, key: Array, value: Array, ranges: KeyRanges | None, *others) -> Any:
+        d_query, *rest = attention_cpu.backward(query, key, value, ranges, scale, *others)
         # Devices with other queries of the same clips and heads hold the same keys: sum their gradients.
         return d_query, *(rest if axes is None else jax.lax.psum(rest, axes))
 
-    def plain(query: Array, key: Array, value: Array, masks: Masks, y, statistics, gradient: Array) -> Any:
-        call = functools.partial(_reference, mask=_mask(masks), bias=None, scale=scale)
+    def plain(
+        query: Array, key: Array, value: Array, ranges: KeyRanges | None, y, statistics, gradient
+    ) -> Any:
+        call = functools.partial(_reference, mask=_mask(ranges), bias=None, scale=scale)
         return jax.vjp(call, query, key, value)[1](gradient)
 
-    blocked_over_mesh = functools.partial(over_mesh, blocked, outputs="qkk")
+    arrays = (*inputs, y, statistics, gradient)
     d_query, d_key, d_value = jax.lax.platform_dependent(
-        *inputs, y, statistics, gradient, cpu=blocked_over_mesh, default=plain
+        *arrays, cpu=over_mesh(blocked, arrays, outputs="qkk"), default=plain
     )
     return d_query, d_key, d_value, None
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from vidgen.core.typing import Array, Float
-from vidgen.pallas_kernels.attention.masks import HIDDEN, KeyRanges
+from vidgen.ops.key_ranges import KeyRanges
+from vidgen.pallas_kernels.attention.masks import HIDDEN
 
 __all__ = ["ATTENTION", "AttentionKernel", "Blocks", "PartialAttention", "block_score_bytes", "merge"]
 
@@ -156,7 +157,7 @@ def _scores(
     scores = scale * _product("bsnk,brnk->bnsr", query, key)
     if ranges is None or codes is None:
         return scores, None
-    return scores, KeyRanges(codes, ranges.low, ranges.high).visible()[:, None]
+    return scores, ranges._replace(codes=codes).visible()[:, None]
 
 
 class _KeyBlocks:
@@ -172,8 +173,7 @@ class _KeyBlocks:
         self.count = _block_count(self.length)
         self.size = -(-self.length // self.count)
         if ranges is None and self.count * self.size > self.length:
-            zero = jnp.zeros((1, 1), jnp.int32)
-            ranges = KeyRanges(jnp.zeros((1, self.length), jnp.int32), zero, zero)
+            ranges = KeyRanges(jnp.zeros((1, self.length), jnp.int32), jnp.zeros((1, 1), jnp.int32))
         self.ranges = ranges
 
     def blocks(self, key: Array, value: Array) -> tuple[Array, Array, Array | None]:

@@ -8,24 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float
+from vidgen.ops.key_ranges import KeyRanges
 
 _BLOCK = 2**21
 """Most scores computed at a time: few enough to stay in the CPU cache until they are read again."""
 _HIDDEN = float(np.finfo(np.float32).min)
-
-
-class Masks(NamedTuple):
-    """Which keys each query sees; a None field masks nothing.
-
-    Attributes:
-      keys: False for keys that no query sees.
-      query_segments, key_segments: segment ids; a query sees only keys of its segment.
-    """
-
-    keys: Bool[Array, "b r"] | None = None
-    query_segments: Int[Array, "b s"] | None = None
-    key_segments: Int[Array, "b r"] | None = None
 
 
 class SoftmaxStats(NamedTuple):
@@ -45,7 +33,7 @@ def forward(
     query: Float[Array, "b s n k"],
     key: Float[Array, "b r n k"],
     value: Float[Array, "b r n k"],
-    masks: Masks,
+    ranges: KeyRanges | None,
     scale: float,
 ) -> tuple[Float[Array, "b s n k"], SoftmaxStats]:
     """Attention and the statistics for `backward`, without an array of all scores.
@@ -55,19 +43,19 @@ def forward(
     plan = _Cut(query, key)
 
     def of_heads(inputs: Any) -> Any:
-        query, key, value, masks = inputs
+        query, key, value, codes, limits = inputs
 
         def of_block(inputs: Any) -> Any:
-            query, segments = inputs
-            scores = _masked(_products(query, key), segments, masks, _HIDDEN)
+            query, limits = inputs
+            scores = _masked(_products(query, key), codes, limits, _HIDDEN)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
             return jnp.einsum("gsr,grk->gsk", weights, value) / total, largest, total
 
-        return jax.lax.map(of_block, (query, masks.query_segments))
+        return jax.lax.map(of_block, (query, limits))
 
-    inputs = (plan.queries(scale * query), plan.keys(key), plan.keys(value), plan.masks(masks))
+    inputs = (plan.queries(scale * query), plan.keys(key), plan.keys(value), *plan.ranges(ranges))
     y, largest, total = map(plan.joined, jax.lax.map(of_heads, inputs))
     return y, SoftmaxStats(largest[..., 0], total[..., 0])
 
@@ -76,7 +64,7 @@ def backward(
     query: Float[Array, "b s n k"],
     key: Float[Array, "b r n k"],
     value: Float[Array, "b r n k"],
-    masks: Masks,
+    ranges: KeyRanges | None,
     scale: float,
     y: Float[Array, "b s n k"],
     statistics: SoftmaxStats,
@@ -92,13 +80,13 @@ def backward(
     mean = (gradient * y).sum(-1, keepdims=True)
 
     def of_heads(inputs: Any) -> Any:
-        *blocks, key, value, masks = inputs
+        *blocks, key, value, codes, limits = inputs
 
         def of_block(sums: Any, inputs: Any) -> Any:
-            query, gradient, largest, mean, segments = inputs
-            scores = _masked(_products(query, key), segments, masks, _HIDDEN)
+            query, gradient, largest, mean, limits = inputs
+            scores = _masked(_products(query, key), codes, limits, _HIDDEN)
             weights = jnp.exp(scores - largest)
-            d_scores = _masked(weights * (_products(gradient, value) - mean), segments, masks, 0.0)
+            d_scores = _masked(weights * (_products(gradient, value) - mean), codes, limits, 0.0)
             # Stored once: without the barrier XLA recomputes them for each use.
             weights, d_scores = jax.lax.optimization_barrier((weights, d_scores))
             d_key = sums[0] + jnp.einsum("gsk,gsr->gkr", query, d_scores)
@@ -106,11 +94,11 @@ def backward(
             return (d_key, d_value), jnp.einsum("gsr,grk->gsk", d_scores, key)
 
         zeros = jnp.zeros_like(jnp.swapaxes(key, 1, 2))
-        sums, d_query = jax.lax.scan(of_block, (zeros, zeros), (*blocks, masks.query_segments))
+        sums, d_query = jax.lax.scan(of_block, (zeros, zeros), (*blocks, limits))
         return d_query, *(jnp.swapaxes(x, 1, 2) for x in sums)
 
     blocks = map(plan.queries, (scale * query, gradient, statistics.max[..., None], mean))
-    inputs = (*blocks, plan.keys(key), plan.keys(value), plan.masks(masks))
+    inputs = (*blocks, plan.keys(key), plan.keys(value), *plan.ranges(ranges))
     d_query, d_key, d_value = jax.lax.map(of_heads, inputs)
     back = functools.partial(_heads_last, clips=key.shape[0])
     return scale * plan.joined(d_query), back(d_key), back(d_value)
@@ -140,13 +128,12 @@ class _Cut:
         """Reshapes `b s n k` to groups, blocks, heads per group, queries per block, channels."""
         return self._blocks(_heads_first(x))
 
-    def masks(self, masks: Masks) -> Masks:
-        keys, queries, of_keys = (None if x is None else jnp.repeat(x, self.heads, axis=0) for x in masks)
-        return Masks(
-            None if keys is None else self._grouped(keys),
-            None if queries is None else self._blocks(queries),
-            None if of_keys is None else self._grouped(of_keys),
-        )
+    def ranges(self, ranges: KeyRanges | None) -> tuple[Array | None, tuple[Array | None, ...]]:
+        """Codes for every head, reshaped as `keys`; `low` and `high`, reshaped as `queries`."""
+        if ranges is None:
+            return None, ()
+        codes, *limits = jax.tree.map(lambda x: jnp.repeat(x, self.heads, axis=0), ranges)
+        return self._grouped(codes), jax.tree.map(self._blocks, tuple(limits))
 
     def joined(self, x: Array) -> Array:
         """Inverse of `queries`."""
@@ -176,9 +163,5 @@ def _products(x: Array, y: Array) -> Array:
     return jnp.einsum("gsk,grk->gsr", x, y)
 
 
-def _masked(scores: Array, query_segments: Array | None, masks: Masks, otherwise: float) -> Array:
-    if masks.keys is not None:
-        scores = jnp.where(masks.keys[:, None], scores, otherwise)
-    if query_segments is not None and masks.key_segments is not None:
-        scores = jnp.where(query_segments[:, :, None] == masks.key_segments[:, None], scores, otherwise)
-    return scores
+def _masked(scores: Array, codes: Array | None, limits: tuple[Array, ...], otherwise: float) -> Array:
+    return scores if codes is None else jnp.where(KeyRanges(codes, *limits).visible(), scores, otherwise)

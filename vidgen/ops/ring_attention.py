@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float
 from vidgen.ops.attention import Implementation
 from vidgen.ops.attention_blocks import (
     ATTENTION,
@@ -23,10 +23,9 @@ from vidgen.ops.attention_blocks import (
     block_score_bytes,
     merge,
 )
-from vidgen.ops.attention_cpu import Masks
-from vidgen.ops.attention_kernels import Kernels, device_kind, key_ranges
+from vidgen.ops.attention_kernels import Kernels, device_kind
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.ops.score_budget import check_scores, report_fallback
-from vidgen.pallas_kernels.attention.masks import KeyRanges
 
 __all__ = ["Ring", "ring_attention"]
 
@@ -66,8 +65,7 @@ def ring_attention(
     query: Float[Array, "b s n k"],
     key: Float[Array, "b s n k"],
     value: Float[Array, "b s n k"],
-    key_mask: Bool[Array, "b r"] | None = None,
-    segments: Int[Array, "b r"] | None = None,
+    ranges: KeyRanges | None = None,
 ) -> Float[Array, "b s n k"]:
     """Softmax self-attention inside `shard_map`; zeros for a query that sees no key.
 
@@ -75,15 +73,14 @@ def ring_attention(
       implementation: `pallas_tpu` or `pallas_gpu`; `auto` is the TPU kernel on TPUs; anything else, `cudnn`
         included, is `Blocks`.
       query, key, value: this device's tokens.
-      key_mask, segments: mask and segment ids of all tokens of the ring, as in
-        `vidgen.ops.sequence_parallel.sequence_attention`.
+      ranges: ranges of all tokens of the ring, on every device.
 
     Raises:
       NotImplementedError: the named implementation does not support these shapes or dtypes.
       ScoresTooLarge: `Blocks` would hold more than `score_budget.SCORE_BYTES` of scores in memory.
     """
     ring_step = _RingStep(ring=ring, kernels=_kernels(implementation), scale=query.shape[-1] ** -0.5)
-    return _attend(ring_step, query, key, value, key_mask, segments)
+    return _attend(ring_step, query, key, value, ranges)
 
 
 def _kernels(implementation: Implementation) -> tuple[AttentionKernel, ...]:
@@ -141,19 +138,15 @@ class _RingStep:
         # short operations that follow.
         return jax.lax.optimization_barrier((compute(), received))
 
-    def ranges(
-        self, query: Array, key_mask: Array | None, segments: Array | None, step: Array | int
-    ) -> KeyRanges | None:
-        """Key ranges of this device's queries over the keys that it holds after `step` steps."""
-        length = query.shape[1]
+    def local_ranges(self, ranges: KeyRanges | None, length: int, step: Array | int) -> KeyRanges | None:
+        """The part for this device's `length` queries and the keys that it holds after `step` steps."""
+        if ranges is None:
+            return None
         query_index = self.ring.ring_index()
         key_index = (query_index - step) % self.ring.size
-
-        def part(x: Array | None, index: Array) -> Array | None:
-            return None if x is None else jax.lax.dynamic_slice_in_dim(x, index * length, length, axis=1)
-
-        masks = Masks(part(key_mask, key_index), part(segments, query_index), part(segments, key_index))
-        return key_ranges(masks, query)
+        indices = KeyRanges(key_index, query_index, None if ranges.high is None else query_index)
+        part = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=1)  # noqa: E731
+        return jax.tree.map(part, ranges, indices)
 
 
 def _flat(x: Array) -> Array:
@@ -185,27 +178,13 @@ def _first_supported(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    ring_step: _RingStep,
-    query: Array,
-    key: Array,
-    value: Array,
-    key_mask: Array | None,
-    segments: Array | None,
-) -> Array:
-    return _forward(ring_step, query, key, value, key_mask, segments)[0]
+def _attend(ring_step: _RingStep, query: Array, key: Array, value: Array, ranges: KeyRanges | None) -> Array:
+    return _forward(ring_step, query, key, value, ranges)[0]
 
 
-def _forward(
-    ring_step: _RingStep,
-    query: Array,
-    key: Array,
-    value: Array,
-    key_mask: Array | None,
-    segments: Array | None,
-):
+def _forward(ring_step: _RingStep, query: Array, key: Array, value: Array, ranges: KeyRanges | None):
     def attend(keys: tuple[Array, ...], step: Array | int) -> PartialAttention:
-        return ring_step.attend(query, keys, ring_step.ranges(query, key_mask, segments, step))
+        return ring_step.attend(query, keys, ring_step.local_ranges(ranges, query.shape[1], step))
 
     def body(carry, step: Array):
         attended, keys = carry
@@ -219,18 +198,18 @@ def _forward(
     attended = merge(attended, attend(keys, last))
     results = (attended.mean.astype(query.dtype).reshape(query.shape), attended.log_sum_exp)
     results = tuple(checkpoint_name(x, ATTENTION) for x in results)
-    return results[0], (query, key, value, key_mask, segments, results)
+    return results[0], (query, key, value, ranges, results)
 
 
 def _backward(ring_step: _RingStep, saved, cotangent: Array):
     """Passes keys and values around again; gradient sums follow one step later and return to their device."""
-    query, key, value, key_mask, segments, results = saved
+    query, key, value, ranges, results = saved
     keys = (_flat(key), _flat(value))
     last = ring_step.ring.size - 1
 
     def gradients(keys: tuple[Array, ...], step: Array | int) -> tuple[Array, tuple[Array, ...]]:
-        ranges = ring_step.ranges(query, key_mask, segments, step)
-        return ring_step.gradients(query, keys, results, cotangent, ranges)
+        part = ring_step.local_ranges(ranges, query.shape[1], step)
+        return ring_step.gradients(query, keys, results, cotangent, part)
 
     def body(carry, step: Array):
         sums, keys = carry
@@ -243,7 +222,7 @@ def _backward(ring_step: _RingStep, saved, cotangent: Array):
     parts, of_keys = ring_step.overlap_with_send(lambda: gradients(keys, last), sums[1])
     of_query, of_keys = jax.tree.map(jnp.add, (sums[0], of_keys), parts)
     grads = (of_query, *map(ring_step.ring.send_to_next, of_keys))
-    return (*(grad.astype(query.dtype).reshape(query.shape) for grad in grads), None, None)
+    return (*(grad.astype(query.dtype).reshape(query.shape) for grad in grads), None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Bool, Float, Int
+from vidgen.core.typing import Array, Float
 from vidgen.ops.attention import Implementation, attention
 from vidgen.ops.attention_blocks import ATTENTION
+from vidgen.ops.key_ranges import KeyRanges
 from vidgen.ops.ring_attention import Ring, ring_attention
 from vidgen.parallel.rules import constrain, partition_spec
 
@@ -82,8 +83,7 @@ def sequence_attention(
     value: Float[Array, "b s n k"],
     *,
     options: SequenceParallel = SequenceParallel(),
-    key_mask: Bool[Array, "b s"] | None = None,
-    segment_ids: Int[Array, "b s"] | None = None,
+    ranges: KeyRanges | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b s n k"]:
     """Softmax self-attention, with tokens sharded over the axis `context` of the mesh in context.
@@ -92,8 +92,7 @@ def sequence_attention(
     each device attends over all of them.
 
     Args:
-      key_mask: True for tokens that may be attended to; at least one per example.
-      segment_ids: a token attends only to tokens of its segment.
+      ranges: tokens that each token sees, from `vidgen.ops.key_ranges`; None is all.
       implementation: attention implementation on each device. In rings it is a Pallas kernel (`auto`: only on
         TPUs) or `Blocks`; `cudnn` means `Blocks` there.
 
@@ -108,20 +107,18 @@ def sequence_attention(
     if spec is None or spec[1] is None:
         if options.method in ("ulysses", "ring") and context > 1:
             raise UserError(_not_divisible(query.shape[1], context, options.method))
-        both = None if segment_ids is None else (segment_ids, segment_ids)
-        return plain(query, key, value, key_mask=key_mask, segment_ids=both)
+        return plain(query, key, value, ranges=ranges)
     if options.method == "gather":
-        return _gathered(plain, query, key, value, key_mask, segment_ids)
+        return _gathered(plain, query, key, value, ranges)
     heads = query.shape[2] // (1 if spec[2] is None else mesh.shape[spec[2]])
     layout = _Layout(context, options.degree(context, heads))
-    # Mask and segment ids are small: they are replicated over `context`.
-    replicated = PartitionSpec(spec[0], None)
+    # Ranges are small: they are replicated over `context`.
     y = jax.shard_map(
         functools.partial(_on_each_device, layout, implementation),
-        in_specs=(spec, spec, spec, replicated, replicated),
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0], None)),
         out_specs=spec,
         check_vma=False,  # Kernels do not declare the mesh axes that their results vary over.
-    )(query, key, value, key_mask, segment_ids)
+    )(query, key, value, ranges)
     return checkpoint_name(y, ATTENTION)
 
 
@@ -146,19 +143,15 @@ class _Layout(NamedTuple):
 
 
 def _gathered(
-    plain: Callable[..., Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    key_mask: Array | None,
-    segment_ids: Array | None,
+    plain: Callable[..., Array], query: Array, key: Array, value: Array, ranges: KeyRanges | None
 ) -> Array:
     query = constrain(query, "batch", "tokens", "heads", None)
     key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
-    both = None
-    if segment_ids is not None:
-        both = (constrain(segment_ids, "batch", "tokens"), constrain(segment_ids, "batch", None))
-    y = plain(query, key, value, key_mask=key_mask, segment_ids=both)
+    if ranges is not None:
+        codes, *limits = ranges
+        limits = jax.tree.map(lambda x: constrain(x, "batch", "tokens"), limits)
+        ranges = KeyRanges(constrain(codes, "batch", None), *limits)
+    y = plain(query, key, value, ranges=ranges)
     return constrain(y, "batch", "tokens", "heads", None)
 
 
@@ -168,16 +161,14 @@ def _on_each_device(
     query: Array,
     key: Array,
     value: Array,
-    key_mask: Array | None,
-    segment_ids: Array | None,
+    ranges: KeyRanges | None,
 ) -> Array:
     query, key, value = (layout.exchange(x, 2, 1) for x in (query, key, value))
     if layout.ring == 1:
-        both = None if segment_ids is None else (segment_ids, segment_ids)
-        y = attention(query, key, value, key_mask=key_mask, segment_ids=both, implementation=implementation)
+        y = attention(query, key, value, ranges=ranges, implementation=implementation)
     else:
         ring = Ring(axis=_AXIS, devices=layout.context, stride=layout.ulysses)
-        y = ring_attention(ring, implementation, query, key, value, key_mask, segment_ids)
+        y = ring_attention(ring, implementation, query, key, value, ranges)
     return layout.exchange(y, 1, 2)
 
 

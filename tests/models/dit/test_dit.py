@@ -12,8 +12,11 @@ from tests.models.dit import reference
 from tests.models.random_weights import random_module
 from vidgen.core.tree import count
 from vidgen.models.dit.config import VARIANTS, DiTConfig
-from vidgen.models.dit.model import DiT, _apply_block, patchify, unpatchify
+from vidgen.models.dit.model import DiT, patchify, unpatchify
+from vidgen.models.dit.modules import Block
 from vidgen.nn.embeddings import grid_positions, rope_angles
+from vidgen.nn.stack import apply_stack
+from vidgen.ops.key_ranges import cross_attention_ranges
 
 CONFIG = DiTConfig(
     in_channels=3, model_dim=24, num_layers=3, num_heads=2, ffn_dim=32, text_dim=10, freq_dim=8
@@ -84,19 +87,17 @@ def test_the_stack_is_its_layers_one_by_one(model, inputs):
 
     @jit
     def both(model):
-        from vidgen.nn.stack import apply_stack
-
         _, modulation = model.condition_embedder.time(t)
         extra = {
             "modulation": modulation,
             "angles": angles,
             "text": model.condition_embedder.text(text),
-            "text_mask": mask,
+            "text_ranges": cross_attention_ranges(8, key_mask=mask),
         }
         y = x
         for index in range(3):
-            y = jax.tree.map(lambda leaf: leaf[index], model.blocks)(y, **extra)  # noqa: B023
-        return apply_stack(model.blocks, x, _apply_block, **extra), y
+            y, _ = jax.tree.map(lambda leaf: leaf[index], model.blocks)(y, **extra)  # noqa: B023
+        return apply_stack(model.blocks, x, Block.__call__, **extra)[0], y
 
     scanned, one_by_one = both(model)
     np.testing.assert_allclose(scanned, one_by_one, rtol=1e-4, atol=1e-5)

@@ -93,8 +93,8 @@ class CLIPVision(nnx.Module):
         whole = jnp.broadcast_to(self.whole[...].astype(x.dtype)[None, None], (b, 1, config.dim))
         x = jnp.concatenate([whole, x], axis=1) + self.positions[...].astype(x.dtype)[None]
         layers = jax.tree.map(lambda leaf: leaf[: config.num_layers - skip], self.layers)
-        return apply_stack(layers, constrain(self.norm_in(x), "batch", None, None), _apply_layer)
+        return apply_stack(layers, constrain(self.norm_in(x), "batch", None, None), _apply_layer)[0]
 
 
-def _apply_layer(layer: EncoderLayer, x: Array) -> Array:
-    return constrain(layer(x), "batch", None, None)
+def _apply_layer(layer: EncoderLayer, x: Array, _: None) -> tuple[Array, None]:
+    return constrain(layer(x), "batch", None, None), None

@@ -129,16 +129,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b s d"],
+        per_layer: None = None,
         *,
         modulation: Float[Array, "b k 6 d"],
         time_ids: Int[Array, "b s"] | None,
         angles: Float[Array, "#b s k2"],
         token_ranges: KeyRanges | None,
         streams: Mapping[str, AttendedStream],
-    ) -> Float[Array, "b s d"]:
-        """Tokens after this block.
+    ) -> tuple[Float[Array, "b s d"], None]:
+        """Tokens after this block, in the form of `apply` of `vidgen.nn.stack.apply_stack`.
 
         Args:
+          per_layer: a block has no values of its own.
           modulation: modulation vectors of each noise level.
           time_ids: noise level of each token; None if there is one for all (k = 1).
           token_ranges: which tokens each token sees; None is all.
@@ -157,7 +159,7 @@ class Block(nnx.Module):
             x = self.gated(x, streams)
         y = self.ffn(modulate(x, shift2, scale2, self.eps))
         x = x + (y * _over_tokens(gate2, y)).astype(x.dtype)
-        return constrain(x, "batch", "tokens", None)
+        return constrain(x, "batch", "tokens", None), per_layer
 
 
 class Head(nnx.Module):

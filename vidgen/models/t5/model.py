@@ -14,6 +14,7 @@ from vidgen.nn.norms import RMSNorm
 from vidgen.nn.stack import apply_stack, make_stack
 from vidgen.nn.variables import param
 from vidgen.ops.attention import attention
+from vidgen.ops.key_ranges import KeyRanges, self_attention_ranges
 from vidgen.parallel.rules import constrain
 
 _normal = jax.nn.initializers.normal(1.0)
@@ -39,7 +40,7 @@ class SelfAttention(nnx.Module):
         self,
         x: Float[Array, "b l d"],
         *,
-        mask: Bool[Array, "b l"],
+        ranges: KeyRanges | None,
         buckets: Int[Array, "l l"],
         position_bias: Float[Array, "p n"] | None,
     ) -> Float[Array, "b l d"]:
@@ -50,7 +51,7 @@ class SelfAttention(nnx.Module):
             for project in (self.query, self.key, self.value)
         )
         bias = jnp.transpose(table[buckets], (2, 0, 1))[None]
-        y = attention(query, key, value, key_mask=mask, bias=bias, scale=1.0)
+        y = attention(query, key, value, ranges=ranges, bias=bias, scale=1.0)
         return self.out(y.reshape(*x.shape[:2], -1))
 
 
@@ -80,11 +81,13 @@ class EncoderLayer(nnx.Module):
         self,
         x: Float[Array, "b l d"],
         *,
-        mask: Bool[Array, "b l"],
+        ranges: KeyRanges | None,
         buckets: Int[Array, "l l"],
         position_bias: Float[Array, "p n"] | None,
     ) -> Float[Array, "b l d"]:
-        y = self.attention(self.attention_norm(x), mask=mask, buckets=buckets, position_bias=position_bias)
+        y = self.attention(
+            self.attention_norm(x), ranges=ranges, buckets=buckets, position_bias=position_bias
+        )
         x = x + y
         return x + self.ffn(self.ffn_norm(x))
 
@@ -108,11 +111,11 @@ class T5Encoder(nnx.Module):
         config = self.config
         x = constrain(self.embedding[...][tokens].astype(config.dtype), "batch", None, None)
         buckets = relative_buckets(tokens.shape[1], config.num_buckets, config.max_distance)
-        x = apply_stack(
+        x, _ = apply_stack(
             self.layers,
             x,
             _apply_layer,
-            mask=mask,
+            ranges=self_attention_ranges(key_mask=mask),
             buckets=jnp.asarray(buckets),
             position_bias=None if self.position_bias is None else self.position_bias[...],
         )
@@ -135,5 +138,5 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return (bucket + half * (offset > 0)).astype(np.int32)
 
 
-def _apply_layer(layer: EncoderLayer, x: Array, **conditions: Any) -> Array:
-    return constrain(layer(x, **conditions), "batch", None, None)
+def _apply_layer(layer: EncoderLayer, x: Array, _: None, **conditions: Any) -> tuple[Array, None]:
+    return constrain(layer(x, **conditions), "batch", None, None), None

@@ -1,5 +1,7 @@
 """The byte-level text encoder."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from vidgen.nn.layers import FeedForward
 from vidgen.nn.norms import RMSNorm
 from vidgen.nn.stack import apply_stack, make_stack
 from vidgen.nn.variables import param
+from vidgen.ops.key_ranges import KeyRanges, self_attention_ranges
 from vidgen.parallel.rules import constrain
 
 _normal = jax.nn.initializers.normal(1.0)
@@ -29,9 +32,9 @@ class EncoderLayer(nnx.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim, kind="swiglu", rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b l d"], *, mask: Bool[Array, "b l"], angles: Float[Array, "#b l k2"]
+        self, x: Float[Array, "b l d"], *, ranges: KeyRanges | None, angles: Float[Array, "#b l k2"]
     ) -> Float[Array, "b l d"]:
-        x = x + self.attention(self.attention_norm(x), key_mask=mask, angles=angles)
+        x = x + self.attention(self.attention_norm(x), ranges=ranges, angles=angles)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -66,7 +69,9 @@ class ByteEncoder(nnx.Module):
             x = (x + self.ngram_embedding[...][ngram_ids].sum(0)) * (1 + len(config.ngrams)) ** -0.5
         x = constrain(x.astype(config.dtype), "batch", None, None)
         angles = rope_angles(grid_positions(tokens.shape[1], 1, 1)[None], config.dim // config.num_heads)
-        return self.norm(apply_stack(self.layers, x, _apply_layer, mask=mask, angles=angles))
+        ranges = self_attention_ranges(key_mask=mask)
+        x, _ = apply_stack(self.layers, x, _apply_layer, ranges=ranges, angles=angles)
+        return self.norm(x)
 
 
 def hash_ngrams(tokens: Int[Array, "b l"], length: int, rows: int) -> Int[Array, "b l"]:
@@ -80,5 +85,5 @@ def hash_ngrams(tokens: Int[Array, "b l"], length: int, rows: int) -> Int[Array,
     return ((code ^ (code >> 16)) % jnp.uint32(rows)).astype(jnp.int32)
 
 
-def _apply_layer(layer: EncoderLayer, x: Array, mask: Array, angles: Array) -> Array:
-    return constrain(layer(x, mask=mask, angles=angles), "batch", None, None)
+def _apply_layer(layer: EncoderLayer, x: Array, _: None, **conditions: Any) -> tuple[Array, None]:
+    return constrain(layer(x, **conditions), "batch", None, None), None
