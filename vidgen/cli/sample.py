@@ -78,10 +78,11 @@ def main(argv: Sequence[str]) -> int:
             **settings,
             **given,
         )
-        report, videos = _Reporter(start, len(chunk), len(prompts)), ()
+        report, videos = _Reporter(start, len(chunk), len(prompts)), None
         for progress in pipeline.stream(request):
             report(progress)
-            videos = () if progress.videos is None else progress.videos
+            videos = progress.videos
+        assert videos is not None  # The last event has them.
         for index, video in enumerate(videos, start):
             about = settings | recorded | {"prompt": prompts[index], "seed": arguments.seed + index}
             save_video(targets[index], video, fps=fps, metadata={"vidgen": json.dumps(about, default=str)})

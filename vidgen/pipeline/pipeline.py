@@ -19,9 +19,9 @@ from vidgen.models.dit.model import DiT
 from vidgen.models.text_to_video import TextToVideo, latent_shape
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import merge_low_rank
-from vidgen.sampling.conditioning import Conditioner, Target, check_conditioners, merged
+from vidgen.sampling.conditioning import Condition, Conditioner, Target, check_conditioners, merged
 from vidgen.sampling.options import SamplingOptions
-from vidgen.sampling.programs import make_programs, seeded_noise
+from vidgen.sampling.programs import Programs, make_programs, seeded_noise
 from vidgen.sampling.request import Request
 
 __all__ = ["Pipeline", "Progress"]
@@ -133,7 +133,12 @@ class Pipeline:
             if progress:
                 jax.block_until_ready(state)
                 preview = None
-                if preview_every is not None and step and step % preview_every == 0:
+                if (
+                    preview_every is not None
+                    and step
+                    and step % preview_every == 0
+                    and state.clean is not None
+                ):
                     preview = self._decoded(programs, state.clean, size)
                 yield Progress("step", step, programs.num_steps, preview)
             with jax.set_mesh(self.mesh), _memory_errors(size, len(noise)):
@@ -186,7 +191,7 @@ class Pipeline:
             raise UserError(f"noise has the shape {request.noise.shape}; expected {(count, *shape)}")
         return jnp.asarray(request.noise, jnp.float32)
 
-    def _condition(self, request: Request, target: Target) -> Any:
+    def _condition(self, request: Request, target: Target) -> Condition:
         read = frozenset().union(*(conditioner.fields for conditioner in self.conditioners))
         for name in ("image", "last_image"):
             if getattr(request, name) is not None and name not in read:
@@ -195,7 +200,7 @@ class Pipeline:
             raise UserError("image is missing: the model generates videos from a first and a last frame")
         return merged([conditioner.from_request(request, target) for conditioner in self.conditioners])
 
-    def _decoded(self, programs: Any, patches: jax.Array, size: tuple[int, int, int]) -> np.ndarray:
+    def _decoded(self, programs: Programs, patches: jax.Array, size: tuple[int, int, int]) -> np.ndarray:
         with jax.set_mesh(self.mesh), _memory_errors(size, len(patches)):
             return np.asarray(programs.decode(patches))
 

@@ -197,10 +197,10 @@ class FirstFrame:
     kind: Literal["first_frame"] = "first_frame"
     probability: Annotated[float, PROBABILITY] = 1.0
 
-    fields = frozenset({"image"})
-    provides = frozenset()
-    key_name = "image"
-    needs_video = False
+    fields: ClassVar[frozenset[str]] = frozenset({"image"})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    key_name: ClassVar[str] = "image"
+    needs_video: ClassVar[bool] = False
 
     def __post_init__(self):
         check_fields(self)
@@ -242,16 +242,16 @@ class ConcatFrames:
 
     kind: Literal["concat_frames"] = "concat_frames"
 
-    fields = frozenset({"image", "last_image"})
-    provides = frozenset({CONCAT_LATENTS})
-    key_name = "image"
-    needs_video = True
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "last_image"})
+    provides: ClassVar[frozenset[str]] = frozenset({CONCAT_LATENTS})
+    key_name: ClassVar[str] = "image"
+    needs_video: ClassVar[bool] = True
 
     def check(self, dit: DiTConfig, vae: VAEConfig) -> None:
         expected = vae.temporal_factor + vae.latent_channels
         if dit.concat_channels != expected:
             raise UserError(
-                f"dit.in_channels={dit.in_channels}: concat_frames makes {expected} channels for this VAE; "
+                f"dit.in_channels={dit.in_channels}: concat_frames makes {expected} channels; "
                 f"expected in_channels={vae.latent_channels + expected} and out_channels={vae.latent_channels}"
             )
 
@@ -287,8 +287,8 @@ class ClipImages:
 
     encoder: CLIPVision
 
-    fields = frozenset({"image", "last_image"})
-    provides = frozenset({IMAGE})
+    fields: ClassVar[frozenset[str]] = frozenset({"image", "last_image"})
+    provides: ClassVar[frozenset[str]] = frozenset({IMAGE})
 
     def check(self, dit: DiTConfig, vae: VAEConfig) -> None: ...
 
@@ -308,8 +308,8 @@ class Prompts:
 
     encode: PromptEncoder
 
-    fields = frozenset({"prompt", "negative_prompt"})
-    provides = frozenset({TEXT})
+    fields: ClassVar[frozenset[str]] = frozenset({"prompt", "negative_prompt"})
+    provides: ClassVar[frozenset[str]] = frozenset({TEXT})
 
     def check(self, dit: DiTConfig, vae: VAEConfig) -> None: ...
 

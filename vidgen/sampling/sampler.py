@@ -70,19 +70,19 @@ def step(
     times, model_times = jnp.asarray(timesteps.solver), jnp.asarray(timesteps.model)
     t, t_next = times[number], times[number + 1]
     evaluations = stepper.step(state.latents, state.stepper, t, t_next)
-    clean, network_state, velocity = state.clean, None, None
+    (latents, time), clean, network_state = next(evaluations), state.clean, None
     while True:
-        try:
-            latents, time = evaluations.send(velocity)
-        except StopIteration as stop:
-            latents, stepper_state = stop.value
-            return SamplerState(latents, stepper_state, network_state, clean)
         model_time = jnp.where(time == t, model_times[number], model_times[number + 1])
         batch_times = jnp.full(latents.shape[0], model_time)
         velocity, new_state = network.apply(latents, batch_times, state.network, number)
         if network_state is None:
             network_state = new_state
             clean = None if clean is None else latents - time * velocity
+        try:
+            latents, time = evaluations.send(velocity)
+        except StopIteration as stop:
+            latents, stepper_state = stop.value
+            return SamplerState(latents, stepper_state, network_state, clean)
 
 
 def sample(

@@ -26,10 +26,10 @@ __all__ = ["ByteCaptions", "EncodedCaptions"]
 class _Captions:
     """Base: with probability `dropout` a clip is trained with the empty caption, for guidance."""
 
-    fields: ClassVar = frozenset({"prompt", "negative_prompt"})
-    provides: ClassVar = frozenset({TEXT})
-    key_name: ClassVar = "caption"
-    needs_video: ClassVar = False
+    fields: ClassVar[frozenset[str]] = frozenset({"prompt", "negative_prompt"})
+    provides: ClassVar[frozenset[str]] = frozenset({TEXT})
+    key_name: ClassVar[str] = "caption"
+    needs_video: ClassVar[bool] = False
 
     dropout: float
 

@@ -115,7 +115,7 @@ class DiT(nnx.Module):
         attended = {TEXT: embedder.text(streams[TEXT].features.astype(config.dtype))}
         if embedder.image is not None:
             attended[IMAGE] = embedder.image(streams[IMAGE].features.astype(config.dtype))
-        of_clips = 0.0
+        of_clips = None
         if embedder.streams is not None:
             x = x + embedder.streams.per_token(streams)
             attended |= embedder.streams.attended(streams)
@@ -143,12 +143,10 @@ class DiT(nnx.Module):
 
 def _stream_ranges(tokens: Tokens, stream: Stream) -> KeyRanges | None:
     """Which features of a stream each token sees: those of its clip."""
-    packed = tokens.clip_ids is not None and stream.clip_ids is not None
-    return cross_attention_ranges(
-        tokens.patches.shape[1],
-        clip_ids=(tokens.clip_ids, stream.clip_ids) if packed else None,
-        key_mask=stream.mask,
-    )
+    clip_ids = None
+    if tokens.clip_ids is not None and stream.clip_ids is not None:
+        clip_ids = tokens.clip_ids, stream.clip_ids
+    return cross_attention_ranges(tokens.patches.shape[1], clip_ids=clip_ids, key_mask=stream.mask)
 
 
 def _reuse(x: Array, residual: Array, _: dict[str, Any]) -> tuple[Array, Array]:

@@ -63,7 +63,7 @@ class ConditionEmbedder(nnx.Module):
         self.streams = StreamEmbedder(config, rngs=rngs) if config.streams else None
 
     def time(
-        self, levels: Float[Array, "b k"], per_clip: Float[Array, "b c d"] | float = 0.0
+        self, levels: Float[Array, "b k"], per_clip: Float[Array, "b c d"] | None = None
     ) -> tuple[Float[Array, "b k d"], Float[Array, "b k 6 d"]]:
         """Embedding of each noise level and the six modulation vectors of a block, float32.
 
@@ -72,7 +72,7 @@ class ConditionEmbedder(nnx.Module):
         """
         hidden = self.time_1(timestep_embedding(levels, self.freq_dim))
         embedded = self.time_2(jax.nn.silu(hidden))
-        if not isinstance(per_clip, float):
+        if per_clip is not None:
             embedded = embedded + jnp.tile(per_clip, (1, levels.shape[1] // per_clip.shape[1], 1))
         embedded = constrain(embedded, "batch", None, None)
         modulation = constrain(self.time_proj(jax.nn.silu(embedded)), "batch", None, None)

@@ -11,7 +11,7 @@ from vidgen.core.streams import Streams
 from vidgen.core.typing import Array, Float
 from vidgen.models.dit.config import DiTConfig
 from vidgen.nn.attention import MultiHeadAttention
-from vidgen.nn.layers import Linear
+from vidgen.nn.layers import Linear, xavier_uniform
 from vidgen.nn.norms import LayerNorm
 from vidgen.nn.variables import over_last_axis, param, zeros
 from vidgen.ops.key_ranges import KeyRanges
@@ -41,9 +41,9 @@ class StreamEmbedder(nnx.Module):
                     stream.dim,
                     config.model_dim,
                     axes=("features", "embed"),
-                    rngs=rngs,
                     # The gate of a cross-attention is zero, so that its projection need not be.
-                    **({} if stream.enters == "cross" else {"init": zeros}),
+                    init=xavier_uniform if stream.enters == "cross" else zeros,
+                    rngs=rngs,
                 )
                 for stream in config.streams
             }
@@ -57,20 +57,23 @@ class StreamEmbedder(nnx.Module):
         """Sum of the streams that are added to the tokens."""
         return sum((self._projected(name, streams) for name in self._of("token")), start=0.0)
 
-    def per_clip(self, streams: Streams, clips: int) -> Float[Array, "b c d"] | float:
+    def per_clip(self, streams: Streams, clips: int) -> Float[Array, "b c d"] | None:
         """Sum of the streams that modulate, for each of up to `clips` clips of a sequence; float32.
 
         Raises:
           UserError: a stream has another number of features than one per clip.
         """
+        total = None
         for name in self._of("modulation"):
-            if streams[name].features.shape[1] not in (1, clips):
+            found = streams[name].features.shape[1]
+            if found not in (1, clips):
                 raise UserError(
-                    f"the stream {name!r} has {streams[name].features.shape[1]} features per sequence, and "
-                    f"modulates {clips} clips: give one per clip"
+                    f"the stream {name!r} has {found} features per sequence, and modulates {clips} clips: "
+                    "give one per clip"
                 )
-        parts = (self._projected(name, streams).astype(jnp.float32) for name in self._of("modulation"))
-        return sum(parts, start=0.0)
+            part = self._projected(name, streams).astype(jnp.float32)
+            total = part if total is None else total + part
+        return total
 
     def _of(self, enters: str) -> list[str]:
         return [stream.name for stream in self.config.streams if stream.enters == enters]
