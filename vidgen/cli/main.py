@@ -15,6 +15,7 @@ from absl import flags
 from vidgen import __version__
 from vidgen.core.accelerators import skip_absent_tpu
 from vidgen.core.errors import UserError
+from vidgen.core.user_classes import trusting
 
 __all__ = ["main", "run"]
 
@@ -89,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run(lambda rest: importlib.import_module(_module(name)).main(rest), arguments[1:])
+    with trusting("--trust" in arguments):
+        rest = [argument for argument in arguments[1:] if argument != "--trust"]
+        return run(lambda rest: importlib.import_module(_module(name)).main(rest), rest)
 
 
 @contextlib.contextmanager
@@ -117,6 +120,7 @@ def _usage() -> str:
     lines += [
         "",
         "`vidgen <command> --help` lists a command's options; `vidgen --version` prints the version.",
+        "--trust lets a command import the classes of a run's author, which executes their code.",
         "Environment: VIDGEN_LOG=debug|info|warning, VIDGEN_TRACEBACK=1 (tracebacks of user errors too).",
     ]
     return "\n".join(lines)

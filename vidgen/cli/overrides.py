@@ -1,17 +1,15 @@
 """Reads experiment configs from the command line: `--config=path.py:argument --config.section.key=value`."""
 
 import ast
-import hashlib
-import importlib.util
 import pathlib
 import re
-import sys
 import types
 from collections.abc import Sequence
 from typing import Any
 
-from vidgen.core.config import ConfigError
+from vidgen.core.config import ConfigError, to_dict
 from vidgen.core.paths import local_path, packaged, packaged_experiments
+from vidgen.core.user_classes import import_file
 
 __all__ = ["load_config"]
 
@@ -66,7 +64,8 @@ def _from_file(spec: str) -> dict[str, Any]:
         config = module.get_config(argument) if argument else module.get_config()
     except ValueError as error:
         raise ConfigError(f"--config={spec}: {error}") from error
-    return config.to_dict()
+    # Instances of users' classes become mappings, which overrides can change.
+    return to_dict(config)
 
 
 def _split(spec: str) -> tuple[str, str, str]:
@@ -78,34 +77,18 @@ def _split(spec: str) -> tuple[str, str, str]:
 
 
 def _import(path: pathlib.Path, spec: str) -> types.ModuleType:
-    """Imports a file as a module; `from . import other` in it imports other.py of the same folder.
-
-    The folder becomes a package with a unique name, so that neither the current folder nor an installed
-    package shadows it. Files are read again on every call.
-    """
-    folder = path.resolve().parent
-    package = f"_vidgen_config_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        del sys.modules[name]
-    found = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
-    if found is None or found.loader is None:
-        raise ConfigError(f"--config={spec}: {path} is no Python file")
-    sys.modules[package] = types.ModuleType(package)
-    sys.modules[package].__path__ = [str(folder)]
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
     try:
-        found.loader.exec_module(module)
+        return import_file(path)
     except SyntaxError as error:
         raise ConfigError(f"--config={spec}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except ImportError as error:
-        if not (error.name or "").startswith(package):
+        package, _, missing = (error.name or "").partition(".")
+        if not package.startswith("_vidgen_config_"):
             raise
-        missing = (error.name or "").removeprefix(package).strip(".") or str(error)
         raise ConfigError(
-            f"--config={spec}: {path} imports another file of its folder, which is not there: {missing}"
+            f"--config={spec}: {path} imports another file of its folder, which is not there: "
+            f"{missing or error}"
         ) from error
-    return module
 
 
 def _put(values: dict[str, Any], path: Sequence[str], text: str) -> None:

@@ -138,7 +138,7 @@ def _recorded_options(
         "guidance_scale": options.guidance_scale,
         "guidance_scale_2": options.guidance_scale_2,
         "shift": to_dict(options.grid.shift),
-        "stepper": options.stepper.kind,
+        "stepper": getattr(options.stepper, "kind", None) or str(options.stepper),
         "convention": None if options.grid.convention == "even" else options.grid.convention,
         "checkpoint": str(arguments.checkpoint),
     } | {name: getattr(arguments, name) for name in _STORED}

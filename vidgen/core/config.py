@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union
 from vidgen.core.errors import UserError
 from vidgen.core.limits import Limit
 from vidgen.core.paths import require_local
+from vidgen.core.user_classes import CLASS, class_name, is_user_class, load_class
 
 __all__ = ["ConfigError", "nearest", "resolve", "to_dict"]
 
@@ -35,7 +36,8 @@ def resolve(cls: type[T] | Any, values: Any, where: str = "config") -> T:
 
     Accepted: an int for a float, a list for a tuple, None for an optional field, and an instance that already
     has the right class. In a union of dataclasses, the mapping's `kind` selects the member by its field
-    `kind: Literal["x"] = "x"`.
+    `kind: Literal["x"] = "x"`. A union with a Protocol also takes an instance of a user's frozen dataclass
+    that fills this role, or a mapping with its name under `class` (`vidgen.core.user_classes`).
 
     Args:
       cls: a dataclass, or a union of dataclasses.
@@ -70,7 +72,8 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value) if f.init]
-        return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
+        named = {CLASS: class_name(type(value))} if is_user_class(type(value)) else {}
+        return named | {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
     if _is_mapping(value):
         return {str(key): _plain(value[key], f"{where}.{key}") for key in value}
     if isinstance(value, pathlib.PurePath):
@@ -155,14 +158,21 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and types.NoneType in members:
         return None
     classes = [m for m in members if dataclasses.is_dataclass(m)]
+    roles = [m for m in members if getattr(m, "_is_protocol", False)]
     if type(value) in classes:
         return value
+    if roles and _is_mapping(value) and CLASS in value:
+        user_class = load_class(value[CLASS], where)
+        rest = {key: value[key] for key in value if key != CLASS}
+        value = _convert_dataclass(user_class, rest, where)
+    if roles and dataclasses.is_dataclass(value):
+        return _in_role(value, roles, where)
     if classes and _is_mapping(value):
         chosen = classes[0] if len(classes) == 1 else _choose(classes, value, where)
         return _convert(chosen, value, where)
     # Try the value's exact type first: `float | int` keeps an int.
     others = sorted(
-        (m for m in members if m not in classes and m is not types.NoneType),
+        (m for m in members if m not in [*classes, *roles] and m is not types.NoneType),
         key=lambda m: m is not type(value),
     )
     for member in others:
@@ -173,6 +183,17 @@ def _convert_union(members: tuple[Any, ...], value: Any, where: str) -> Any:
             if len(others) == 1 and (not classes or isinstance(value, int | float)):
                 raise
     raise _wrong(where, value, " or ".join(_name(m) for m in members))
+
+
+def _in_role(value: Any, roles: Sequence[Any], where: str) -> Any:
+    """`value`, an instance of a user's class, if it fills one of the roles."""
+    if any(isinstance(value, role) for role in roles):
+        return value
+    missing = [name for name in sorted(roles[0].__protocol_attrs__) if not hasattr(value, name)]
+    raise ConfigError(
+        f"{where}: {type(value).__name__} does not fill the role {roles[0].__name__}: it lacks "
+        f"{', '.join(missing)}"
+    )
 
 
 def _choose(classes: Sequence[Any], values: Any, where: str) -> Any:

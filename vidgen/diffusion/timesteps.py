@@ -16,7 +16,14 @@ __all__ = ["AnyDensity", "LogitNormal", "Mode", "TimestepDensity", "Uniform"]
 
 @runtime_checkable
 class TimestepDensity(Protocol):
-    """Distribution of training timesteps."""
+    """Distribution of training timesteps.
+
+    Attributes:
+      shift: towards noise; the default shift of sampling.
+    """
+
+    @property
+    def shift(self) -> float | AnyShift: ...
 
     def sample(
         self,
@@ -151,4 +158,4 @@ class Mode(_Shifted):
         return level - self.scale * (jnp.square(jnp.sin(0.5 * jnp.pi * level)) - level)
 
 
-AnyDensity = LogitNormal | Uniform | Mode
+AnyDensity = LogitNormal | Uniform | Mode | TimestepDensity

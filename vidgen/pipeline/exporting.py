@@ -29,6 +29,7 @@ from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transfor
 from vidgen.pipeline.importing import import_checkpoint, new_folder
 from vidgen.pipeline.parts import copy_part
 from vidgen.pipeline.sampling_file import read_defaults, write_defaults, write_scheduler
+from vidgen.sampling.conditioning import FirstFrame
 from vidgen.sampling.published import SamplingDefaults
 from vidgen.train.restore import load_run
 from vidgen.train.text_to_video_task import TextToVideoTask
@@ -130,12 +131,12 @@ def _write_diffusers(
     folder: pathlib.Path,
 ) -> None:
     dit = _single(model)
-    kinds = [] if task is None else [conditioner.kind for conditioner in task.conditioners]
+    kinds = [type(conditioner) for conditioner in (() if task is None else task.conditioners)]
     save_diffusers(dit, folder / "transformer")
     vae_folder.save_diffusers(vae, folder / "vae")
     index = {
         "_class_name": "WanImageToVideoPipeline" if kinds else "WanPipeline",
-        "expand_timesteps": "first_frame" in kinds,
+        "expand_timesteps": FirstFrame in kinds,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "scheduler": write_scheduler(folder, defaults, dit.config, vae.config),

@@ -252,7 +252,7 @@ class ConcatFrames:
         if dit.concat_channels != expected:
             raise UserError(
                 f"dit.in_channels={dit.in_channels}: concat_frames makes {expected} channels; "
-                f"expected in_channels={vae.latent_channels + expected} and out_channels={vae.latent_channels}"
+                f"set in_channels={vae.latent_channels + expected} and out_channels={vae.latent_channels}"
             )
 
     def host(self, captions: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
@@ -320,7 +320,7 @@ class Prompts:
         )
 
 
-AnyConditioner: TypeAlias = FirstFrame | ConcatFrames
+AnyConditioner: TypeAlias = FirstFrame | ConcatFrames | TrainingConditioner
 """Conditioners of `TextToVideoTask.conditioners`."""
 
 

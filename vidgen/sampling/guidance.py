@@ -196,7 +196,7 @@ def _std(x: Noisy, where: Predicted | None) -> Noisy:
     return jnp.sqrt(_only(jnp.square(x - mean), where).sum(_axes(x), keepdims=True) / count)
 
 
-AnyGuidance = ClassifierFree | ZeroStar | AdaptiveProjected
+AnyGuidance = ClassifierFree | ZeroStar | AdaptiveProjected | Guidance
 
 GUIDANCES: dict[str, AnyGuidance] = {
     guidance.kind: guidance for guidance in (ClassifierFree(), ZeroStar(), AdaptiveProjected())

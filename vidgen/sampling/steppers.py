@@ -155,7 +155,7 @@ def _log_snr(t: Time) -> Time:
     return jnp.log1p(-t) - jnp.log(t)
 
 
-AnyStepper = Euler | Heun | DPMSolver | UniPC
+AnyStepper = Euler | Heun | DPMSolver | UniPC | Stepper
 
 STEPPERS: dict[str, AnyStepper] = {
     stepper.kind: stepper for stepper in (DPMSolver(), UniPC(), Heun(), Euler())
