@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_STORED = ("guidance", "guidance_interval", "cache_threshold", "image", "last_image", "lora", "lora_scale")
+_STORED = (
+    "guidance",
+    "guidance_interval",
+    "cache_threshold",
+    "image",
+    "last_image",
+    "lora",
+    "lora_scale",
+    "extra",
+)
 """Options that are stored with the video if they are set."""
 _EVERY = 10.0
 """Seconds between progress lines."""
@@ -194,7 +203,18 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "cache": None if threshold is None else TeaCache(threshold=threshold),
     }
     SamplingOptions(guidance_interval=options["guidance_interval"] or (0.0, 1.0))
+    options["extras"] = dict(map(_extra, arguments.extra or ())) or None
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _extra(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UserError(f"--extra {text}: expected NAME=JSON, for instance --extra palette=[1,0,0]")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise UserError(f"--extra {text}: {error}; quote strings as JSON does") from error
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -259,6 +279,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     weights.add_argument("--lora-scale", type=limits.LORA_SCALE, help="scale of the LoRA weights (default 1)")
     weights.add_argument("--text-cache", type=path_option, help="folder that caches prompt features")
+    parser.add_argument(
+        "--extra",
+        action="append",
+        metavar="NAME=JSON",
+        help="input of a conditioner of the run's author; may be repeated",
+    )
     sampler = parser.add_argument_group("sampler", "default: as the model was published or trained")
     sampler.add_argument("--steps", type=limits.SAMPLER_STEPS, help="sampler steps")
     sampler.add_argument("--guidance-scale", type=limits.GUIDANCE_SCALE, help="1 turns guidance off")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from vidgen.core.errors import UserError
 from vidgen.core.paths import local_path
+from vidgen.core.user_classes import trusting
 from vidgen.models.text_to_video import TextToVideo
 from vidgen.nn.lora import merge_low_rank
 from vidgen.parallel.mesh import MeshOptions
@@ -28,6 +29,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     cache: pathlib.Path | str | None = None,
+    trust: bool = False,
 ) -> Pipeline:
     """Loads a pipeline from the workdir of a text-to-video training run, or from a checkpoint of Wan.
 
@@ -39,6 +41,7 @@ def load(
         stores the matrices of a checkpoint in bfloat16.
       cache: folder that caches prompt features of a large text encoder across calls and programs; None is
         the run's folder, and no cache for a checkpoint.
+      trust: imports the classes of its author that the run names, which executes their code.
 
     Raises:
       FileNotFoundError: the folder or a part of it is missing.
@@ -46,8 +49,18 @@ def load(
     """
     path = local_path(path, "the checkpoint")
     mesh = MeshOptions().build() if mesh is None else mesh
-    if is_checkpoint(path):
-        return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)
+    with trusting(trust):
+        if is_checkpoint(path):
+            return load_checkpoint(path, mesh, dtype=dtype or "float32", cache=cache)
+        return _load_run(path, mesh, dtype, cache)
+
+
+def _load_run(
+    path: pathlib.Path,
+    mesh: Mesh,
+    dtype: Literal["float32", "bfloat16"] | None,
+    cache: pathlib.Path | str | None,
+) -> Pipeline:
     experiment, _, model = load_run(path, mesh, dtype=dtype)
     if not isinstance(model, TextToVideo):
         raise UserError(

@@ -196,6 +196,9 @@ class Pipeline:
         for name in ("image", "last_image"):
             if getattr(request, name) is not None and name not in read:
                 raise UserError(f"the model takes no {name}; leave it out, or load another model")
+        for name in request.extras:
+            if name not in read:
+                raise UserError(f"extras: no conditioner of the model reads {name!r}; leave it out")
         if request.last_image is not None and request.image is None:
             raise UserError("image is missing: the model generates videos from a first and a last frame")
         return merged([conditioner.from_request(request, target) for conditioner in self.conditioners])

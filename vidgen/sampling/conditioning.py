@@ -100,7 +100,7 @@ class Conditioner(Protocol):
     """Makes a condition of a request.
 
     Attributes:
-      fields: fields of `Request` that it reads, besides those of the size.
+      fields: fields and `extras` of `Request` that it reads.
       provides: names of the streams that it makes.
     """
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,6 +53,7 @@ class Request:
       cache: reuses the residual of the transformer's blocks in similar steps.
       seed: the same seed gives the same video on any number of devices.
       noise: initial noise, in the shape of the latents, instead of noise from the seed.
+      extras: inputs of conditioners of users' own, by name.
     """
 
     prompt: str | Sequence[str]
@@ -73,6 +74,7 @@ class Request:
     cache: TeaCache | None = None
     seed: int = 0
     noise: Float[np.ndarray, "b tz hz wz z"] | None = None
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.prompts:
