@@ -15,6 +15,7 @@ from vidgen.core.tree import named_leaves
 from vidgen.data.video_io import save_video
 from vidgen.models.dit.diffusers_folder import load_diffusers, read_config
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.sampling.conditioning import ConcatFrames
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 EXPERIMENT = "experiments/dit/wan.py"
@@ -107,11 +108,12 @@ def test_captions_are_encoded_once(lora_run):
 
 @pytest.mark.slow
 def test_image_to_video_with_channels_beside(tmp_path, videos, wan):
-    beside = {"task.images": "beside", "task.dit.in_channels": 10, "task.dit.out_channels": 4}
-    overrides = {**beside, "run.init_from": None, "task.lora.rank": 2, "run.num_steps": 1}
+    concat = {"task.dit.in_channels": 10, "task.dit.out_channels": 4}
+    concat["task.conditioners"] = [{"kind": "concat_frames"}]
+    overrides = {**concat, "run.init_from": None, "task.lora.rank": 2, "run.num_steps": 1}
     assert train(tmp_path / "run", videos, wan, overrides) == 0
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
-    assert vidgen.load(tmp_path / "run").images == "beside"
+    assert vidgen.load(tmp_path / "run").conditioners[1:] == (ConcatFrames(),)
 
 
 def test_weights_and_options_that_do_not_belong_together(tmp_path, videos, wan):
@@ -122,7 +124,9 @@ def test_weights_and_options_that_do_not_belong_together(tmp_path, videos, wan):
         train(tmp_path / "a", videos, wan, dict.fromkeys(ENCODER) | {"task.text.dim": 24})
     with pytest.raises(WeightsError, match=r"set task\.dit to the shape of these weights"):
         train(tmp_path / "b", videos, wan, {"task.dit.ffn_dim": 32})
-    with pytest.raises(ConfigError, match=r"dit\.in_channels=10 is for images='beside', found None"):
+    with pytest.raises(
+        ConfigError, match=r"dit\.in_channels: the transformer takes .*'concat_latents', which no"
+    ):
         train(tmp_path / "c", videos, wan, {"task.dit.in_channels": 10, "task.dit.out_channels": 4})
 
 

@@ -24,6 +24,7 @@ from vidgen.models.dit.diffusers_folder import load_diffusers
 from vidgen.models.dit.wan_file import load_wan, save_wan
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.pipeline.importing import import_checkpoint, new_folder
+from vidgen.sampling.conditioning import ConcatFrames
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -92,7 +93,7 @@ def test_a_file_with_wans_names_is_the_same_transformer(checkpoint, mesh, tmp_pa
     assert import_.main([*arguments, "--parts", str(checkpoint)]) == 0
     for part in ("transformer", "vae"):
         assert_equal(tensors(tmp_path / "a" / part), tensors(checkpoint / part))
-    assert vidgen.load(tmp_path / "a", mesh=mesh).images == "beside"
+    assert ConcatFrames() in vidgen.load(tmp_path / "a", mesh=mesh).conditioners
 
 
 def test_two_experts_as_their_authors_publish_them(mesh, tmp_path):

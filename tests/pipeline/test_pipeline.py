@@ -69,15 +69,6 @@ def test_sizes_and_prompts_that_do_not_fit(pipe):
         pipe(PROMPT, height=20)
     with pytest.raises(ValueError, match="width=24 is not a multiple of 16; use 16 or 32"):
         pipe(PROMPT, width=24)
-    picture = np.zeros((16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="the model makes videos of text alone; leave out image"):
-        pipe(PROMPT, image=picture)
-    with pytest.raises(ValueError, match="image is missing"):
-        pipe(PROMPT, last_image=picture)
-    with pytest.raises(
-        ValueError, match=r"noise has the shape \(1, 2, 4, 4, 8\); expected \(1, 2, 2, 2, 8\)"
-    ):
-        pipe(PROMPT, noise=np.zeros((1, 2, 4, 4, 8), np.float32))
     with pytest.raises(PromptTooLong, match="has 97 bytes, the text encoder takes 96"):
         pipe("x" * 97)
 

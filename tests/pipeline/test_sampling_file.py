@@ -32,7 +32,7 @@ from vidgen.pipeline.sampling_file import (
 from vidgen.sampling.guidance import AdaptiveProjected
 from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.published import PUBLISHED, SamplingDefaults
-from vidgen.sampling.steppers import DPMSolver, Heun, UniPC
+from vidgen.sampling.steppers import UniPC
 from vidgen.sampling.time_grid import TimeGrid
 from vidgen.train.experiment import Experiment
 from vidgen.train.options import RunOptions
@@ -167,7 +167,6 @@ def test_previews_are_sampled_as_the_model_is(monkeypatch):
         return lambda prompts: np.zeros((len(prompts), 1, 4, 4, 3), np.uint8)
 
     monkeypatch.setattr(evaluators, "Pipeline", pipeline)
-    monkeypatch.setattr(evaluators, "BytePrompts", lambda model: None)
     clips = [{"caption": "a", "video": np.zeros((1, 4, 4, 3), np.uint8)}]
     made = task(density=LogitNormal(shift=3.0), sampling=SamplingOptions(guidance_scale=6.0))
     data = SpritesData(num_frames=1, height=4, width=4)
@@ -196,18 +195,3 @@ def test_a_run_that_is_exported_and_loaded_again_is_sampled_alike(tiny_runs, tmp
     config["task"]["density"]["shift"] = 5.0
     (run / "config.json").write_text(json.dumps(config))
     assert vidgen.load(run, mesh=mesh).options == SamplingOptions(grid=TimeGrid(shift=5.0))
-
-
-def test_options_of_a_call():
-    pipe = vidgen.Pipeline.__new__(vidgen.Pipeline)
-    pipe.options = PUBLISHED["wan2.2-t2v-a14b"].options
-    scales = lambda **options: (  # noqa: E731
-        pipe.with_options(**options).guidance_scale,
-        pipe.with_options(**options).guidance_scale_2,
-    )
-    assert scales() == (4.0, 3.0) and scales(steps=9) == (4.0, 3.0)
-    assert scales(guidance_scale=6.0) == (6.0, None), "one scale is for both"
-    assert scales(guidance_scale_2=2.0) == (4.0, 2.0)
-    grid = lambda **options: pipe.with_options(**options).grid.convention  # noqa: E731
-    assert grid(steps=9, stepper=UniPC()) == "wan" and grid(stepper=Heun()) == "even"
-    assert grid(convention="unipc") == "unipc" and grid(stepper=DPMSolver(), convention="wan") == "wan"

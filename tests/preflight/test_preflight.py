@@ -194,6 +194,6 @@ def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, 
     rows = experiment.run.batch_size
     assert batch["patches"].shape == (rows, 48, 4 * dit.in_channels)
     assert batch["tokens"].shape == batch["mask"].shape == (rows, 3, text.max_bytes + 1)
-    assert batch["segment_ids"].sharding.spec == batch["patches"].sharding.spec
+    assert batch["clip_ids"].sharding.spec == batch["patches"].sharding.spec
     advice = " ".join(reporting._advice(packed, compiled))
     assert "shorter rows: --config.data.packing.tokens_per_row (now 48)" in advice

@@ -8,28 +8,29 @@ from flax import nnx
 
 from tests.models.random_weights import random_module
 from vidgen.core.config import ConfigError, resolve
-from vidgen.models.condition import Condition
+from vidgen.core.streams import TEXT, Stream
+from vidgen.core.tokens import Tokens
 from vidgen.models.dit.config import DiTConfig
-from vidgen.models.dit.model import DiT, patchify, unpatchify
-from vidgen.models.text.config import ByteEncoderConfig
-from vidgen.models.text.model import ByteEncoder
-from vidgen.models.text_to_video import TextToVideo
+from vidgen.models.dit.model import DiT
+from vidgen.models.dit.modules import Block
 from vidgen.nn.embeddings import grid_positions
-from vidgen.sampling.caching import CachedDenoiser, CachePolicy, TeaCache
+from vidgen.nn.stack import apply_stack
+from vidgen.sampling.caching import CachePolicy, TeaCache
 from vidgen.sampling.guidance import ClassifierFree
-from vidgen.sampling.network import Conditional, Denoiser, Guided, UncachedDenoiser
+from vidgen.sampling.network import Conditional, Denoiser, Guided, TransformerDenoiser
 from vidgen.sampling.sampler import sample
 from vidgen.sampling.steppers import Heun
 from vidgen.sampling.time_grid import TimeGrid
 
-SHAPE = (2, 1, 4, 4, 4)
+SHAPE = (2, 4, 16)
+POSITIONS = grid_positions(1, 2, 2)[None]
 GRID = TimeGrid(num_steps=8)
 TOLD = jnp.asarray(GRID.model_timesteps()[:-1])
 FORCED = np.array([True] + 6 * [False] + [True])
 
 
-def model_of(dtype="float32"):
-    dit = DiTConfig(
+def dit_of(dtype="float32"):
+    config = DiTConfig(
         in_channels=4,
         model_dim=16,
         num_layers=2,
@@ -39,13 +40,12 @@ def model_of(dtype="float32"):
         freq_dim=8,
         dtype=dtype,
     )
-    text = ByteEncoderConfig(dim=8, num_layers=1, num_heads=2, ffn_dim=8, max_bytes=4)
-    return random_module(lambda: TextToVideo(DiT(dit, rngs=nnx.Rngs(0)), ByteEncoder(text, rngs=nnx.Rngs(1))))
+    return random_module(lambda: DiT(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
-def model():
-    return model_of()
+def dit():
+    return dit_of()
 
 
 def array(seed, *shape):
@@ -53,12 +53,16 @@ def array(seed, *shape):
 
 
 def condition(seed):
-    return Condition(array(seed, 2, 4, 8), jnp.asarray([[True] * 4, [True, True, False, False]]))
+    return {TEXT: Stream(array(seed, 2, 4, 8), jnp.asarray([[True] * 4, [True, True, False, False]]))}
 
 
-def test_steps_are_computed_when_the_summed_change_reaches_the_threshold(model):
+def denoiser_of(dit, computed=None):
+    return TransformerDenoiser(transformer=dit, positions=POSITIONS, computed=computed)
+
+
+def test_steps_are_computed_when_the_summed_change_reaches_the_threshold(dit):
     assert isinstance(TeaCache(), CachePolicy)
-    modulation = np.asarray(model.dit.condition_embedder.time(TOLD[None])[1], np.float64).reshape(8, -1)
+    modulation = np.asarray(dit.condition_embedder.time(TOLD[None])[1], np.float64).reshape(8, -1)
     change = np.abs(modulation[1:] - modulation[:-1]).sum(1) / np.abs(modulation[:-1]).sum(1)
     for power, threshold in ((1, 1.5 * change.mean()), (2, 3.5 * np.square(change).mean())):
         total, expected = 0.0, [True]
@@ -67,45 +71,39 @@ def test_steps_are_computed_when_the_summed_change_reaches_the_threshold(model):
             expected.append(bool(total >= threshold or FORCED[step]))
             total = 0.0 if expected[-1] else total
         cache = TeaCache(threshold=float(threshold), coefficients=(1.0, 0.0, 0.0) if power == 2 else ())
-        assert cache.computed(model.dit, TOLD, FORCED).tolist() == expected
+        assert cache.computed(dit, TOLD, FORCED).tolist() == expected
         assert 2 < sum(expected) < 7
 
 
-def test_threshold_0_computes_all_and_a_high_one_what_must_be(model):
-    computed = lambda **options: TeaCache(**options).computed(model.dit, TOLD, FORCED)  # noqa: E731
+def test_threshold_0_computes_all_and_a_high_one_what_must_be(dit):
+    computed = lambda **options: TeaCache(**options).computed(dit, TOLD, FORCED)  # noqa: E731
     assert computed(threshold=0.0).all() and computed(threshold=0.0, coefficients=(-1.0, 0.0)).all()
     assert computed(threshold=1e9).tolist() == FORCED.tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_the_blocks_added_is_added_again(dtype):
-    model, text = model_of(dtype), condition(0)
-    dit, (first, second), t = model.dit, array(1, 2, *SHAPE), jnp.asarray([[0.9, 0.9], [0.7, 0.7]])
-    denoiser = CachedDenoiser(model=model, computed=jnp.asarray([True, False]))
+    dit, text = dit_of(dtype), condition(0)
+    first, second = array(1, 2, *SHAPE)
+    t = jnp.asarray([[0.9, 0.9], [0.7, 0.7]])
+    denoiser = denoiser_of(dit, jnp.asarray([True, False]))
     assert isinstance(denoiser, Denoiser)
+    velocity = lambda x, t: dit(Tokens(x, POSITIONS), t[:, None], text)[0]  # noqa: E731
 
-    def both(denoiser):
-        one, state = denoiser.apply(first, t[0], text, denoiser.init(first), jnp.asarray(0))
-        return one, denoiser.apply(second, t[1], text, state, jnp.asarray(1))[0]
-
-    def tokens(latents, t):
-        positions = grid_positions(1, 2, 2)[None]
-        patches = patchify(latents, dit.config.patch_size)
-        return dit.embed(patches, t[:, None], text.text, positions=positions, text_mask=text.mask)
-
-    one, two = both(denoiser)
+    one, state = denoiser.apply(first, t[0], text, denoiser.init(first), jnp.asarray(0))
+    two, _ = denoiser.apply(second, t[1], text, state, jnp.asarray(1))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
-    np.testing.assert_allclose(one, model.velocity(first, t[0], text), **tolerance)
-    x, _, conditions = tokens(first, t[0])
-    added = dit.apply_blocks(x, conditions) - x
-    x, embedded, _ = tokens(second, t[1])
-    expected = unpatchify(dit.head(x + added, embedded).astype(jnp.float32), (1, 2, 2), (1, 2, 2))
+    np.testing.assert_allclose(one, velocity(first, t[0]), **tolerance)
+    x, _, _, conditions = dit.embed(Tokens(first, POSITIONS), t[0][:, None], text)
+    added = apply_stack(dit.blocks, x, Block.__call__, **conditions)[0] - x
+    x, embedded, _, _ = dit.embed(Tokens(second, POSITIONS), t[1][:, None], text)
+    expected = dit.head(x + added, embedded).astype(jnp.float32)
     np.testing.assert_allclose(two, expected, **tolerance)
-    assert np.abs(two - model.velocity(second, t[1], text)).max() > 0.1
+    assert np.abs(two - velocity(second, t[1])).max() > 0.1
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guided):
+def test_with_every_step_computed_a_trajectory_is_that_of_the_model(dit, guided):
     """Of a stepper with two calls per step."""
 
     def run(denoiser):
@@ -122,17 +120,11 @@ def test_with_every_step_computed_a_trajectory_is_that_of_the_model(model, guide
         )
 
     @jax.jit
-    def trajectories(model, noise):
-        cached = CachedDenoiser(
-            model=model, computed=TeaCache(threshold=0.0).computed(model.dit, TOLD, FORCED)
-        )
-        made = (
-            sample(run(p), noise, grid=GRID, stepper=Heun())
-            for p in (cached, UncachedDenoiser(model.velocity))
-        )
-        return tuple(made)
+    def trajectories(dit, noise):
+        cached = denoiser_of(dit, TeaCache(threshold=0.0).computed(dit, TOLD, FORCED))
+        return tuple(sample(run(one), noise, grid=GRID, stepper=Heun()) for one in (cached, denoiser_of(dit)))
 
-    found, expected = trajectories(model, array(2, *SHAPE))
+    found, expected = trajectories(dit, array(2, *SHAPE))
     np.testing.assert_array_equal(found, expected)
 
 

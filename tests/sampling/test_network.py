@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.sampling.steps import Stateless, take_step
+from vidgen.core.streams import TEXT, Stream
+from vidgen.models.dit.config import DiTConfig
 from vidgen.sampling.guidance import AdaptiveProjected, ClassifierFree
-from vidgen.sampling.network import Conditional, Guided, UncachedDenoiser
+from vidgen.sampling.network import Conditional, Denoiser, Guided, TransformerDenoiser
 from vidgen.sampling.sampler import sample
 from vidgen.sampling.steppers import DPMSolver, Euler, Heun
 from vidgen.sampling.time_grid import TimeGrid
@@ -44,7 +47,7 @@ def test_one_pass_of_twice_the_batch():
         calls.append((x.shape, t.tolist()))
         return velocity(x, t, condition)
 
-    network, t = guided(UncachedDenoiser(counted)), jnp.asarray([0.2, 0.6])
+    network, t = guided(Stateless(counted)), jnp.asarray([0.2, 0.6])
     found, _ = network.apply(X, t, network.init(X), STEP)
     positive, negative = velocity(X, t, POSITIVE), velocity(X, t, NEGATIVE)
     np.testing.assert_allclose(found, negative + 4.0 * (positive - negative), rtol=1e-6)
@@ -92,12 +95,12 @@ def test_steps_without_guidance_cost_half():
 
 def test_only_steps_in_between_are_guided_and_the_result_is_that_of_both_networks_in_turn():
     grid, t = TimeGrid(num_steps=3), jnp.asarray(TimeGrid(num_steps=3).timesteps())
-    found = sample(guided(UncachedDenoiser(velocity), (False, True, False)), X, grid=grid, stepper=Euler())
+    found = sample(guided(Stateless(velocity), (False, True, False)), X, grid=grid, stepper=Euler())
     x = X
     for i, network in enumerate(
         (
-            Conditional(denoiser=UncachedDenoiser(velocity), condition=POSITIVE),
-            guided(UncachedDenoiser(velocity)),
+            Conditional(denoiser=Stateless(velocity), condition=POSITIVE),
+            guided(Stateless(velocity)),
         )
     ):
         x = x + (t[i + 1] - t[i]) * network.apply(x, jnp.full(2, t[i]), network.init(x), STEP)[0]
@@ -126,9 +129,7 @@ def test_a_step_counts_once_however_often_the_stepper_calls(stepper):
 
 @pytest.mark.parametrize("stepper", [Heun(), DPMSolver()], ids=str)
 def test_momentum_passes_through_the_scan_as_through_a_loop(stepper):
-    network = guided(
-        UncachedDenoiser(velocity), guidance=AdaptiveProjected(momentum=-0.7, norm_threshold=2.0)
-    )
+    network = guided(Stateless(velocity), guidance=AdaptiveProjected(momentum=-0.7, norm_threshold=2.0))
     grid = TimeGrid(num_steps=3)
     found = sample(network, X, grid=grid, stepper=stepper)
     t = jnp.asarray(grid.timesteps())
@@ -140,9 +141,42 @@ def test_momentum_passes_through_the_scan_as_through_a_loop(stepper):
             return network.apply(x, timestep, at_start, jnp.asarray(i))[0]
 
         kept = network.apply(x, jnp.full(2, t[i]), at_start, jnp.asarray(i))[1]
-        x, state = stepper.step(call, x, state, t[i], t[i + 1])
+        x, state = take_step(stepper, call, x, state, t[i], t[i + 1])
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
-    forgetful = guided(
-        UncachedDenoiser(velocity), guidance=AdaptiveProjected(momentum=0.0, norm_threshold=2.0)
-    )
+    forgetful = guided(Stateless(velocity), guidance=AdaptiveProjected(momentum=0.0, norm_threshold=2.0))
     assert np.abs(sample(forgetful, X, grid=grid, stepper=stepper) - found).max() > 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """Records the tokens of its calls; its velocity is the timestep of each sequence."""
+
+    calls: list
+    config: DiTConfig = DiTConfig()
+
+    def __call__(self, tokens, timestep, streams, cache=None):
+        self.calls.append(tokens)
+        return jnp.zeros_like(tokens.patches) + timestep[..., None], cache
+
+
+def test_the_transformer_gets_the_known_patches_with_each_condition():
+    calls, random = [], np.random.default_rng(0)
+    x, known = (jnp.asarray(random.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+    mask = jnp.asarray([[True, False, False], [False, False, True]])
+    denoiser = TransformerDenoiser(
+        transformer=Transformer(calls),
+        positions=np.zeros((1, 3, 3), np.int32),
+        known_patches=known,
+        known_mask=mask,
+    )
+    assert isinstance(denoiser, Denoiser)
+    one, two = ({TEXT: Stream(jnp.full((2, 1, 1), value))} for value in (1.0, 2.0))
+    network = Guided(
+        denoiser=denoiser, positive=one, negative=two, guidance=PLAIN, scale=2.0, where=~mask[..., None]
+    )
+    velocity, _ = network.apply(x, jnp.asarray([0.2, 0.6]), network.init(x), STEP)
+    (tokens,) = calls
+    np.testing.assert_array_equal(tokens.known_mask, jnp.tile(mask, (2, 1)))
+    np.testing.assert_array_equal(tokens.patches, np.tile(np.where(mask[..., None], known, x), (2, 1, 1)))
+    expected = np.where(mask[..., None], 0.0, np.float32([[[0.2]], [[0.6]]]))
+    np.testing.assert_allclose(velocity, np.broadcast_to(expected, x.shape), rtol=1e-6)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.sampling.steps import take_step
 from vidgen.sampling.sampler import initial_noise, sample
 from vidgen.sampling.steppers import DPMSolver, Euler, Heun, Stepper, UniPC
 from vidgen.sampling.time_grid import TimeGrid
@@ -112,7 +113,7 @@ def test_network_calls_per_step_and_their_timesteps(stepper, calls):
         seen.append(np.asarray(t).tolist())
         return x
 
-    stepper.step(network, noise(), stepper.init(noise()), jnp.asarray(0.5), jnp.asarray(0.25))
+    take_step(stepper, network, noise(), stepper.init(noise()), 0.5, 0.25)
     assert seen == [[0.5, 0.5], [0.25, 0.25]][:calls]
 
 
@@ -120,7 +121,7 @@ def test_network_calls_per_step_and_their_timesteps(stepper, calls):
 def test_steps_of_an_exponential(stepper, expected):
     """dx/dt = x from t = 1: one step of Taylor's series, of the integrator's order."""
     x = jnp.ones((1, 1, 1, 1, 1))
-    y, _ = stepper.step(lambda x, t: x, x, stepper.init(x), jnp.asarray(1.0), jnp.asarray(0.75))
+    y, _ = take_step(stepper, lambda x, t: x, x, stepper.init(x), 1.0, 0.75)
     np.testing.assert_allclose(y.item(), expected, rtol=1e-6)
 
 
@@ -132,8 +133,8 @@ def test_dpm_solver_is_second_order_in_the_log_snr():
     clean = lambda t: 0.2 + 0.1 * jnp.log((1 - t) / t)  # noqa: E731
     network = lambda x, t: (x - clean(t[0])) / t[0]  # noqa: E731
     state = stepper.init(x)
-    x, state = stepper.step(network, x, state, jnp.asarray(0.8), jnp.asarray(0.7))
-    y, _ = stepper.step(network, x, state, jnp.asarray(0.7), jnp.asarray(0.55))
+    x, state = take_step(stepper, network, x, state, 0.8, 0.7)
+    y, _ = take_step(stepper, network, x, state, 0.7, 0.55)
     # 2M takes the clean prediction at half of the step in lambda, extrapolated from the last two.
     middle = 0.2 + 0.1 * (log_snr(times[1]) + log_snr(times[2])) / 2
     expected = 0.55 / 0.7 * x.item() + (1 - 0.55 / 0.7) * middle

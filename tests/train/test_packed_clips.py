@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from vidgen.models.condition import Condition
 
 from tests.models.random_weights import random_module
 from tests.ops.array_shapes import array_shapes
 from vidgen.core import rng
 from vidgen.core.tree import named_leaves
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
-from vidgen.models.condition import Condition
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.dit.model import patchify
 from vidgen.models.text.config import ByteEncoderConfig

@@ -9,11 +9,15 @@ import pytest
 from flax import nnx
 
 from tests.models.dit import reference
+from tests.models.dit.call import velocity
 from tests.models.random_weights import random_module
+from vidgen.core.streams import TEXT
+from vidgen.core.tokens import patchify
 from vidgen.core.tree import count
 from vidgen.models.dit.config import VARIANTS, DiTConfig
-from vidgen.models.dit.model import DiT, patchify, unpatchify
+from vidgen.models.dit.model import DiT
 from vidgen.models.dit.modules import Block
+from vidgen.models.dit.streams import AttendedStream
 from vidgen.nn.embeddings import grid_positions, rope_angles
 from vidgen.nn.stack import apply_stack
 from vidgen.ops.key_ranges import cross_attention_ranges
@@ -45,7 +49,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def apply():
-    return jit(lambda model, *inputs: model(*inputs))
+    return jit(velocity)
 
 
 def test_against_numpy(model, inputs, apply):
@@ -54,12 +58,40 @@ def test_against_numpy(model, inputs, apply):
     np.testing.assert_allclose(apply(model, *inputs), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_one_timestep_per_clip_is_the_same_one_for_every_token(model, inputs, apply):
+def test_timesteps_that_several_tokens_share_are_those_of_each_token(model, inputs, apply):
     latents, _, text, mask = inputs
-    t = jnp.asarray([0.3, 0.9])
-    per_clip = apply(model, latents, t, text, mask)
-    per_token = apply(model, latents, jnp.repeat(t[:, None], 8, axis=1), text, mask)
-    np.testing.assert_allclose(per_clip, per_token, rtol=1e-4, atol=1e-5)
+    levels, rng = jnp.asarray([[0.3, 0.8, 0.1], [0.9, 0.2, 0.5]]), np.random.default_rng(3)
+    ids = jnp.asarray(rng.integers(0, 3, (2, 8)), jnp.int32)
+    per_token = lambda ids: apply(model, latents, jnp.take_along_axis(levels, ids, axis=1), text, mask)  # noqa: E731
+    shared = apply(model, latents, levels, text, mask, time_ids=ids)
+    np.testing.assert_allclose(shared, per_token(ids), rtol=1e-4, atol=1e-5)
+    of_clips = apply(model, latents, levels[:, 0], text, mask)
+    np.testing.assert_allclose(of_clips, per_token(jnp.zeros_like(ids)), rtol=1e-4, atol=1e-5)
+    assert np.abs(shared - of_clips).max() > 1e-2
+
+
+def test_known_tokens_have_timestep_0_and_no_velocity(model, inputs, apply):
+    latents, _, text, mask = inputs
+    t, known_mask = jnp.asarray([0.3, 0.9]), jnp.tile(jnp.arange(8) < 4, (2, 1))
+    found = apply(model, latents, t, text, mask, known_mask=known_mask)
+    assert (found[:, 0] == 0).all() and (found[:, 1] != 0).all()
+    clean = jnp.where(known_mask, 0.0, t[:, None])
+    np.testing.assert_allclose(
+        found[:, 1], apply(model, latents, clean, text, mask)[:, 1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_chunk_depends_on_no_later_chunk(model, inputs, apply):
+    """Each latent frame is a chunk."""
+    latents, _, text, mask = inputs
+    t, chunk_ids = jnp.asarray([0.3, 0.9]), jnp.tile(jnp.repeat(jnp.arange(2), 4), (2, 1))
+    call = lambda latents: apply(model, latents, t, text, mask, chunk_ids=chunk_ids)  # noqa: E731
+    there, late, early = call(latents), call(latents.at[:, 1].add(1.0)), call(latents.at[:, 0].add(1.0))
+    np.testing.assert_array_equal(late[:, 0], there[:, 0])
+    assert np.abs(late - there)[:, 1].min() > 0 and np.abs(early - there).min((2, 3, 4)).min() > 0
+    # An image, whose only chunk is the first, is the first chunk of the video.
+    alone = apply(model, latents[:, :1], t, text, mask)
+    np.testing.assert_allclose(there[:, :1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_of_the_text_has_no_influence_and_its_words_have(model, inputs, apply):
@@ -90,9 +122,14 @@ def test_the_stack_is_its_layers_one_by_one(model, inputs):
         _, modulation = model.condition_embedder.time(t)
         extra = {
             "modulation": modulation,
+            "time_ids": jnp.tile(jnp.arange(8), (2, 1)),
             "angles": angles,
-            "text": model.condition_embedder.text(text),
-            "text_ranges": cross_attention_ranges(8, key_mask=mask),
+            "token_ranges": None,
+            "streams": {
+                TEXT: AttendedStream(
+                    model.condition_embedder.text(text), cross_attention_ranges(8, key_mask=mask)
+                )
+            },
         }
         y = x
         for index in range(3):
@@ -106,10 +143,10 @@ def test_the_stack_is_its_layers_one_by_one(model, inputs):
 def test_velocity_is_zero_at_initialisation_and_blocks_pass_tokens_on(inputs):
     latents, t, text, mask = inputs
     make = lambda: DiT(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0))  # noqa: E731
-    velocity, modulation = jit(
-        lambda: (make()(latents, t, text, mask), make().condition_embedder.time(t)[1])
+    found, modulation = jit(
+        lambda: (velocity(make(), latents, t, text, mask), make().condition_embedder.time(t)[1])
     )()
-    assert velocity.shape == latents.shape and not velocity.any()
+    assert found.shape == latents.shape and not found.any()
     assert not modulation.any(), "gates of self-attention and feed-forward start closed"
 
 
@@ -118,7 +155,7 @@ def test_remat_does_not_change_gradients(model, inputs):
         config = dataclasses.replace(CONFIG, remat=remat)
         graphdef = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)[0]
         _, state = nnx.split(model, graph=False)
-        loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()  # noqa: E731
+        loss = lambda state: jnp.square(velocity(nnx.merge(graphdef, state), *inputs)).mean()  # noqa: E731
         return jit(jax.grad(loss))(state), jax.make_jaxpr(jax.grad(loss))(state)
 
     plain, plain_program = gradients("none")
@@ -135,7 +172,7 @@ def test_the_program_of_a_step_does_not_grow_with_layers(inputs, remat):
     def program(num_layers):
         config = dataclasses.replace(CONFIG, num_layers=num_layers, remat=remat)
         graphdef, state = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))), graph=False)
-        loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs)).mean()  # noqa: E731
+        loss = lambda state: jnp.square(velocity(nnx.merge(graphdef, state), *inputs)).mean()  # noqa: E731
         text = jax.jit(jax.grad(loss)).lower(state).as_text()
         assert f"tensor<{num_layers}x24x24xf32>" in text
         return re.sub(r"\d+", "", text)
@@ -153,17 +190,6 @@ def test_bfloat16_is_close_to_float32(model, inputs, apply):
     assert 1e-5 < error < 0.03
 
 
-@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
-def test_patches_and_back(patch):
-    latents = jnp.arange(2 * 2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 2, 4, 6, 3)
-    tokens = patchify(latents, patch)
-    grid = tuple(n // p for n, p in zip((2, 4, 6), patch, strict=True))
-    assert tokens.shape == (2, np.prod(grid), 3 * np.prod(patch))
-    np.testing.assert_array_equal(unpatchify(tokens, grid, patch), latents)
-    pt, ph, pw = patch
-    np.testing.assert_array_equal(tokens[1, 1], latents[1, :pt, :ph, pw : 2 * pw].reshape(-1))
-
-
 def test_wan_has_as_many_parameters():
     make = lambda name: nnx.eval_shape(lambda: DiT(VARIANTS[name], rngs=nnx.Rngs(0)))  # noqa: E731
     assert count(nnx.state(make("wan2.1-t2v-1.3b"), nnx.Param)) == 1_418_996_800
@@ -173,8 +199,8 @@ def test_wan_has_as_many_parameters():
 def test_sizes_that_do_not_fit_are_errors(model, inputs):
     latents, *rest = inputs
     with pytest.raises(ValueError, match=r"\(2, 4, 3\) do not divide into patches of \(1, 2, 2\)"):
-        model(latents[:, :, :, :3], *rest)
-    with pytest.raises(ValueError, match="latents have 2 channels, the model takes 3"):
-        model(latents[..., :2], *rest)
+        velocity(model, latents[:, :, :, :3], *rest)
+    with pytest.raises(ValueError, match="8 values, 2 channels of 1 x 2 x 2; the model takes 3 channels"):
+        velocity(model, latents[..., :2], *rest)
     with pytest.raises(ValueError, match="model_dim=24 must be an even multiple of num_heads=8"):
         dataclasses.replace(CONFIG, num_heads=8)

@@ -12,11 +12,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from tests.models.dit.call import velocity
 from vidgen.ckpt.weights import WeightsError
+from vidgen.core.streams import IMAGE, TEXT
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.dit.diffusers_folder import load_diffusers, read_config, save_diffusers
 from vidgen.models.dit.params import diffusers_names, wan_names
+from vidgen.models.dit.streams import AttendedStream
 from vidgen.parallel.mesh import MeshOptions
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
@@ -34,16 +37,16 @@ SMALL = {
     "ffn_dim": 20,
     "num_layers": 2,
 }
-IMAGE = {"in_channels": 9, "image_dim": 14, "added_kv_proj_dim": 24}
+IMAGE_TO_VIDEO = {"in_channels": 9, "image_dim": 14, "added_kv_proj_dim": 24}
 STRUCTURES = {
     "2.1 T2V": {},
-    "2.1 I2V": IMAGE,
-    "2.1 FLF2V": {**IMAGE, "pos_embed_seq_len": 10},
+    "2.1 I2V": IMAGE_TO_VIDEO,
+    "2.1 FLF2V": {**IMAGE_TO_VIDEO, "pos_embed_seq_len": 10},
     "2.2 TI2V": {"in_channels": 6, "out_channels": 6},
     "2.2 I2V A14B": {"in_channels": 9},
 }
-TEXT = 512
-"""Tokens; diffusers takes what comes before the last 512 for the image's."""
+TOKENS = 512
+"""Of the text; diffusers takes what comes before the last 512 for the image's."""
 
 
 @pytest.fixture(scope="module", params=STRUCTURES.items(), ids=STRUCTURES.keys())
@@ -64,7 +67,7 @@ def pair(request, tmp_path_factory):
     inputs = {
         "latents": rng.normal(size=(2, 2, 4, 6, config.in_channels)),
         "timestep": rng.uniform(size=(2, 2 * 2 * 3) if name == "2.2 TI2V" else 2),
-        "text": rng.normal(size=(2, TEXT, config.text_dim)),
+        "text": rng.normal(size=(2, TOKENS, config.text_dim)),
     }
     if config.image_dim:
         images = 2 if config.pos_embed_seq_len else 1
@@ -101,14 +104,14 @@ def test_velocity_and_the_gradients_of_each_block(pair):
         graphdef, params = nnx.split(dit, graph=False)
 
         def loss(params):
-            velocity = nnx.merge(graphdef, params)(**inputs)
-            return (velocity * weight).sum(), velocity
+            found = velocity(nnx.merge(graphdef, params), **inputs)
+            return (found * weight).sum(), found
 
         return jax.grad(loss, has_aux=True)(params)
 
-    gradients, velocity = with_gradients(dit)
+    gradients, found = with_gradients(dit)
     expected = expected.detach().numpy()
-    assert np.abs(velocity - expected).max() <= 1e-5 * max(1.0, expected.std())
+    assert np.abs(found - expected).max() <= 1e-5 * max(1.0, expected.std())
     theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     names = diffusers_names(dit.config, named_leaves(gradients))
     errors, norms = collections.Counter(), collections.Counter()
@@ -139,11 +142,15 @@ def test_each_block_alone(pair):
     for index, ((x, text, modulation, _), output) in enumerate(captured):
         block = jax.tree.map(lambda leaf: leaf[index], dit.blocks)  # noqa: B023
         x, text, modulation = (jnp.asarray(array.numpy()) for array in (x, text, modulation))
-        image = text[:, :-TEXT] if config.image_dim else None
+        streams = {TEXT: AttendedStream(text[:, -TOKENS:], None)}
+        if config.image_dim:
+            streams[IMAGE] = AttendedStream(text[:, :-TOKENS], None)
+        time_ids = jnp.tile(jnp.arange(modulation.shape[1]), (2, 1)) if modulation.ndim == 4 else None
         modulation = modulation if modulation.ndim == 4 else modulation[:, None]
         angles = positions(config)
         np.testing.assert_allclose(np.cos(angles[0]), cos, atol=1e-6)
-        found = block(x, modulation=modulation, angles=angles, text=text[:, -TEXT:], image=image)
+        conditions = {"time_ids": time_ids, "angles": angles, "token_ranges": None, "streams": streams}
+        found, _ = block(x, modulation=modulation, **conditions)
         expected = output.numpy()
         assert np.abs(found - expected).max() <= 1e-5 * max(1.0, expected.std())
 
@@ -221,11 +228,11 @@ def test_an_image_where_none_is_expected_and_the_other_way_around(pair):
     _, dit, _, inputs = pair
     without = {name: array for name, array in inputs.items() if name != "image"}
     if "image" in inputs:
-        with pytest.raises(ValueError, match="features of an image are missing; the model needs them"):
-            dit(**without)
+        with pytest.raises(ValueError, match=r"the stream 'image' is missing, .* \(image_dim\)"):
+            velocity(dit, **without)
     else:
-        with pytest.raises(ValueError, match="features of an image are given; the model takes none"):
-            dit(**without, image=jnp.zeros((2, 5, 14)))
+        with pytest.raises(ValueError, match="the model takes no stream 'image'; it takes text"):
+            velocity(dit, **without, image=jnp.zeros((2, 5, 14)))
 
 
 PARAMETERS = {

@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
+from vidgen.core.streams import TEXT, Stream
+from vidgen.core.tokens import Tokens
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
@@ -27,7 +29,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 CONFIG = DiTConfig(
     in_channels=4, model_dim=48, num_layers=2, num_heads=8, ffn_dim=64, text_dim=10, freq_dim=8, remat="full"
 )
-ROWS, TOKENS, TEXT, PATCH = 4, 40, 6, 16
+ROWS, TOKENS, WORDS, PATCH = 4, 40, 6, 16
 SHAPE = re.compile(r"\w\[([\d,]+)\]")
 TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2, eps=1e-3))
 
@@ -45,13 +47,13 @@ def batch():
     arrays = {
         "patches": rng.normal(size=(ROWS, TOKENS, PATCH)),
         "timestep": rng.uniform(size=(ROWS, TOKENS)),
-        "text": rng.normal(size=(ROWS, TEXT, 10)),
+        "text": rng.normal(size=(ROWS, WORDS, 10)),
         "target": rng.normal(size=(ROWS, TOKENS, PATCH)),
     }
     return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()} | {
         "positions": jnp.tile(positions, (ROWS, 1, 1)),
-        "tokens_of": jnp.tile(jnp.repeat(jnp.arange(2), np.asarray([24, 16])), (ROWS, 1)),
-        "text_of": jnp.tile(jnp.repeat(jnp.arange(2), np.asarray([4, 2])), (ROWS, 1)),
+        "tokens_of": jnp.tile(jnp.repeat(jnp.arange(1, 3), np.asarray([24, 16])), (ROWS, 1)),
+        "text_of": jnp.tile(jnp.repeat(jnp.arange(1, 3), np.asarray([4, 2])), (ROWS, 1)),
     }
 
 
@@ -59,13 +61,10 @@ def make_step(graphdef):
     """Loss, gradients and the parameters after a step."""
 
     def loss(params, batch):
-        velocity = nnx.merge(graphdef, params).tokens(
-            batch["patches"],
-            batch["timestep"],
-            batch["text"],
-            positions=batch["positions"],
-            segment_ids=(batch["tokens_of"], batch["text_of"]),
-        )
+        time_ids = jnp.tile(jnp.arange(TOKENS), (ROWS, 1))
+        tokens = Tokens(batch["patches"], batch["positions"], batch["tokens_of"], time_ids)
+        streams = {TEXT: Stream(batch["text"], clip_ids=batch["text_of"])}
+        velocity, _ = nnx.merge(graphdef, params)(tokens, batch["timestep"], streams)
         return jnp.square(velocity - batch["target"]).mean()
 
     def step(params, batch):
@@ -151,7 +150,7 @@ def test_a_layer_sums_activations_three_times_and_gathers_matrices_only(compiled
     activations = [shape for shape in shapes["all-reduce"] if shape[-1] == 48]
     assert [math.prod(shape) for shape in activations] == (3 if tensor else 0) * [rows * tokens * 48]
     # Queries and keys of tokens, queries and keys of cross-attention.
-    norms = 3 * [(rows, tokens)] + [(rows, TEXT)] if tensor else []
+    norms = 3 * [(rows, tokens)] + [(rows, WORDS)] if tensor else []
     others = [shape for shape in shapes["all-reduce"] if shape not in activations]
     assert sorted(others) == sorted(norms)
     assert all({TOKENS, tokens, rows * tokens}.isdisjoint(shape) for shape in shapes["all-gather"])

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from tests.models.dit import call
 from tests.models.random_weights import random_module
 from vidgen.ckpt.weights import WeightsError
 from vidgen.core.errors import UserError
@@ -59,7 +60,7 @@ def inputs():
 
 
 def velocity(dit, inputs):
-    return np.asarray(jax.jit(lambda dit, inputs: dit(**inputs))(dit, inputs))
+    return np.asarray(jax.jit(lambda dit, inputs: call.velocity(dit, **inputs))(dit, inputs))
 
 
 @pytest.mark.parametrize("spelling", ["peft", "comfyui"])

@@ -100,5 +100,5 @@ def test_text_and_transformer_must_agree_on_the_width():
     fitting = dataclasses.replace(dit, text_dim=16)
     model = nnx.eval_shape(lambda: build(fitting))
     tokens, mask = tokenize(["a", "b"], 9)
-    condition = nnx.eval_shape(lambda model: model.condition(jnp.asarray(tokens), jnp.asarray(mask)), model)
-    assert condition.text.shape == (2, 10, 16)
+    text = nnx.eval_shape(lambda model: model.encode_text(jnp.asarray(tokens), jnp.asarray(mask)), model)
+    assert text.features.shape == (2, 10, 16) and text.mask.shape == (2, 10)
