@@ -24,6 +24,7 @@ from vidgen.parallel import processes
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.train.packed_clips import host_patches, pack_rows
+from vidgen.train.task import Context
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.text_to_video_task import TextToVideoTask
 
@@ -230,7 +231,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
 
     @jax.jit
     def loss_of_task(model, batch):
-        return task.loss(model, None, batch, jax.random.key(2), jnp.asarray(0))
+        return task.loss(Context(model=model, batch=batch, key=jax.random.key(2)))
 
     @jax.jit
     def expected(model, batch):
@@ -324,7 +325,7 @@ def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dr
         expected = alone(model, one["latents"][None], time[None], text)[0]
         mine = np.asarray(found[r])[arrays["segment_ids"][r] == g + 1]
         np.testing.assert_allclose(back(mine, one["latents"].shape), expected, atol=1e-5)
-    loss = jax.jit(lambda *args: task.loss(args[0], None, args[1], jax.random.key(1), jnp.asarray(0))[0])
+    loss = jax.jit(lambda *args: task.loss(Context(model=args[0], batch=args[1], key=jax.random.key(1)))[0])
     assert np.isfinite(loss(model, arrays))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,6 +16,7 @@ from vidgen.models.dit.config import VARIANTS as DIT_VARIANTS
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.video_vae.config import VARIANTS as VAE_VARIANTS
 from vidgen.models.video_vae.model import VideoVAE
+from vidgen.train.task import Context
 from vidgen.train.text_to_video_task import TextToVideoTask
 
 
@@ -31,6 +31,10 @@ def _task(**options) -> TextToVideoTask:
     )
 
 
+def context(model, vae, batch, key):
+    return Context(model=model, frozen={"vae": vae}, batch=batch, key=key)
+
+
 def test_draws_of_one_clip_are_those_of_the_clip_repeated():
     once, twice = _task(), _task(draws_per_clip=2)
     model = random_module(lambda: once.build(nnx.Rngs(0)))  # untrained, it would not look at the text
@@ -38,8 +42,8 @@ def test_draws_of_one_clip_are_those_of_the_clip_repeated():
     video = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
     batch = once.arrays({"video": video, "caption": ["left", "a red circle"]})
     repeated = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
-    key, step = jax.random.key(2), jnp.asarray(0)
-    loss = nnx.jit(lambda task, batch: task.loss(model, vae, batch, key, step)[0], static_argnums=0)
+    key = jax.random.key(2)
+    loss = nnx.jit(lambda task, batch: task.loss(context(model, vae, batch, key))[0], static_argnums=0)
     np.testing.assert_allclose(loss(twice, batch), loss(once, repeated), rtol=1e-6)
     assert abs(loss(twice, batch) - loss(once, batch)) > 1e-3
 
@@ -58,7 +62,7 @@ def test_weights_multiply_the_loss_of_each_clip():
     video = np.random.default_rng(0).integers(0, 256, (1, 5, 16, 16, 3), np.uint8)
     batch = plain.arrays({"video": video, "caption": ["left"]})
     key = jax.random.key(2)
-    loss = nnx.jit(lambda task, batch: task.loss(model, vae, batch, key, jnp.asarray(0))[0], static_argnums=0)
+    loss = nnx.jit(lambda task, batch: task.loss(context(model, vae, batch, key))[0], static_argnums=0)
     num_tokens = np.prod(plain.dit.token_grid(*vae.config.latent_shape(5, 16, 16)[:3]))
     t = shifted.sample(rng.stream(key, "timestep"), 1, int(num_tokens))
     weight = (CosMap().weight(t) / mean_weight(CosMap(), shifted, int(num_tokens)))[0]

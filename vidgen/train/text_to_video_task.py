@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,36 @@ from jax.sharding import Mesh
 from vidgen.core import pixels, rng
 from vidgen.core.errors import UserError
 from vidgen.core.typing import Array, Bool, Float, Int, Latents, Metrics, Video
+from vidgen.data.buckets import training_clips
+from vidgen.data.loader import Loader
+from vidgen.data.packing import PackedLoader
 from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
 from vidgen.models.condition import Condition, PackedCondition, packed_condition
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
+from vidgen.models.dit.params import MATRICES
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.text_to_video import TextToVideo, latent_shape
+from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.lora import LoRAOptions, add_low_rank
-from vidgen.nn.variables import freeze
+from vidgen.nn.variables import Constant, freeze
 from vidgen.parallel import processes
+from vidgen.parallel.processes import check_tokens
 from vidgen.sampling.conditioning import ImageConditioning, concat_condition, infer_image_conditioning
 from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
+from vidgen.train.check_sizes import check_preview, check_videos
+from vidgen.train.evaluator import Evaluator, Previews
 from vidgen.train.long_captions import LongCaptions
-from vidgen.train.optimizer import Optimizer
+from vidgen.train.options import RunOptions
 from vidgen.train.packed_clips import pack_rows
-from vidgen.train.task import Total
+from vidgen.train.packed_data import check_latents, packed_loader
+from vidgen.train.task import Context, Frozen, Phase, Total
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
@@ -77,6 +86,8 @@ class TextToVideoTask:
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
 
+    scores: ClassVar[Literal["prompts"]] = "prompts"
+
     def __post_init__(self):
         if self.dit.image_dim is not None:
             raise UserError(
@@ -92,22 +103,53 @@ class TextToVideoTask:
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
         text = ByteEncoder(self.text, rngs=rngs) if self.text_encoder is None else None
-        model = TextToVideo(DiT(self.dit, rngs=rngs), text)
+        dit = DiT(self.dit, rngs=rngs)
         if self.lora is not None:
-            model = freeze(model)
-            assert isinstance(model.dit, DiT)
-            add_low_rank(model.dit, self.lora, rngs=rngs)
-        return model
+            dit = freeze(dit, Constant, bf16_pattern=MATRICES if self.dit.dtype == "bfloat16" else None)
+            add_low_rank(dit, self.lora, rngs=rngs)
+            text = text and freeze(text, Constant)
+        return TextToVideo(dit, text)
 
     @property
-    def param_groups(self) -> dict[str, Optimizer]:
-        return {}
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(loss=self.loss),)
 
-    def inference_model(self, model: nnx.Module) -> nnx.Module:
+    @property
+    def network(self) -> tuple[str, DiTConfig]:
+        return "dit", self.dit
+
+    def inference_model(self, model: TextToVideo) -> TextToVideo:
         return model
 
-    def frozen(self) -> VideoVAE:
-        return load_vae(self.vae)
+    def frozen(self) -> dict[str, Frozen]:
+        build = lambda: VideoVAE(self.vae_config(), rngs=nnx.Rngs(0))  # noqa: E731
+        return {"vae": Frozen(source=self.vae, load=lambda: load_vae(self.vae), build=build)}
+
+    def vae_config(self) -> VAEConfig:
+        return vae_config(self.vae)
+
+    def in_workdir(self, workdir: pathlib.Path) -> "TextToVideoTask":
+        return dataclasses.replace(self, vae=str(workdir)) if has_vae(workdir) else self
+
+    def check(self, data: Any, run: RunOptions, mesh: Mesh) -> None:
+        if data.packing is not None:
+            check_preview(data, self.check_size)
+            check_latents(data, self.dit, self.vae, self.images, run, mesh)
+            return
+
+        def check_size(*size: int) -> None:
+            self.check_size(*size)
+            check_tokens(self.num_tokens(*size), mesh)
+
+        check_videos(data, run, mesh, check_size)
+
+    def loader(self, data: Any) -> Callable[..., Loader | PackedLoader]:
+        if data.packing is not None:
+            return packed_loader(data, self.dit)
+        return functools.partial(Loader, training_clips(data))
+
+    def evaluators(self, previews: Previews) -> Sequence[Evaluator]:
+        return previews.samples(self)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises UserError for a clip size that the VAE or the transformer does not support."""
@@ -128,12 +170,8 @@ class TextToVideoTask:
         """`sampling`, with a default shift from `density`: the noise levels of training."""
         return self.sampling.with_default_shift(self.density.shift)
 
-    def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
-        """Copies the VAE to `workdir`/vae when the run begins; returns the task that reads it there.
-
-        The run is then self-contained: it can be moved, resumed and sampled from, whatever happens to the
-        VAE's own run. All processes must call this.
-        """
+    def prepare(self, workdir: pathlib.Path) -> "TextToVideoTask":
+        """Copies the VAE to `workdir`/vae."""
         missing = not has_vae(workdir)
         # No process looks for the VAE while another writes it, or reads it before it is complete.
         processes.sync("the run's VAE was looked for")
@@ -197,21 +235,17 @@ class TextToVideoTask:
         return {"text": text, "empty_text": np.broadcast_to(features[:1], text.shape)}
 
     def loss(
-        self,
-        model: nnx.Module,
-        frozen: nnx.Module | None,
-        batch: Mapping[str, Array],
-        key: Array,
-        step: Int[Array, ""],
+        self, context: Context[TextToVideo, Mapping[str, Array | np.ndarray]]
     ) -> tuple[Float[Array, ""], Metrics]:
-        assert isinstance(model, TextToVideo)
+        """Velocity loss of a batch of videos or of packed rows."""
+        model, batch, key = context.model, context.batch, context.key
         if "patches" in batch:
             return self._packed_loss(model, batch, key)
-        assert isinstance(frozen, VideoVAE)
+        vae = context.frozen["vae"]
         video = pixels.to_float(batch["video"])
-        clean = jax.lax.stop_gradient(frozen.encode(video))
+        clean = jax.lax.stop_gradient(vae.encode(video))
         condition = self._condition(model, batch, rng.stream(key, "caption"))
-        condition = self._with_image(condition, frozen, video, clean, rng.stream(key, "image"))
+        condition = self._with_image(condition, vae, video, clean, rng.stream(key, "image"))
         # The draws of a clip are adjacent: in a sharded batch, no clip leaves its device.
         clean, condition = jax.tree.map(
             lambda x: jnp.repeat(x, self.draws_per_clip, axis=0), (clean, condition)
@@ -226,7 +260,7 @@ class TextToVideoTask:
 
     def finish(
         self,
-        model: nnx.Module,
+        model: TextToVideo,
         *,
         step: int,
         workdir: pathlib.Path,
