@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import time
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from vidgen.preflight.topology import GIB, prepare_environment, topology_devices
 
@@ -41,11 +41,13 @@ from vidgen.preflight.compile import TooLarge, compile_or_refusal, placed  # noq
 from vidgen.preflight.flops import matmul_flops  # noqa: E402
 from vidgen.preflight.report import Memory  # noqa: E402
 from vidgen.preflight.topology import chip_of  # noqa: E402
-from vidgen.train.optimizer import AdamW, partitioned  # noqa: E402
-from vidgen.train.state import abstract_state  # noqa: E402
+from vidgen.train.optimizer import AdamW  # noqa: E402
+from vidgen.train.phases import transformation  # noqa: E402
+from vidgen.train.state import FrozenState, abstract_state  # noqa: E402
 from vidgen.train.step import StepOptions, make_train_step  # noqa: E402
+from vidgen.train.task import Phase  # noqa: E402
 
-TEXT = 512
+TEXT_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,16 @@ class Velocity:
     """Training task of the transformer alone; a batch holds latents and text features."""
 
     dit: DiTConfig
-    param_groups: ClassVar = {}
 
     def build(self, rngs):
         return DiT(self.dit, rngs=rngs)
 
-    def loss(self, model, frozen, batch, key, step):
+    @property
+    def phases(self):
+        return (Phase(loss=self.loss),)
+
+    def loss(self, context):
+        model, batch, key = context.model, context.batch, context.key
         grid = self.dit.token_grid(*batch["latents"].shape[1:4])
         tokens = Tokens(patchify(batch["latents"], self.dit.patch_size), grid_positions(*grid)[None])
         noise = jax.random.normal(rng.stream(key, "noise"), tokens.patches.shape)
@@ -72,16 +78,16 @@ def measure(dit: DiTConfig, mesh, latents: tuple[int, ...]) -> tuple[Memory, int
     """Memory of a chip, bytes on its host (None if refused), FLOPs of a step, and seconds to compile."""
     start = time.monotonic()
     task: Any = Velocity(dit=dit)
-    transformation = partitioned(AdamW(), task.param_groups, 1000)
-    state, graphdef = abstract_state(task, transformation, mesh)
+    tx = transformation(task.phases, AdamW(), 1000)
+    state, graphdef = abstract_state(task, tx, mesh)
     batch = {
         "latents": jax.ShapeDtypeStruct(latents, jnp.float32),
-        "text": jax.ShapeDtypeStruct((latents[0], TEXT, dit.text_dim), jnp.float32),
+        "text": jax.ShapeDtypeStruct((latents[0], TEXT_TOKENS, dit.text_dim), jnp.float32),
     }
     batch = placed(batch, dict.fromkeys(batch, batch_sharding(mesh)))
-    step = make_train_step(task, graphdef, None, transformation, StepOptions(), None)
+    step: Any = make_train_step(task, graphdef, {}, tx, StepOptions(), None)
     with jax.set_mesh(mesh):
-        traced = step.trace(state, None, batch)
+        traced = step.trace(state, FrozenState(), batch)
         executable = compile_or_refusal(traced)
     chip = chip_of(mesh.devices.flat[0])
     memory = Memory.read(executable, (state, None, batch), chip.hbm_bytes if chip else None)

@@ -40,8 +40,8 @@ def start(path: str, started: float) -> None:
     from vidgen.data.sprites.source import SpritesData
     from vidgen.parallel.processes import global_batch
     from vidgen.train.experiment import Experiment
-    from vidgen.train.optimizer import partitioned
-    from vidgen.train.state import init_state, place_frozen
+    from vidgen.train.phases import transformation
+    from vidgen.train.state import FrozenState, init_state, place_frozen
     from vidgen.train.step import make_train_step
     from vidgen.train.trainer import step_options
 
@@ -49,17 +49,19 @@ def start(path: str, started: float) -> None:
     assert isinstance(experiment.data, SpritesData)
     done("import")
     task, run, mesh = experiment.task, experiment.run, experiment.mesh.build()
-    tx = partitioned(experiment.optimizer, task.param_groups, run.num_steps)
+    tx = transformation(task.phases, experiment.optimizer, run.num_steps)
     with (
         jax.set_mesh(mesh),
         Loader(training_clips(experiment.data), batch_size=run.batch_size, seed=run.seed) as loader,
     ):
         state, graphdef = init_state(task, tx, jax.random.key(run.seed), mesh)
-        frozen_graphdef, frozen = place_frozen(task.frozen(), mesh) or (None, None)
+        modules = {name: frozen.load() for name, frozen in task.frozen().items()}
+        graphdefs, states = place_frozen(modules, mesh)
+        frozen = FrozenState(modules=states)
         batch = global_batch(task.arrays(next(iter(loader))), mesh)
         jax.block_until_ready((state, batch))
         done("init")
-        step = make_train_step(task, graphdef, frozen_graphdef, tx, step_options(run))
+        step = make_train_step(task, graphdef, graphdefs, tx, step_options(run))
         lowered = jax.jit(step).lower(state, frozen, batch)
         done("trace")
         compiled = lowered.compile()

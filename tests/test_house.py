@@ -97,3 +97,24 @@ MODULES = [".".join(p.with_suffix("").parts) for p in tracked("vidgen/**/*.py") 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_imports_with_its_signatures_checked(module):
     assert importlib.import_module(module).__doc__, f"{module} has no docstring"
+
+
+def test_commands_and_training_ask_no_role_for_its_type():
+    """Tasks, data and models answer by methods of their roles: the command of a new kind is no new branch."""
+    roles = set()
+    for path in tracked("vidgen/models/*.py", "vidgen/data/*.py", "vidgen/train/*_task.py"):
+        tree = ast.parse((ROOT / path).read_text())
+        roles |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    roles -= {"BrokenClip"}  # an exception
+    assert {"VAETask", "LatentsData", "SpritesData", "TextToVideo", "VideoVAE", "LPIPS"} <= roles
+    asked = []
+    for path in tracked("vidgen/cli/*.py", "vidgen/train/*.py", "vidgen/preflight/*.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "isinstance"
+            ):
+                names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                asked += [f"{path}:{node.lineno} {name}" for name in names & roles]
+    assert asked == []

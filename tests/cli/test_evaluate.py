@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidgen.cli.evaluators import heldout_source
 from vidgen.cli.main import main
 from vidgen.evals.previews import grid, reconstruct
 from vidgen.parallel.mesh import MeshOptions
@@ -29,7 +28,7 @@ def test_a_vae_is_scored_by_its_reconstructions(tiny_runs, tmp_path, capsys):
     assert scores["num_frames"] == 25 and scores["skipped"] == {} and len(videos) == len(lines) - 3 == 5
 
     # Again with the averaged weights that the run left in its folder; all five clips count, evenly.
-    source = heldout_source(load_experiment(tiny_runs.vae))
+    source = load_experiment(tiny_runs.vae).data.clips.heldout().source()
     clips = np.stack([source[index]["video"] for index in range(5)])
     pixels = jnp.asarray(clips, jnp.float32) / 127.5 - 1
     vae = load_vae(tiny_runs.vae)

@@ -17,6 +17,7 @@ from vidgen.preflight import compile as compiling
 from vidgen.preflight import text_encoder
 from vidgen.preflight.compile import TooLarge, compile_step
 from vidgen.preflight.report import make_report
+from vidgen.train import text_to_video_task
 from vidgen.train.batch_spec import empty_batch
 from vidgen.train.experiment import Experiment
 from vidgen.train.text_features import TextFeatures
@@ -41,7 +42,7 @@ def nothing_is_here(monkeypatch):
         raise AssertionError("preflight has used the text encoder or the VAE")
 
     monkeypatch.setattr(TextFeatures, "features", fail)
-    monkeypatch.setattr(TextToVideoTask, "frozen", fail)
+    monkeypatch.setattr(text_to_video_task, "load_vae", fail)
     monkeypatch.setattr(
         compiling, "compile_or_refusal", lambda traced: TooLarge(needed_bytes=1, message="no")
     )
@@ -96,5 +97,5 @@ def test_the_encoder_is_that_of_the_folder_where_there_is_one(monkeypatch):
     monkeypatch.setattr(text_encoder, "_config", lambda options: small)
     weights = jax.eval_shape(lambda: T5Encoder(small, rngs=compiling.nnx.Rngs(0)))
     count = sum(x.size for x in jax.tree.leaves(weights))
-    found = text_encoder.encoder_bytes_of(experiment.task, experiment.mesh.build())
+    found = text_encoder.encoder_bytes_of(experiment.task.text_encoder, experiment.mesh.build())
     assert 2 * count / 8 <= found < 2.02 * count / 8

@@ -108,7 +108,7 @@ def test_channels_in_training_are_those_of_a_request(target):
 def test_a_model_of_images_needs_one(target):
     with pytest.raises(UserError, match="image is missing: the model generates videos from a first frame"):
         ConcatFrames().from_request(Request(prompt="a"), target)
-    with pytest.raises(FileNotFoundError, match="none.png: there is no such image"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png: there is no such image"):
         FirstFrame().from_request(Request(prompt="a", image="none.png"), target)
 
 

@@ -13,6 +13,8 @@ from vidgen.core.tree import named_leaves
 from vidgen.models.discriminator.model import Discriminator
 from vidgen.nn.variables import Buffer
 from vidgen.train.adversary import Adversary, hinge, lecam, r1, with_gradient
+from vidgen.train.task import Context
+from vidgen.train.vae_task import Videos
 
 NOW = jnp.asarray(7)
 
@@ -90,7 +92,8 @@ def gradients(task, model, step=NOW):
     def run(params, buffers, video, step):
         def loss(params):
             merged = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, buffers))
-            loss, metrics = task.loss(merged, None, {"video": video}, jax.random.key(3), step)
+            context = Context(model=merged, batch=Videos(video), key=jax.random.key(3), step=step)
+            loss, metrics = task.loss(context)
             return loss, (metrics, nnx.state(merged, Buffer, graph=False))
 
         return jax.value_and_grad(loss, has_aux=True)(params)

@@ -66,8 +66,8 @@ def test_the_advice_leads_past_the_bad_steps(tmp_path):
 def test_weights_that_are_of_no_use_are_reported_before_they_are_evaluated_or_saved_at_the_end(tmp_path):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Diverges(toy.ToyTask):
-        def loss(self, model, frozen, batch, key, step):
-            loss, metrics = super().loss(model, frozen, batch, key, step)
+        def loss(self, context):
+            loss, metrics = super().loss(context)
             return loss + jnp.where(step >= 2, jnp.inf, 0.0), metrics
 
     evaluator = Recorder(4)

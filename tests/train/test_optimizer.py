@@ -12,7 +12,9 @@ from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import VARIANTS
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.nn.lora import LoRAOptions
-from vidgen.train.optimizer import AdamW, Muon, cosine_schedule, partitioned
+from vidgen.train.optimizer import AdamW, Muon, cosine_schedule
+from vidgen.train.phases import transformation
+from vidgen.train.task import Phase
 from vidgen.train.text_to_video_task import TextToVideoTask
 
 DIT = dataclasses.replace(VARIANTS["tiny"], text_dim=32)
@@ -109,12 +111,16 @@ def test_adamw_is_optax_adamw():
         np.testing.assert_allclose(found[name], value[...], rtol=1e-5)
 
 
+def no_loss(context):
+    raise AssertionError("an optimizer computes no loss")
+
+
 @pytest.mark.parametrize("main", [AdamW(), Muon()])
 def test_parts_that_learn_apart_have_rules_of_their_own(main):
     tree = nnx.State({"rest": params(), "rival": params()})
     grads = jax.tree.map(np.cos, tree)
     rival = AdamW(learning_rate=0.5, warmup_steps=0)
-    tx = partitioned(main, {"rival": rival}, 100)
+    tx = transformation([Phase(loss=no_loss, optimizers={"": None, "rival": rival})], main, 100)
     state = tx.init(tree)
     found, state = jax.jit(tx.update)(grads, state, tree)
     for name, rule in (("rest", main), ("rival", rival)):
@@ -132,7 +138,9 @@ def test_parts_that_learn_apart_have_rules_of_their_own(main):
 
 def test_a_module_of_one_part_has_the_optimizers_own_state():
     alone = AdamW().transformation(10).init(params())
-    assert jax.tree.structure(partitioned(AdamW(), {}, 10).init(params())) == jax.tree.structure(alone)
+    assert jax.tree.structure(
+        transformation([Phase(loss=no_loss)], AdamW(), 10).init(params())
+    ) == jax.tree.structure(alone)
 
 
 REAL = {

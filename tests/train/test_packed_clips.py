@@ -8,22 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from vidgen.models.condition import Condition
 
+from tests.models.dit.call import grid_tokens, velocity
 from tests.models.random_weights import random_module
 from tests.ops.array_shapes import array_shapes
 from vidgen.core import rng
+from vidgen.core.streams import TEXT, packed_stream
+from vidgen.core.tokens import Tokens, patchify
 from vidgen.core.tree import named_leaves
-from vidgen.diffusion.rectified_flow import packed_velocity_loss, velocity_loss
+from vidgen.diffusion.rectified_flow import interpolate, velocity_loss
 from vidgen.models.dit.config import VARIANTS
-from vidgen.models.dit.model import patchify
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.nn.embeddings import grid_positions
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
+from vidgen.sampling.conditioning import FirstFrame, TrainingClips
+from vidgen.train.captions import ByteCaptions
 from vidgen.train.packed_clips import host_patches, pack_rows
+from vidgen.train.task import Context
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.text_to_video_task import TextToVideoTask
 
@@ -64,6 +68,22 @@ def model():
     return random_module(lambda: TASK.build(nnx.Rngs(0)))
 
 
+def times_of_places():
+    times = np.zeros((len(ROWS), G), np.float32)
+    times[tuple(zip(*PLACES, strict=True))] = TIMES
+    return jnp.asarray(times)
+
+
+def tokens_of(rows, **fields):
+    return Tokens(*(jnp.asarray(rows[name]) for name in ("patches", "positions", "clip_ids")), **fields)
+
+
+def text_of(model, rows):
+    """Streams of the captions of rows."""
+    tokens, mask = (jnp.asarray(rows[name]).reshape(-1, rows[name].shape[-1]) for name in ("tokens", "mask"))
+    return {TEXT: packed_stream(model.encode_text(tokens, mask), G)}
+
+
 @pytest.fixture(scope="module")
 def noise():
     """For the rows, and of it what falls on each clip, as latents of one."""
@@ -71,7 +91,7 @@ def noise():
     noise = np.random.default_rng(9).normal(size=rows.patches.shape).astype(np.float32)
     alone = []
     for (r, g), one in zip(PLACES, CLIPS, strict=True):
-        tokens = noise[r][rows.segment_ids[r] == g + 1]
+        tokens = noise[r][rows.clip_ids[r] == g + 1]
         alone.append(back(tokens, one["latents"].shape))
     return noise, alone
 
@@ -85,22 +105,19 @@ def back(tokens, shape):
     return latents
 
 
-def loss_of_rows(model, patches, noise):
-    rows = jax.tree.map(jnp.asarray, arrays_of(TASK))
-    condition = model.packed_condition(rows["tokens"], rows["mask"])
-    times = np.zeros((len(ROWS), G), np.float32)
-    times[tuple(zip(*PLACES, strict=True))] = TIMES
-    outputs = []
+def loss_of_rows(model, patches, noise, tokenwise=False):
+    """With `tokenwise`, a timestep, and what is made of it, for each token."""
+    rows = arrays_of(TASK)
+    streams, tokens, outputs = text_of(model, rows), tokens_of(rows | {"patches": patches}), []
 
     def network(x, t):
-        outputs.append(
-            model.packed_velocity(
-                x, t, condition, positions=rows["positions"], segment_ids=rows["segment_ids"]
-            )
-        )
+        if tokenwise:
+            t = jnp.take_along_axis(jnp.pad(t, ((0, 0), (1, 0))), rows["clip_ids"], axis=1)
+            x = x._replace(time_ids=jnp.tile(jnp.arange(S), (len(ROWS), 1)))
+        outputs.append(model.dit(x, t, streams)[0])
         return outputs[0]
 
-    losses, there = packed_velocity_loss(network, patches, noise, jnp.asarray(times), rows["segment_ids"])
+    losses, there = velocity_loss(network, tokens, noise, times_of_places())
     return losses.sum() / there.sum(), (losses, there, outputs[0])
 
 
@@ -117,22 +134,22 @@ def compiled(model, loss):
 
 
 def loss_alone(model, latents, noise, time, tokens, mask):
-    condition = model.condition(tokens[None], mask[None])
-    outputs = []
+    streams, outputs = {TEXT: model.encode_text(tokens[None], mask[None])}, []
 
     def network(x, t):
-        outputs.append(model.velocity(x, t, condition))
+        outputs.append(model.dit(x, t, streams)[0])
         return outputs[0]
 
-    loss = velocity_loss(network, latents[None], noise[None], time[None])
-    return loss[0], outputs[0]
+    clip, patch = grid_tokens(TASK.dit, latents[None]), TASK.dit.patch_size
+    losses, _ = velocity_loss(network, clip, patchify(noise[None], patch), time[None, None])
+    return losses[0, 0], outputs[0][0]
 
 
 def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
     rows, arrays = packed(), arrays_of(TASK)
     assert rows.patches.shape == (3, S, 16) and arrays["tokens"].shape == (3, G, 17)
     for (r, g), one in zip(PLACES, CLIPS, strict=True):
-        mine = rows.segment_ids[r] == g + 1
+        mine = rows.clip_ids[r] == g + 1
         t, h, w, _ = one["latents"].shape
         np.testing.assert_array_equal(
             rows.patches[r][mine], patchify(jnp.asarray(one["latents"])[None], (1, 2, 2))[0]
@@ -140,8 +157,8 @@ def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
         np.testing.assert_array_equal(rows.positions[r][mine], grid_positions(t, h // 2, w // 2))
         written = arrays["tokens"][r, g][arrays["mask"][r, g]][:-1]
         assert bytes(written.tolist()).decode() == one["caption"] == rows.captions[r][g]
-    assert (rows.segment_ids[0] > 0).all() and (rows.segment_ids[1, 12:] == 0).all()
-    assert not rows.patches[rows.segment_ids == 0].any()
+    assert (rows.clip_ids[0] > 0).all() and (rows.clip_ids[1, 12:] == 0).all()
+    assert not rows.patches[rows.clip_ids == 0].any()
     assert rows.captions[1][1:] == ["", ""]
 
 
@@ -157,15 +174,14 @@ def test_patches_of_any_shape_are_in_the_order_of_the_transformer(patch):
 def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, of_rows, noise):
     state = nnx.state(model, graph=False)
     (loss, (losses, there, outputs)), grads = of_rows(packed().patches, noise[0])
-    alone, segment_ids = compiled(model, loss_alone), packed().segment_ids
+    alone, clip_ids = compiled(model, loss_alone), packed().clip_ids
     np.testing.assert_array_equal(there, [[True] * 3, [True, False, False], [True, True, False]])
     texts = zip(*tokenize([one["caption"] for one in CLIPS], TASK.text.max_bytes), strict=True)
     expected_losses, expected_grads = [], []
     for (r, g), one, its_noise, time, text in zip(PLACES, CLIPS, noise[1], TIMES, texts, strict=True):
         (value, output), grad = alone(state, one["latents"], its_noise, time, *text)
         np.testing.assert_allclose(losses[r, g], value, rtol=1e-5)
-        mine = back(np.asarray(outputs[r])[segment_ids[r] == g + 1], one["latents"].shape)
-        np.testing.assert_allclose(mine, output[0], atol=1e-5)
+        np.testing.assert_allclose(np.asarray(outputs[r])[clip_ids[r] == g + 1], output, atol=1e-5)
         expected_losses.append(value)
         expected_grads.append(grad)
     assert np.ptp(expected_losses) > 0.1  # a clip's loss is its own
@@ -176,29 +192,12 @@ def test_outputs_losses_and_gradients_are_those_of_each_clip_alone(model, of_row
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads)) > 0.1
 
 
-def loss_of_tokens(model, patches, noise):
-    """`loss_of_rows` with a timestep, and what is made of it, for each token."""
-    rows = jax.tree.map(jnp.asarray, arrays_of(TASK))
-    condition = model.packed_condition(rows["tokens"], rows["mask"])
-    times = np.zeros((len(ROWS), G), np.float32)
-    times[tuple(zip(*PLACES, strict=True))] = TIMES
-
-    def network(x, t):
-        of_token = jnp.take_along_axis(jnp.pad(t, ((0, 0), (1, 0))), rows["segment_ids"], axis=1)
-        ids = (rows["segment_ids"], condition.segment_ids)
-        more = {"text_mask": condition.mask, "segment_ids": ids, "positions": rows["positions"]}
-        return model.dit.tokens(x, of_token, condition.text, **more)
-
-    losses, there = packed_velocity_loss(network, patches, noise, jnp.asarray(times), rows["segment_ids"])
-    return losses.sum() / there.sum(), (losses, there)
-
-
 def test_what_is_made_of_a_timestep_is_made_once_for_each_clip(model, of_rows, noise):
     """With the numbers of a timestep per token, to rounding, and none of the arrays."""
     arguments = nnx.state(model, graph=False), packed().patches, noise[0]
-    of_tokens = compiled(model, loss_of_tokens)
+    of_tokens = compiled(model, functools.partial(loss_of_rows, tokenwise=True))
     (loss, (losses, *_)), grads = of_rows(*arguments[1:])
-    (wanted, (wanted_losses, _)), wanted_grads = of_tokens(*arguments)
+    (wanted, (wanted_losses, *_)), wanted_grads = of_tokens(*arguments)
     np.testing.assert_allclose(loss, wanted, rtol=5e-7)
     np.testing.assert_allclose(losses, wanted_losses, rtol=5e-7)
     for (name, one), two in zip(named_leaves(grads).items(), jax.tree.leaves(wanted_grads), strict=True):
@@ -214,7 +213,7 @@ def test_what_is_made_of_a_timestep_is_made_once_for_each_clip(model, of_rows, n
 def test_padding_is_never_seen(of_rows, noise):
     """Whatever lies in the padding, nothing else changes."""
     rows = packed()
-    padding = (rows.segment_ids == 0)[..., None]
+    padding = (rows.clip_ids == 0)[..., None]
     given = of_rows(rows.patches, noise[0])
     changed = of_rows(*(np.where(padding, 9.0, x).astype(np.float32) for x in (rows.patches, noise[0])))
     (loss, (losses, _, outputs)), grads = given
@@ -230,21 +229,16 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
 
     @jax.jit
     def loss_of_task(model, batch):
-        return task.loss(model, None, batch, jax.random.key(2), jnp.asarray(0))
+        return task.loss(Context(model=model, batch=batch, key=jax.random.key(2)))
 
     @jax.jit
     def expected(model, batch):
         key, shape = jax.random.key(2), batch["patches"].shape
         noise = jax.random.normal(rng.stream(key, "noise"), shape)
         times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G, 1)
-        condition = model.packed_condition(batch["tokens"], batch["mask"])
-        places = {name: batch[name] for name in ("positions", "segment_ids")}
-        losses, _ = packed_velocity_loss(
-            lambda x, t: model.packed_velocity(x, t, condition, **places),
-            batch["patches"],
-            noise,
-            times.reshape(-1, G),
-            batch["segment_ids"],
+        streams, tokens = text_of(model, batch), tokens_of(batch)
+        losses, _ = velocity_loss(
+            lambda x, t: model.dit(x, t, streams)[0], tokens, noise, times.reshape(-1, G)
         )
         return losses.sum() / (2 * COUNT)
 
@@ -265,12 +259,8 @@ def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
 
     @jax.jit
     def losses(model, rows, noise):
-        condition = model.packed_condition(rows["tokens"], rows["mask"])
-        places = {name: rows[name] for name in ("positions", "segment_ids")}
-        network = lambda x, t: model.packed_velocity(x, t, condition, **places)  # noqa: E731
-        return packed_velocity_loss(network, rows["patches"], noise, jnp.asarray(times), rows["segment_ids"])[
-            0
-        ]
+        streams, tokens = text_of(model, rows), tokens_of(rows)
+        return velocity_loss(lambda x, t: model.dit(x, t, streams)[0], tokens, noise, jnp.asarray(times))[0]
 
     noise = np.concatenate([noise[0], noise[0][:1]])
     expected = losses(model, rows, noise)
@@ -282,14 +272,42 @@ def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_captions_are_dropped_clip_by_clip():
-    task = dataclasses.replace(TASK, caption_dropout=0.5)
-    arrays = arrays_of(task, ROWS * 8)
-    flat = arrays["tokens"].reshape(-1, 17), arrays["mask"].reshape(-1, 17)
-    tokens, mask = task._drop_captions(jnp.asarray(flat[0]), jnp.asarray(flat[1]), jax.random.key(0))
-    empty, captioned = np.asarray(mask).sum(-1) == 1, flat[1].sum(-1) > 1
-    assert 0.3 < empty[captioned].mean() < 0.7
-    np.testing.assert_array_equal(np.asarray(tokens)[~empty], flat[0][~empty])
+def test_captions_are_dropped_clip_by_clip(model, monkeypatch):
+    """Of each clip all words are kept, or none."""
+    rows, seen = arrays_of(TASK, ROWS * 8), []
+    encode = type(model).encode_text
+    recorded = lambda model, *inputs: seen.append(inputs) or encode(model, *inputs)  # noqa: E731
+    monkeypatch.setattr(type(model), "encode_text", recorded)
+    clips = TrainingClips(tokens_of(rows), G, jax.tree.map(jnp.asarray, rows), model)
+    ByteCaptions(config=TASK.text, dropout=0.5).observe(clips, jax.random.key(0))
+    ((tokens, mask),) = seen
+    given, words = rows["tokens"].reshape(-1, 17), rows["mask"].reshape(-1, 17).sum(-1) > 1
+    empty = np.asarray(mask).sum(-1) == 1
+    assert 0.3 < empty[words].mean() < 0.7
+    np.testing.assert_array_equal(np.asarray(tokens)[~empty], given[~empty])
+
+
+def test_with_a_known_first_frame_the_loss_is_that_of_the_other_frames(model):
+    """Clips of one frame, of which nothing would be left, are predicted."""
+    task = dataclasses.replace(TASK, conditioners=(FirstFrame(probability=1.0),))
+    rows, key = arrays_of(task), jax.random.key(2)
+    times = TASK.density.sample(rng.stream(key, "timestep"), len(ROWS) * G, 1).reshape(-1, G)
+    noise = jax.random.normal(rng.stream(key, "noise"), rows["patches"].shape)
+    known_mask = np.zeros(rows["clip_ids"].shape, bool)
+    for (r, g), one in zip(PLACES, CLIPS, strict=True):
+        if len(one["latents"]) > 1:
+            known_mask[r] |= (rows["clip_ids"][r] == g + 1) & (rows["positions"][r, :, 0] == 0)
+
+    @jax.jit
+    def both(model, rows):
+        tokens = tokens_of(rows, known_mask=jnp.asarray(known_mask))
+        found, _ = model.dit(interpolate(tokens, noise, times), times, text_of(model, rows))
+        return found, task.loss(Context(model=model, batch=rows, key=key))[0]
+
+    found, loss = both(model, rows)
+    errors = np.square(np.asarray(found) - (np.asarray(noise) - rows["patches"])).mean(-1)
+    expected = [errors[r][(rows["clip_ids"][r] == g + 1) & ~known_mask[r]].mean() for r, g in PLACES]
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
 
 
 def features_of(_, captions):
@@ -306,25 +324,25 @@ def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dr
     monkeypatch.setattr(TextFeatures, "features", features_of)
     task = dataclasses.replace(TASK, text_encoder=TextFeatures(path="unused"), caption_dropout=dropout)
     model = random_module(lambda: task.build(nnx.Rngs(0)))
-    arrays, times = arrays_of(task), np.linspace(0.1, 0.9, COUNT, dtype=np.float32)
+    arrays = arrays_of(task)
     assert arrays["text"].shape == (3, G, 9, 32) and arrays["empty_text"].shape == (3, 1, 9, 32)
 
-    @jax.jit
-    def of_rows(model, arrays, times):
-        condition = task._packed_condition(model, arrays, jax.random.key(0))
-        places = {name: arrays[name] for name in ("positions", "segment_ids")}
-        return model.packed_velocity(arrays["patches"], times, condition, **places)
+    (captions,) = task.all_conditioners
 
-    alone = jax.jit(lambda model, latents, time, text: model.velocity(latents, time, Condition(text)))
-    by_clip = np.zeros((3, G), np.float32)
-    by_clip[tuple(zip(*PLACES, strict=True))] = times
-    found = of_rows(model, arrays, by_clip)
-    for (r, g), one, time in zip(PLACES, CLIPS, times, strict=True):
+    @jax.jit
+    def of_rows(model, arrays):
+        tokens = tokens_of(arrays)
+        condition = captions.observe(TrainingClips(tokens, G, arrays, model), jax.random.key(0))
+        return model.dit(tokens, times_of_places(), condition.streams)[0]
+
+    alone = jax.jit(lambda model, *inputs: velocity(model.dit, *inputs))
+    found = of_rows(model, arrays)
+    for (r, g), one, time in zip(PLACES, CLIPS, TIMES, strict=True):
         text = features_of(None, ["" if dropout else one["caption"]])
         expected = alone(model, one["latents"][None], time[None], text)[0]
-        mine = np.asarray(found[r])[arrays["segment_ids"][r] == g + 1]
+        mine = np.asarray(found[r])[arrays["clip_ids"][r] == g + 1]
         np.testing.assert_allclose(back(mine, one["latents"].shape), expected, atol=1e-5)
-    loss = jax.jit(lambda *args: task.loss(args[0], None, args[1], jax.random.key(1), jnp.asarray(0))[0])
+    loss = jax.jit(lambda *args: task.loss(Context(model=args[0], batch=args[1], key=jax.random.key(1)))[0])
     assert np.isfinite(loss(model, arrays))
 
 

@@ -70,12 +70,12 @@ def own(task, seed, part):
 @pytest.mark.parametrize("source", [PLAIN, DECODER])
 def test_whether_the_encoder_is_trained_does_not_matter(source, target, tmp_path):
     there = saved(tmp_path, source)
-    check(init_from_run(tmp_path, state(target, 1), {}), there)
+    check(init_from_run(tmp_path, state(target, 1)), there)
 
 
 def test_a_vae_without_a_discriminator_gets_a_new_one(tmp_path):
     there = saved(tmp_path, PLAIN)
-    found = init_from_run(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ADVERSARIAL.param_groups)
+    found = init_from_run(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ["discriminator"])
     kernel = found.params["vae"]["decoder"]["conv_in"]["kernel"].get_value()
     assert (
         kernel.sharding.spec
@@ -93,18 +93,18 @@ def test_a_vae_without_a_discriminator_gets_a_new_one(tmp_path):
 
 def test_a_discriminator_of_the_same_shape_goes_on_and_another_begins_anew(tmp_path):
     there = saved(tmp_path, ADVERSARIAL)
-    check(init_from_run(tmp_path, state(ADVERSARIAL, 1), ADVERSARIAL.param_groups), there)
+    check(init_from_run(tmp_path, state(ADVERSARIAL, 1), ["discriminator"]), there)
     shape = dataclasses.replace(ADVERSARY.discriminator, base_dim=8)
     wider = dataclasses.replace(PLAIN, adversary=dataclasses.replace(ADVERSARY, discriminator=shape))
     vae = {name: value for name, value in there.items() if name.startswith("vae.")}
-    found = init_from_run(tmp_path, state(wider, 1), wider.param_groups)
+    found = init_from_run(tmp_path, state(wider, 1), ["discriminator"])
     check(found, vae | own(wider, 1, "discriminator"))
 
 
 def test_a_vae_starts_from_one_with_a_discriminator(tmp_path):
     there = saved(tmp_path, ADVERSARIAL)
     vae = {name.removeprefix("vae."): value for name, value in there.items() if name.startswith("vae.")}
-    check(init_from_run(tmp_path, state(DECODER, 1), {}), vae)
+    check(init_from_run(tmp_path, state(DECODER, 1)), vae)
 
 
 @pytest.mark.parametrize("save", [save_vae, save_diffusers], ids=["own", "diffusers"])
@@ -112,14 +112,14 @@ def test_a_vae_alone_is_enough(save, tmp_path):
     vae = random_module(lambda: PLAIN.build(nnx.Rngs(0)), 2)
     save(vae, tmp_path)
     there = named_leaves(nnx.state(load_vae(tmp_path), graph=False))
-    check(init_from_run(tmp_path, state(DECODER, 1), {}), there)
+    check(init_from_run(tmp_path, state(DECODER, 1)), there)
     check(
-        init_from_run(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ADVERSARIAL.param_groups),
+        init_from_run(tmp_path, state(ADVERSARIAL, 1, MESH.build()), ["discriminator"]),
         inside(there) | own(ADVERSARIAL, 1, "discriminator"),
     )
     other = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, latent_channels=4))
     with pytest.raises(CheckpointError, match=r"post_quant_conv\.bias: \(3,\), expected \(4,\)"):
-        init_from_run(tmp_path, state(other, 1), {})
+        init_from_run(tmp_path, state(other, 1))
 
 
 def test_the_lora_of_a_run_is_merged_whether_the_next_one_trains_all_or_another_lora(tmp_path):
@@ -131,7 +131,7 @@ def test_the_lora_of_a_run_is_merged_whether_the_next_one_trains_all_or_another_
     lora = dataclasses.replace(plain, lora=LoRAOptions(rank=2, alpha=6.0, targets=r"blocks\.ffn\..*"))
     there = saved(tmp_path, lora)
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        init_from_run(tmp_path, state(plain, 1), {})
+        init_from_run(tmp_path, state(plain, 1))
     (tmp_path / "checkpoints").rename(tmp_path / "kept")
     claim_workdir(Experiment(task=lora, data=SpritesData()), tmp_path)
     (tmp_path / "kept").rename(tmp_path / "checkpoints")
@@ -143,7 +143,7 @@ def test_the_lora_of_a_run_is_merged_whether_the_next_one_trains_all_or_another_
     assert len(expected) < len(there)
     other = dataclasses.replace(plain, lora=LoRAOptions(rank=1, targets=r"blocks\.self_attention\.query"))
     for task in (plain, other):
-        found = init_from_run(tmp_path, state(task, 1, MESH.build()), {})
+        found = init_from_run(tmp_path, state(task, 1, MESH.build()))
         names = named_leaves(found.params) | named_leaves(found.buffers)
         assert names.keys() - expected.keys() == {name for name in names if ".low_rank." in name}
         for name, value in expected.items():
@@ -153,18 +153,18 @@ def test_the_lora_of_a_run_is_merged_whether_the_next_one_trains_all_or_another_
 def test_arrays_that_nothing_takes_are_named(tmp_path):
     saved(tmp_path, dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, num_res_blocks=2)))
     with pytest.raises(CheckpointError, match=r"arrays that this one does not(.|\n)*blocks\.1\.conv1"):
-        init_from_run(tmp_path, state(PLAIN, 1), {})
+        init_from_run(tmp_path, state(PLAIN, 1))
 
 
 def test_another_model_is_refused_by_name(tmp_path):
     saved(tmp_path, PLAIN)
     other = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, latent_channels=4))
     with pytest.raises(CheckpointError, match=r"post_quant_conv\.bias: shape \(3,\) in .*, \(4,\) expected"):
-        init_from_run(tmp_path, state(other, 1), {})
+        init_from_run(tmp_path, state(other, 1))
     deeper = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, num_res_blocks=2))
     with pytest.raises(CheckpointError, match=r"blocks\.1\.conv1\.bias: missing in the checkpoint"):
-        init_from_run(tmp_path, state(deeper, 1), {})
+        init_from_run(tmp_path, state(deeper, 1))
     with pytest.raises(
         CheckpointError, match=re.escape("nowhere/checkpoints is missing: expected the workdir")
     ):
-        init_from_run(tmp_path / "nowhere", state(PLAIN, 1), {})
+        init_from_run(tmp_path / "nowhere", state(PLAIN, 1))

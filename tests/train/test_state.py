@@ -10,7 +10,7 @@ from vidgen.core.tree import named_leaves
 from vidgen.nn.variables import Buffer
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.train.optimizer import AdamW, Muon
-from vidgen.train.state import abstract_state, ema_model, init_state, place_frozen
+from vidgen.train.state import FrozenState, abstract_state, ema_model, init_state, place_frozen
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_abstract_state_is_the_shape_of_the_state(mesh):
 
 def test_ema_model_has_averaged_weights_and_is_a_copy(mesh):
     state, graphdef = init_state(toy.ToyTask(), AdamW().transformation(10), jax.random.key(0), mesh)
-    model = ema_model(state, graphdef)
+    model = ema_model(state, graphdef, nnx.State({}))
     np.testing.assert_array_equal(model.up[...], state.ema["up"][...])
     model.seen[...] = model.seen[...] + 5
     assert float(state.buffers["seen"][...]) == 0
@@ -74,8 +74,9 @@ def test_parameters_of_other_types_are_an_error(mesh):
 
 
 def test_frozen_modules_are_laid_over_the_mesh(mesh):
-    assert place_frozen(None, mesh) is None
+    assert place_frozen({}, mesh) == ({}, {})
     net = toy.Net(nnx.Rngs(0))
-    graphdef, state = place_frozen(net, mesh)
-    assert state["up"][...].sharding.spec == P("fsdp", "tensor")
-    np.testing.assert_array_equal(nnx.merge(graphdef, state).up[...], net.up[...])
+    graphdefs, states = place_frozen({"net": net}, mesh)
+    assert states["net"]["up"][...].sharding.spec == P("fsdp", "tensor")
+    merged = FrozenState(modules=states).merge(graphdefs)
+    np.testing.assert_array_equal(merged["net"].up[...], net.up[...])

@@ -97,7 +97,7 @@ def test_a_folder_without_a_vae_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vae holds no VAE; .* correct task\.vae"):
         load_vae(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no VAE"):
-        task(tmp_path / "nowhere").with_own_vae(tmp_path / "run")
+        task(tmp_path / "nowhere").prepare(tmp_path / "run")
     assert not has_vae(tmp_path / "run")
 
 
@@ -126,11 +126,11 @@ def test_config_and_weights_that_do_not_belong_together(tmp_path):
 def test_a_run_takes_a_copy_once_and_keeps_it(tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     save_vae(vae(0), source)
-    own = task(source).with_own_vae(run)
+    own = task(source).prepare(run)
     assert own.vae == str(run)
-    assert_same(own.frozen(), vae(0))
+    assert_same(own.frozen()["vae"].load(), vae(0))
     # The VAE's run goes on, or goes away; this run stays with what it began with.
     save_vae(vae(1), source)
-    assert_same(task(source).with_own_vae(run).frozen(), vae(0))
+    assert_same(task(source).prepare(run).frozen()["vae"].load(), vae(0))
     (source / "vae" / "config.json").unlink()
-    assert_same(task(source).with_own_vae(run).frozen(), vae(0))
+    assert_same(task(source).prepare(run).frozen()["vae"].load(), vae(0))

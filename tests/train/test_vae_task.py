@@ -21,11 +21,13 @@ from vidgen.models.lpips.model import LPIPS
 from vidgen.models.lpips.params import lpips_names
 from vidgen.models.video_vae.model import Posterior, VideoVAE
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.train.optimizer import AdamW, partitioned
-from vidgen.train.state import init_state
+from vidgen.train.optimizer import AdamW
+from vidgen.train.phases import transformation
+from vidgen.train.state import FrozenState, init_state
 from vidgen.train.step import StepOptions, make_train_step
+from vidgen.train.task import Context
 from vidgen.train.vae_folder import load_vae
-from vidgen.train.vae_task import VAETask
+from vidgen.train.vae_task import VAETask, Videos
 from vidgen.train.wavelets import wavelet_loss
 
 DECODER = dataclasses.replace(ADVERSARIAL, train="decoder")
@@ -62,7 +64,12 @@ def losses(task, model, frozen=None, side=8):
         lambda model: model.decode_raw(model.posterior(pixels.to_float(video)).sample(jax.random.key(3)))
     )(model)
     run = lambda model: task.loss(  # noqa: E731
-        jax.tree.map(lambda x: x, model), frozen, {"video": video}, jax.random.key(3), jnp.asarray(0)
+        Context(
+            model=jax.tree.map(lambda x: x, model),
+            frozen=frozen or {},
+            batch=Videos(video),
+            key=jax.random.key(3),
+        )
     )
     loss, metrics = jax.jit(run)(model)
     return float(loss), metrics, np.asarray(made), np.asarray(pixels.to_float(video))
@@ -101,15 +108,15 @@ def test_perceptual_weights_come_from_a_file(tmp_path):
     task = VAETask(
         model=MODEL, perceptual_weight=2.0, perceptual_weights=str(path), l2_weight=0.0, kl_weight=0.0
     )
-    loss, metrics, made, video = losses(task, vae(), task.frozen(), side=16)
+    loss, metrics, made, video = losses(task, vae(), {"lpips": task.frozen()["lpips"].load()}, side=16)
     expected = float(jax.jit(lambda a, b: lpips(a, b).mean())(made, video))
     assert float(metrics["perceptual"]) == pytest.approx(expected, rel=1e-5)
     assert loss == pytest.approx(np.abs(made - video).mean() + 2 * expected, rel=1e-5)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises((WeightsError, ValueError), match=r"lpips\.safetensors"):
-        task.frozen()
+        task.frozen()["lpips"].load()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
-        dataclasses.replace(task, perceptual_weights="nowhere.safetensors").frozen()
+        dataclasses.replace(task, perceptual_weights="nowhere.safetensors").frozen()["lpips"].load()
 
 
 @pytest.mark.parametrize(
@@ -206,12 +213,12 @@ EVEN = dataclasses.replace(
 
 @functools.cache
 def stepper(count):
-    tx = partitioned(Descent(), EVEN.param_groups, 4)
+    tx = transformation(EVEN.phases, Descent(), 4)
     mesh = MeshOptions().build(jax.devices()[:1])
     state, graphdef = init_state(EVEN, tx, jax.random.key(1), mesh)
     options = StepOptions(grad_clip=None, grad_accumulation=count)
     return jax.device_get(dataclasses.replace(state, key=None)), make_train_step(
-        EVEN, graphdef, None, tx, options
+        EVEN, graphdef, {}, tx, options
     )
 
 
@@ -220,7 +227,7 @@ def one_step(count=1, change=lambda params: params):
     state = jax.tree.map(jnp.array, dataclasses.replace(state, params=change(state.params)))
     state = dataclasses.replace(state, key=jax.random.key(0))
     with jax.set_mesh(MeshOptions().build(jax.devices()[:1])):
-        return step(state, None, {"video": jnp.asarray(next(Clips(8))["video"])})
+        return step(state, FrozenState(), Videos(jnp.asarray(next(Clips(8))["video"])))
 
 
 def test_accumulated_gradients_are_means_over_micro_batches(monkeypatch):

@@ -18,6 +18,7 @@ from vidgen.train.batch_spec import empty_batch, spec_of
 from vidgen.train.loop import fit
 from vidgen.train.optimizer import AdamW
 from vidgen.train.options import RunOptions
+from vidgen.train.task import Phase
 
 DIM, HIDDEN = 12, 32
 
@@ -51,14 +52,14 @@ class ToyTask:
         return Net(rngs)
 
     @property
-    def param_groups(self):
-        return {}
+    def phases(self):
+        return (Phase(loss=self.loss),)
 
     def inference_model(self, model):
         return model
 
     def frozen(self):
-        return None
+        return {}
 
     def arrays(self, batch):
         return {"video": batch["video"]}
@@ -66,9 +67,10 @@ class ToyTask:
     def batch_spec(self, data, batch_size):
         return spec_of(self.arrays(empty_batch(data)), batch_size)
 
-    def loss(self, model, frozen, batch, key, step):
+    def loss(self, context):
+        model, batch = context.model, context.batch
         x = batch["video"].reshape(len(batch["video"]), DIM).astype(jnp.float32) / 127.5 - 1
-        loss = jnp.square(model(x + self.noise * jax.random.normal(key, x.shape)) - x).mean()
+        loss = jnp.square(model(x + self.noise * jax.random.normal(context.key, x.shape)) - x).mean()
         model.seen[...] = model.seen[...] + 1
         if self.fragile:
             loss = loss / jnp.all(batch["video"][:, 0, 0, 0, 0] < 255)

@@ -40,22 +40,25 @@ def main(argv: Sequence[str]) -> int:
     from vidgen.parallel.mesh import MeshOptions
     from vidgen.train.experiment import load_experiment
     from vidgen.train.snapshots import averaged_weights
-    from vidgen.train.state import abstract_state, restore_averaged
+    from vidgen.train.state import abstract_base, abstract_state, restore_averaged
 
     experiment = load_experiment(arguments.checkpoint)
-    if experiment.task.kind != "text_to_video":
+    if experiment.task.scores != "prompts":
         raise UserError(
             f"{arguments.checkpoint} is a run of kind {experiment.task.kind!r}; only runs of kind "
             "'text_to_video' can be averaged (a VAE's weights are in its run's folder `vae`)"
         )
-    abstract, _ = abstract_state(experiment.task, optax.identity(), MeshOptions().build())
+    task, mesh = experiment.task, MeshOptions().build()
+    abstract, _ = abstract_state(task, optax.identity(), mesh)
     step, params = averaged_weights(
         arguments.checkpoint, abstract.params, arguments.sigma_rel, arguments.step
     )
-    _, _, buffers = restore_averaged(arguments.checkpoint, abstract)
+    _, _, buffers = restore_averaged(arguments.checkpoint, abstract, abstract_base(task, mesh))
     arguments.out.mkdir(parents=True)
     shutil.copy(arguments.checkpoint / "config.json", arguments.out)
-    shutil.copytree(arguments.checkpoint / "vae", arguments.out / "vae")
+    for folder in ("vae", "base"):
+        if (arguments.checkpoint / folder).exists():
+            shutil.copytree(arguments.checkpoint / folder, arguments.out / folder)
     with CheckpointManager(arguments.out / "checkpoints") as checkpoints:
         checkpoints.save(step, {"ema": params, "buffers": buffers})
     print(f"{arguments.out}: weights at step {step}, averaged with sigma_rel {arguments.sigma_rel:g}")

@@ -54,7 +54,6 @@ def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from vidgen.cli.overrides import load_config
     from vidgen.core.config import resolve
-    from vidgen.data.latents_data import clips_of
     from vidgen.data.latents_records import RecordsInfo, write_latent_records
     from vidgen.parallel.mesh import MeshOptions
     from vidgen.train.encode_clips import choose_clips, encode_clips
@@ -62,7 +61,7 @@ def write_latents(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from vidgen.train.vae_folder import encoder_fingerprint, load_vae
 
     experiment = resolve(Experiment, load_config(options.config, overrides))
-    data, vae = clips_of(experiment.data), load_vae(options.vae)
+    data, vae = experiment.data.clips, load_vae(options.vae)
     chosen = choose_clips(data, options.num_clips)
     for size, _, _ in chosen:
         vae.config.latent_shape(size.num_frames, size.height, size.width)

@@ -4,7 +4,6 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,10 +14,10 @@ from vidgen.core.paths import hub_remedy
 from vidgen.core.tree import named_leaves
 from vidgen.data.loader import Loader
 from vidgen.train.experiment import Experiment
-from vidgen.train.optimizer import partitioned
+from vidgen.train.phases import transformation
 from vidgen.train.power_law import averaging
 from vidgen.train.state import abstract_state
-from vidgen.train.text_to_video_task import TextToVideoTask
+from vidgen.train.task import ExperimentTask
 from vidgen.train.vae_folder import has_vae
 
 __all__ = ["check_disk", "dry_run"]
@@ -28,7 +27,7 @@ _GIB = 2**30
 
 def dry_run(
     experiment: Experiment,
-    task: Any,
+    task: ExperimentTask,
     workdir: pathlib.Path,
     mesh: Mesh,
     open_clips: Callable[[], Loader],
@@ -48,13 +47,14 @@ def dry_run(
     check_target(workdir / "config.json")
     if run.init_from is not None:
         _check_source(run.init_from)
-    if isinstance(task, TextToVideoTask) and task.text_encoder is not None:
+    if task.text_encoder is not None:
         task.text_encoder.prompts(mesh)
-    task.frozen()
+    for frozen in task.frozen().values():
+        frozen.load()
     with open_clips() as loader:
         batch = next(iter(loader))
     evaluators(experiment, mesh=mesh)
-    rule = averaging(partitioned(experiment.optimizer, task.param_groups, run.num_steps), run.power_law)
+    rule = averaging(transformation(task.phases, experiment.optimizer, run.num_steps), run.power_law)
     state, _ = abstract_state(task, rule, mesh)
     sizes = [math.prod(leaf.shape) for leaf in named_leaves(state.params).values()]
     arrays = named_leaves(state).values()

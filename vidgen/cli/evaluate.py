@@ -50,12 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
     # Imported late, because JAX loads slowly: --help and errors in options need none of it.
     from vidgen.cli.evaluate_vae import evaluate_vae, video_files
-    from vidgen.models.video_vae.model import VideoVAE
 
     if arguments.videos:
         video_files(arguments.videos)
     experiment, step, model = _load(arguments.checkpoint)
-    if isinstance(model, VideoVAE):
+    if experiment is None or experiment.task.scores == "reconstructions":
         scores = evaluate_vae(model, experiment, arguments)
     else:
         given = [name for name in _VAE_OPTIONS if getattr(arguments, name) is not None]
@@ -118,20 +117,16 @@ def _load(checkpoint: pathlib.Path):
 
 
 def _alignment(experiment, arguments: argparse.Namespace) -> dict:
-    import dataclasses
-
-    from vidgen.data.latents_data import clips_of
-    from vidgen.data.sprites.source import SpritesData
     from vidgen.evals.alignment import evaluate_alignment, format_alignment, score_alignment
     from vidgen.pipeline import load
 
-    data = clips_of(experiment.data)
-    if not isinstance(data, SpritesData):
+    data = experiment.data.clips
+    source = data.heldout_scenes()
+    if source is None:
         raise UserError(
             f"{arguments.checkpoint} was trained on data of kind {data.kind!r}: prompt alignment "
             "is measured in the sprite world only. Sample from it with `vidgen sample`"
         )
-    source = dataclasses.replace(data, split="heldout").source()
     scenes = [source.scene(index) for index in range(arguments.num_clips or _PROMPTS)]
     pipeline = load(arguments.checkpoint)
     seeds = iter(range(arguments.seed, arguments.seed + len(scenes), arguments.batch_size))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vidgen.cli.evaluators import heldout_source
 from vidgen.core.errors import UserError
 from vidgen.core.logging import get_logger
 from vidgen.data.folder_files import clip_files
@@ -172,7 +171,7 @@ def _require_one_size(path: pathlib.Path, frames: Iterable[np.ndarray]) -> Itera
 def _held_out(experiment: Experiment | None, arguments: argparse.Namespace) -> Iterator[Open]:
     if experiment is None:
         raise UserError(f"{arguments.checkpoint} is a VAE without data of its own: give some with --videos")
-    source = heldout_source(experiment)
+    source = experiment.data.clips.heldout().source()
     for index in range(min(arguments.num_clips or _HELD_OUT, len(source))):
         yield f"clip {index}", functools.partial(_open_clip, source, index, experiment.data.fps)
 

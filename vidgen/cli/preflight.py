@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     prepare_environment()  # Before jax is imported; configs import it.
     values = load_config(arguments.config, overrides)
-    vae = load_config(arguments.vae, []) if arguments.vae else None
+    vae_values = load_config(arguments.vae, []) if arguments.vae else None
     devices = topology_devices(arguments.topology)
 
     from vidgen.preflight.compile import compile_step
@@ -49,37 +49,34 @@ def main(argv: Sequence[str]) -> int:
     if "path" in values["data"]:
         values["data"]["path"] = values["data"]["path"] or "unread"  # No clip is read.
     experiment = resolve(Experiment, values)
-    frozen = _vae_config(experiment, vae)
+    vae = _vae_config(experiment.task, vae_values)
     if arguments.decode:
         from vidgen.preflight.decode import compile_decode
 
-        config = getattr(experiment.task, "model", frozen)
-        report = compile_decode(config, devices, arguments.decode, arguments.topology)
+        report = compile_decode(vae, devices, arguments.decode, arguments.topology)
     else:
         mesh = experiment.mesh.build(devices)
-        report = make_report(compile_step(experiment, mesh, frozen), experiment, arguments.topology)
+        report = make_report(compile_step(experiment, mesh, vae), experiment, arguments.topology)
     if not arguments.json:
         print(report.table())
     print(report.to_json())
     return 0 if report.ok else 1
 
 
-def _vae_config(experiment: Any, values: dict[str, Any] | None) -> Any:
-    """Config of the task's frozen VAE, from the VAE's experiment or its folder; None without a frozen VAE."""
+def _vae_config(task: Any, values: dict[str, Any] | None) -> Any:
+    """Config of the VAE that the task trains, or of the frozen one: from its folder or its experiment."""
     from vidgen.models.video_vae.config import VAEConfig
-    from vidgen.train.text_to_video_task import TextToVideoTask
-    from vidgen.train.vae_folder import has_vae, vae_config
 
-    if not isinstance(experiment.task, TextToVideoTask):
-        return None
-    if values is not None:
+    frozen = task.frozen().get("vae")
+    if frozen is not None and values is not None:
         return resolve(VAEConfig, values["task"]["model"], where="vae.task.model")
-    if not has_vae(experiment.task.vae):
+    try:
+        return task.vae_config()
+    except FileNotFoundError as error:
         raise ConfigError(
-            f"config.task.vae: {experiment.task.vae} holds no VAE. Correct the path, or give the experiment "
+            f"config.task.vae: {frozen.source} holds no VAE. Correct the path, or give the experiment "
             "that trains the VAE: --vae=experiments/vae/wan.py"
-        )
-    return vae_config(experiment.task.vae)
+        ) from error
 
 
 def _video(text: str) -> tuple[int, int, int]:

@@ -1,7 +1,6 @@
 """`vidgen train`: trains an experiment, or resumes it."""
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import shlex
@@ -55,16 +54,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(experiment, workdir: pathlib.Path, command: str, *, dry: bool) -> int:
-    from vidgen.train.experiment import check_sizes
-    from vidgen.train.text_to_video_task import TextToVideoTask
-    from vidgen.train.vae_folder import has_vae
     from vidgen.train.workdir_lock import WorkdirLock
 
     mesh = experiment.mesh.build()
-    task = experiment.task
-    if isinstance(task, TextToVideoTask) and has_vae(workdir):
-        task = dataclasses.replace(task, vae=str(workdir))
-    check_sizes(experiment, task, mesh)
+    task = experiment.task.in_workdir(workdir)
+    task.check(experiment.data, experiment.run, mesh)
     if dry:
         return _dry_run(workdir, experiment, task, mesh)
     with WorkdirLock(workdir=workdir):
@@ -88,12 +82,10 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
     from vidgen.train.interrupt import Stopped
     from vidgen.train.loop import fit
     from vidgen.train.metrics_buffer import NonFiniteLoss
-    from vidgen.train.text_to_video_task import TextToVideoTask
 
     experiment = claim_workdir(experiment, workdir, write=processes.is_main_process())
     processes.sync("workdir")
-    if isinstance(task, TextToVideoTask):
-        task = task.with_own_vae(workdir)
+    task = task.prepare(workdir)
     open_clips = _clips(experiment, *processes.row_shard(mesh))
     loader = open_clips()
     try:
@@ -126,21 +118,9 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
 
 def _clips(experiment, index: int, count: int) -> Callable[[], Any]:
     """A function that opens a loader at the first clip; it reads part `index` of `count` of each batch."""
-    from vidgen.data.buckets import training_clips
-    from vidgen.data.latents_data import LatentsData
-    from vidgen.data.loader import Loader
-    from vidgen.data.packing import PackedLoader
-    from vidgen.train.packed_data import token_counts
-
-    data, run = experiment.data, experiment.run
-    if isinstance(data, LatentsData):
-        records = data.source()
-        counts = token_counts(records, experiment.task.dit)
-        loader = functools.partial(PackedLoader, records, counts, data.packing)
-    else:
-        loader = functools.partial(Loader, training_clips(data))
+    run = experiment.run
     return functools.partial(
-        loader,
+        experiment.task.loader(experiment.data),
         batch_size=run.batch_size,
         seed=run.seed,
         process_index=index,

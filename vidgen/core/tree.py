@@ -22,7 +22,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 def count(tree: PyTree) -> int:
     """Number of elements in the arrays of `tree`; shapes suffice (`jax.ShapeDtypeStruct`)."""
-    return sum(math.prod(leaf.shape) for leaf in _arrays(tree))
+    return optax.tree.size(_arrays(tree))
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -37,15 +37,4 @@ def _arrays(tree: PyTree) -> list[Any]:
 def _dotted(path: tuple[Any, ...]) -> str:
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    parts = []
-    for entry in path:
-        match entry:
-            case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
-                parts.append(str(key))
-            case jax.tree_util.SequenceKey(idx=index):
-                parts.append(str(index))
-            case jax.tree_util.GetAttrKey(name=name):
-                parts.append(name)
-            case _:
-                parts.append(str(entry).strip(".[]'\""))
-    return ".".join(parts)
+    return jax.tree_util.keystr(path, simple=True, separator=".")

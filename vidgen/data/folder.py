@@ -15,6 +15,7 @@ from vidgen.core.logging import get_logger
 from vidgen.data.buckets import Bucket, fitting_sizes, with_size
 from vidgen.data.captions import FolderCaptions
 from vidgen.data.folder_files import FolderFiles, FoundFile
+from vidgen.data.training_data import VideoData
 from vidgen.data.video_io import VideoInfo, read_clip
 
 __all__ = ["FolderData", "FolderReport", "FolderSource", "UsedFile"]
@@ -66,7 +67,7 @@ class FolderReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderData:
+class FolderData(VideoData):
     """A folder of videos (any container that FFmpeg opens) and, with `num_frames=1`, images.
 
     Subfolders are included; names that begin with a dot are not. A video supplies a clip at every multiple of
@@ -182,6 +183,9 @@ class FolderData:
             data._require(report, f"bucket {number} ({self.buckets[number]}): ")
         self._log(reports)
         return tuple(FolderSource(data, report.used) for data, report in zip(datas, reports, strict=True))
+
+    def heldout(self) -> "FolderData":
+        return dataclasses.replace(self, split="heldout") if self.split == "train" else self
 
     def _bucket_options(self) -> tuple["FolderData", ...]:
         """Copies of the options, each with the clip size of one bucket."""

@@ -9,7 +9,7 @@ from vidgen.data.packing import PackingOptions
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 
-__all__ = ["LatentsData", "clips_of"]
+__all__ = ["LatentsData"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,3 @@ class LatentsData:
           UserError: the latents are damaged.
         """
         return LatentRecords(self.path)
-
-
-def clips_of(
-    data: SpritesData | FolderData | ArrayRecordData | LatentsData,
-) -> SpritesData | FolderData | ArrayRecordData:
-    """Options of the pixel clips that training uses, directly or encoded as latents."""
-    return data.clips if isinstance(data, LatentsData) else data

@@ -17,6 +17,7 @@ from vidgen.data.buckets import Bucket, with_size
 from vidgen.data.decoding import broken_clips
 from vidgen.data.source import BrokenClip
 from vidgen.data.tfds_folder import open_records
+from vidgen.data.training_data import VideoData
 from vidgen.data.video_reader import read_clip
 from vidgen.data.video_writer import write_mp4
 
@@ -34,7 +35,7 @@ crf 17, visually lossless and, for camera footage, many times smaller."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArrayRecordData:
+class ArrayRecordData(VideoData):
     """Clips written by `vidgen data build`.
 
     Attributes:

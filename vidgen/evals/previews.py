@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from vidgen.core.typing import Array, Metrics, UInt8, Video
 from vidgen.data.video_io import save_video
@@ -47,9 +47,8 @@ class ReconstructionPreview:
     name: str = "heldout"
 
     def __call__(
-        self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
+        self, model: VideoVAE, frozen: Mapping[str, Any], *, step: int, workdir: pathlib.Path
     ) -> Metrics:
-        assert isinstance(model, VideoVAE)
         reconstructed: list[np.ndarray] = []
 
         def run(video: Video) -> Array:
@@ -80,10 +79,9 @@ class SamplePreview:
     name: str = "samples"
 
     def __call__(
-        self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
+        self, model: TextToVideo, frozen: Mapping[str, Any], *, step: int, workdir: pathlib.Path
     ) -> Metrics:
-        assert isinstance(model, TextToVideo) and isinstance(frozen, VideoVAE)
-        videos = self.sample(model, frozen, self.prompts)
+        videos = self.sample(model, frozen["vae"], self.prompts)
         if processes.is_main_process():
             metadata = {"prompts": "\n".join(self.prompts), "step": str(step)}
             save_video(_path(workdir, step), grid(videos), fps=self.fps, metadata=metadata)

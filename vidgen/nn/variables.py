@@ -1,7 +1,8 @@
 """Variable types: trained parameters with logical axis names, and buffers."""
 
+import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -12,6 +13,10 @@ from vidgen.core.typing import Array
 
 class Buffer(nnx.Variable):
     """Model state that gradients do not train, such as latent statistics."""
+
+
+class Constant(nnx.Variable):
+    """A weight that is not trained and comes from a source outside the run: no part of its checkpoints."""
 
 
 def param(
@@ -50,15 +55,37 @@ def _next_key(stream: nnx.RngStream) -> Array:
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def freeze(module: Module) -> Module:
-    """`module` with parameters as buffers: they get no gradients, optimizer moments or averages."""
+def freeze(module: Module, kind: type[nnx.Variable] = Buffer, *, bf16_pattern: str | None = None) -> Module:
+    """`module` with parameters of another kind: they get no gradients, optimizer moments or averages.
 
-    def frozen(variable: nnx.Variable) -> nnx.Variable:
-        if not isinstance(variable, nnx.Param):
-            return variable
-        return Buffer(variable.get_value(), axes=variable.get_metadata("axes"))
+    Args:
+      kind: `Buffer`, or `Constant`.
+      bf16_pattern: regular expression for the full names of parameters to store in bfloat16.
+    """
 
-    return jax.tree.map(frozen, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    def frozen(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        in_bf16 = bf16_pattern is not None and re.fullmatch(bf16_pattern, name)
+        value = variable.get_value()
+        return kind(value.astype(jax.numpy.bfloat16) if in_bf16 else value, **_axes(variable))
+
+    return _replace(module, nnx.Param, frozen)
+
+
+def thaw(module: Module) -> Module:
+    """`module` with `Constant`s as parameters."""
+    return _replace(module, Constant, lambda _, variable: nnx.Param(variable.get_value(), **_axes(variable)))
+
+
+def _replace(module: Module, kind: type[nnx.Variable], make: Callable[..., nnx.Variable]) -> Module:
+    """`module` with `make(path, variable)` in place of its variables of one kind."""
+    replaced = lambda path, leaf: make(path, leaf) if isinstance(leaf, kind) else leaf  # noqa: E731
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(replaced, module, is_leaf=is_variable)
+
+
+def _axes(variable: nnx.Variable) -> dict[str, Any]:
+    return {"axes": variable.get_metadata("axes")}
 
 
 def over_last_axis(vector: Array, x: Array) -> Array:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Bool
+from vidgen.core.typing import Array, Bool, PyTree
 from vidgen.parallel.rules import RULES, batch_sharding
 
 __all__ = [
@@ -142,7 +141,7 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 
 
-def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+def global_batch(arrays: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
     """Global arrays, sharded over the mesh along the first axis, from this process's part of a batch.
 
     Raises:
@@ -150,12 +149,13 @@ def global_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Arra
     """
     sharding = batch_sharding(mesh)
     _, count = row_shard(mesh)
-    batch = {}
-    for name, array in arrays.items():
+
+    def place(path: jax.tree_util.KeyPath, array: np.ndarray) -> Array:
         rows = len(array) * count
-        check_rows(rows, mesh, name)
-        batch[name] = jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
-    return batch
+        check_rows(rows, mesh, jax.tree_util.keystr(path, simple=True, separator="."))
+        return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(place, arrays)
 
 
 def check_rows(rows: int, mesh: Mesh, name: str = "clips", *, parts: int = 1) -> None:

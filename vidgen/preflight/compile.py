@@ -13,22 +13,20 @@ from jax.sharding import Mesh
 
 from vidgen.core.typing import PyTree
 from vidgen.data.buckets import Bucket, training_sizes, with_size
-from vidgen.data.latents_data import LatentsData
-from vidgen.models.lpips.model import LPIPS
 from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.rules import RULES, batch_sharding, shardings
 from vidgen.preflight.flops import matmul_flops
 from vidgen.preflight.text_encoder import encoder_bytes_of
 from vidgen.preflight.topology import GIB, PreflightError
+from vidgen.train.batch_spec import BatchSpec
 from vidgen.train.experiment import Experiment
-from vidgen.train.optimizer import partitioned
+from vidgen.train.phases import transformation
 from vidgen.train.power_law import averaging
-from vidgen.train.state import TrainState, abstract_state
+from vidgen.train.state import FrozenState, TrainState, abstract_base, abstract_state
 from vidgen.train.step import make_train_step
-from vidgen.train.task import Task
+from vidgen.train.task import ExperimentTask
 from vidgen.train.trainer import step_options
-from vidgen.train.vae_task import VAETask
 
 __all__ = ["CompiledStep", "TooLarge", "compile_or_refusal", "compile_step", "largest_sizes", "placed"]
 
@@ -60,8 +58,8 @@ class CompiledStep:
 
     mesh: Mesh
     state: TrainState
-    frozen: PyTree
-    batch: dict[str, jax.ShapeDtypeStruct]
+    frozen: FrozenState
+    batch: BatchSpec
     encoder_bytes: int
     flops: float
     executable: jax.stages.Compiled | TooLarge
@@ -76,24 +74,22 @@ def compile_step(experiment: Experiment, mesh: Mesh, vae: VAEConfig | None = Non
 
     Args:
       mesh: of devices that exist, or of `topology_devices`.
-      vae: config of the frozen VAE, for tasks that use one.
+      vae: config of the VAE that the task trains or uses; None reads it from the task.
 
     Raises:
       PreflightError: the batch is not divisible over the mesh.
     """
     start = time.monotonic()
     task, options = experiment.task, experiment.run
-    optimizer = partitioned(experiment.optimizer, task.param_groups, options.num_steps)
-    transformation = averaging(optimizer, options.power_law)
-    state, graphdef = abstract_state(task, transformation, mesh)
-    frozen_graphdef, frozen = _abstract_frozen(task, vae, mesh)
+    vae = task.vae_config() if vae is None else vae
+    tx = averaging(transformation(task.phases, experiment.optimizer, options.num_steps), options.power_law)
+    state, graphdef = abstract_state(task, tx, mesh)
+    frozen_graphdefs, frozen = _abstract_frozen(task, vae, mesh)
     schedule = experiment.optimizer.schedule(options.num_steps)
-    step: Any = make_train_step(
-        task, graphdef, frozen_graphdef, transformation, step_options(options), schedule
-    )
-    encoder_bytes = encoder_bytes_of(task, mesh)
+    step: Any = make_train_step(task, graphdef, frozen_graphdefs, tx, step_options(options), schedule)
+    encoder_bytes = encoder_bytes_of(task.text_encoder, mesh)
 
-    def compiled(batch: dict[str, jax.ShapeDtypeStruct]) -> CompiledStep:
+    def compiled(batch: BatchSpec) -> CompiledStep:
         with jax.set_mesh(mesh):
             traced = step.trace(state, frozen, batch)
             executable = compile_or_refusal(traced)
@@ -131,22 +127,21 @@ def compile_or_refusal(traced: Any) -> jax.stages.Compiled | TooLarge:
 
 
 def _abstract_frozen(
-    task: Task, vae: VAEConfig | None, mesh: Mesh
-) -> tuple[nnx.GraphDef, PyTree] | tuple[None, None]:
-    """Abstract version of `task.frozen`: the VAE, or the network of the perceptual loss, or None."""
-    if vae is not None:
-        module = nnx.eval_shape(lambda: VideoVAE(vae, rngs=nnx.Rngs(0)))
-    elif isinstance(task, VAETask) and task.perceptual_weight:
-        module = nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0)))
-    else:
-        return None, None
-    graphdef, state = nnx.split(module, graph=False)
-    return graphdef, placed(state, shardings(state, mesh))
+    task: ExperimentTask, vae: VAEConfig, mesh: Mesh
+) -> tuple[dict[str, nnx.GraphDef], FrozenState]:
+    """Abstract version of all that a step only reads."""
+    builders = {name: frozen.build for name, frozen in task.frozen().items()}
+    if "vae" in builders:
+        builders["vae"] = lambda: VideoVAE(vae, rngs=nnx.Rngs(0))
+    split = {name: nnx.split(nnx.eval_shape(build), graph=False) for name, build in builders.items()}
+    modules = {name: placed(state, shardings(state, mesh)) for name, (_, state) in split.items()}
+    graphdefs = {name: graphdef for name, (graphdef, _) in split.items()}
+    return graphdefs, FrozenState(base=abstract_base(task, mesh), modules=modules)
 
 
 def _abstract_batches(
-    experiment: Experiment, task: Task, mesh: Mesh, vae: VAEConfig | None
-) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    experiment: Experiment, task: ExperimentTask, mesh: Mesh, vae: VAEConfig
+) -> list[BatchSpec]:
     """Abstract batches, sharded as by `vidgen.parallel.processes.global_batch`.
 
     Packed clips have one batch of packed rows; other data has one batch per size of `largest_sizes`.
@@ -154,10 +149,8 @@ def _abstract_batches(
     data, batch_size = experiment.data, experiment.run.batch_size
     num_shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     sized_data = [(data, batch_size)]
-    if not isinstance(data, LatentsData):
-        config = task.model if isinstance(task, VAETask) else vae
-        temporal_factor = 1 if config is None else config.temporal_factor
-        sizes = largest_sizes(training_sizes(data, batch_size), temporal_factor)
+    if data.packing is None:
+        sizes = largest_sizes(training_sizes(data, batch_size), vae.temporal_factor)
         sized_data = [(with_size(data, size), size.batch_size or batch_size) for size in sizes]
     batches = []
     for data, batch_size in sized_data:
@@ -168,7 +161,7 @@ def _abstract_batches(
                 f"{num_shards} devices: make it a multiple of {num_shards * parts}"
             )
         batch = task.batch_spec(data, batch_size)
-        batches.append(placed(batch, dict.fromkeys(batch, batch_sharding(mesh))))
+        batches.append(placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)))
     return batches
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 
-from vidgen.core.tree import count
+from vidgen.core.tree import count, named_leaves
 from vidgen.core.typing import PyTree
-from vidgen.data.latents_data import LatentsData
 from vidgen.preflight.compile import CompiledStep, TooLarge
 from vidgen.preflight.hlo import count_collectives
 from vidgen.preflight.layout import Layout, compare_layout
@@ -195,7 +194,7 @@ def make_report(compiled: CompiledStep, experiment: Experiment, topology: str) -
         topology=topology,
         devices=f"{devices.size} x {devices.flat[0].device_kind}",
         mesh=dict(compiled.mesh.shape),
-        batch={name: tuple(leaf.shape) for name, leaf in compiled.batch.items()},
+        batch={name: tuple(leaf.shape) for name, leaf in named_leaves(compiled.batch).items()},
         memory=memory,
         layout=None if refused else compare_layout(compiled.state, executable.output_shardings[0]),
         collectives=None if refused else count_collectives(executable.as_text() or ""),
@@ -245,18 +244,17 @@ def _advice(experiment: Experiment, compiled: CompiledStep) -> tuple[str, ...]:
             f"{clips} clips are on a chip at once: raise --config.run.grad_accumulation "
             f"(now {run.grad_accumulation}), or lower --config.run.batch_size (now {run.batch_size})"
         )
-    model = getattr(experiment.task, "dit", None) or getattr(experiment.task, "model", None)
-    path = "dit" if hasattr(experiment.task, "dit") else "model"
-    if model is not None and model.remat != "full":
+    path, model = experiment.task.network
+    if model.remat != "full":
         advice.append(f'--config.task.{path}.remat=full recomputes activations (now "{model.remat}")')
-    if model is not None and model.dtype != "bfloat16":
+    if model.dtype != "bfloat16":
         advice.append(f"--config.task.{path}.dtype=bfloat16 halves activations (now {model.dtype})")
     if mesh.shape["data"] > 1:
         advice.append(
             f"--config.mesh.data=1 --config.mesh.fsdp=-1 shards the state {mesh.shape['data']} times finer"
         )
     data = experiment.data
-    if isinstance(data, LatentsData):
+    if data.packing is not None:
         sizes = f"shorter rows: --config.data.packing.tokens_per_row (now {data.packing.tokens_per_row})"
         product = "it"
     else:

@@ -17,20 +17,18 @@ from vidgen.models.t5.model import T5Encoder
 from vidgen.models.t5.transformers_folder import BF16_PATTERN, read_config
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
-from vidgen.train.task import Task
 from vidgen.train.text_features import TextFeatures
 
 __all__ = ["encoder_bytes_of"]
 
 
-def encoder_bytes_of(task: Task, mesh: Mesh) -> int:
-    """Bytes of the task's text encoder weights on one device; 0 without a text encoder.
+def encoder_bytes_of(options: TextFeatures | None, mesh: Mesh) -> int:
+    """Bytes of a text encoder's weights on one device; 0 without a text encoder.
 
     The weights are sharded over the devices of one process. Only the encoder's `config.json` is read; if it
     is not on this machine, Wan's UMT5-XXL is assumed.
     """
-    options = getattr(task, "text_encoder", None)
-    if not isinstance(options, TextFeatures):
+    if options is None:
         return 0
     config = dataclasses.replace(_config(options), dtype=options.dtype)
     local = MeshOptions(data=1, fsdp=-1).build(_first_process_devices(mesh))

@@ -1,13 +1,12 @@
 """Protocol of an evaluation during training."""
 
 import pathlib
-from typing import Protocol, runtime_checkable
-
-from flax import nnx
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from vidgen.core.typing import Metrics
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "Previews"]
 
 
 @runtime_checkable
@@ -27,8 +26,23 @@ class Evaluator(Protocol):
         """Steps between calls; 0 evaluates at the end of the run only."""
         ...
 
-    def __call__(
-        self, model: nnx.Module, frozen: nnx.Module | None, *, step: int, workdir: pathlib.Path
-    ) -> Metrics:
-        """Scalars by name; the main process writes files below `workdir`."""
+    def __call__(self, model: Any, frozen: Mapping[str, Any], *, step: int, workdir: pathlib.Path) -> Metrics:
+        """Scalars by name; the main process writes files below `workdir`.
+
+        Args:
+          model: `Task.inference_model`.
+          frozen: the task's frozen modules by name.
+        """
+        ...
+
+
+class Previews(Protocol):
+    """Evaluators that the program provides, for a task to choose from; a run has both data and a mesh."""
+
+    def reconstructions(self) -> Sequence[Evaluator]:
+        """Reconstructions of held-out clips by a VAE."""
+        ...
+
+    def samples(self, task: Any) -> Sequence[Evaluator]:
+        """Samples of a `TextToVideoTask`'s model from held-out prompts."""
         ...

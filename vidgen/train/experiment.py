@@ -4,29 +4,23 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jax.sharding import Mesh
-
 from vidgen.ckpt.json_files import write_json
 from vidgen.core.config import ConfigError, resolve, to_dict
-from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.core.paths import hub_remedy
-from vidgen.data.buckets import training_sizes
 from vidgen.data.folder import FolderData
 from vidgen.data.latents_data import LatentsData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.parallel.processes import check_rows, check_tokens
 from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
-from vidgen.train.packed_data import check_latents
 from vidgen.train.resuming import check_changes
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_task import VAETask
 
-__all__ = ["Experiment", "check_sizes", "claim_workdir", "load_experiment"]
+__all__ = ["Experiment", "claim_workdir", "load_experiment"]
 
 _log = get_logger(__name__)
 
@@ -40,42 +34,6 @@ class Experiment:
     optimizer: AdamW | Muon = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
-
-
-def check_sizes(experiment: Experiment, task: VAETask | TextToVideoTask, mesh: Mesh) -> None:
-    """Checks that the model and the mesh support batches of every data size, before one is read.
-
-    Args:
-      task: the experiment's task, possibly with another VAE path.
-
-    Raises:
-      ConfigError: a size does not fit; the message names it and the nearest valid sizes.
-    """
-    data, run = experiment.data, experiment.run
-    if isinstance(data, LatentsData):
-        check_latents(data, task, run.batch_size, run.grad_accumulation, mesh)
-        return
-    sizes = training_sizes(data, run.batch_size)
-    paths = [f"config.data.buckets[{number}]" for number in range(len(data.buckets))] or ["config.data"]
-    for where, size in zip(paths, sizes, strict=True):
-        try:
-            task.check_size(size.num_frames, size.height, size.width)
-            batch_size = size.batch_size or run.batch_size
-            if batch_size % run.grad_accumulation:
-                raise UserError(
-                    f"batch_size is {batch_size}, which run.grad_accumulation {run.grad_accumulation} does "
-                    "not divide"
-                )
-            check_rows(batch_size, mesh, parts=run.grad_accumulation)
-            if isinstance(task, TextToVideoTask):
-                check_tokens(task.num_tokens(size.num_frames, size.height, size.width), mesh)
-        except ValueError as error:
-            raise ConfigError(f"{where} ({size}): {error}") from error
-    if data.buckets:
-        try:
-            task.check_size(data.num_frames, data.height, data.width)
-        except ValueError as error:
-            raise ConfigError(f"config.data, whose own size is that of previews: {error}") from error
 
 
 def load_experiment(workdir: pathlib.Path | str) -> Experiment:

@@ -52,7 +52,9 @@ class MetricsBuffer:
         self._steps: list[tuple[int, list[str], Metrics]] = []
         state = state or {}
         self._sums: dict[str, float] = dict(state.get("sums", {}))
-        self._counted: int = state.get("counted", 0)
+        # Older runs saved one number for all metrics.
+        counts = state.get("counts") or dict.fromkeys(self._sums, state.get("counted", 0))
+        self._counts: dict[str, int] = dict(counts)
         self._skipped: int = state.get("skipped", 0)
         self._in_a_row: int = state.get("in_a_row", 0)
         self._checked = start
@@ -84,32 +86,32 @@ class MetricsBuffer:
             if not values:
                 self._skipped += 1
                 self._in_a_row = 0
-            elif math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            elif all(math.isfinite(values[name]) for name in values if _decides(name)):
                 self._in_a_row = 0
-                self._counted += 1
                 for name, value in values.items():
                     self._sums[name] = self._sums.get(name, 0.0) + value
+                    self._counts[name] = self._counts.get(name, 0) + 1
             else:
                 self._skip(step, names, values)
         if last and not self.finite:
             self._give_up()
 
     def means(self) -> Metrics:
-        """Mean of each metric over the steps since the last call, and the number of skipped steps.
+        """Mean of each metric over the steps since the last call that have it, and the skipped steps' number.
 
         If all were skipped, there are no other metrics. Checks the steps first.
         """
         self.check()
-        means: Metrics = {name: value / self._counted for name, value in self._sums.items()}
+        means: Metrics = {name: value / self._counts[name] for name, value in self._sums.items()}
         means["skipped"] = float(self._skipped)
-        self._sums, self._counted, self._skipped = {}, 0, 0
+        self._sums, self._counts, self._skipped = {}, {}, 0
         return means
 
     def state(self) -> dict[str, Any]:
         """JSON-able state of the checked steps, equal on all processes."""
         return {
             "sums": self._sums,
-            "counted": self._counted,
+            "counts": self._counts,
             "skipped": self._skipped,
             "in_a_row": self._in_a_row,
         }
@@ -141,3 +143,8 @@ class MetricsBuffer:
             "give a lower --config.optimizer.learning_rate or --config.run.grad_clip, and remove the folders "
             "of checkpoints newer than the rise: the run then goes on from before it."
         )
+
+
+def _decides(name: str) -> bool:
+    """Whether a step is skipped if this metric is not finite: the losses and the gradient's norm."""
+    return name in ("loss", "grad_norm") or name.endswith("/loss")

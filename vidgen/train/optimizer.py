@@ -1,17 +1,19 @@
 """Optimizer options: AdamW, and Muon for matrices; learning rates with warm-up and cosine decay."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from vidgen.core.typing import PyTree
 
-__all__ = ["AdamW", "Muon", "Optimizer", "cosine_schedule", "param_labels", "partitioned"]
+__all__ = ["REST", "AdamW", "Muon", "Optimizer", "cosine_schedule", "param_labels"]
+
+REST = ""
+"""Label of the parameters in no named group."""
 
 
 @runtime_checkable
@@ -23,22 +25,11 @@ class Optimizer(Protocol):
         ...
 
 
-def partitioned(
-    optimizer: Optimizer, param_groups: Mapping[str, Optimizer], num_steps: int
-) -> optax.GradientTransformation:
-    """Update rule of a module whose submodules in `param_groups`, by name, have optimizers of their own."""
-    rule = optimizer.transformation(num_steps)
-    if not param_groups:
-        return rule
-    rules = {name: part.transformation(num_steps) for name, part in param_groups.items()}
-    return optax.partition({_DEFAULT: rule, **rules}, lambda params: param_labels(params, param_groups))
-
-
-def param_labels(params: PyTree, param_groups: Mapping[str, Any]) -> PyTree:
-    """Pytree like `params` with the name in `param_groups` of each array's submodule, "" for the others."""
+def param_labels(params: PyTree, groups: Collection[str]) -> PyTree:
+    """Pytree like `params` with each array's submodule if it is in `groups`, `REST` for the others."""
 
     def name(path: tuple[Any, ...], _: Any) -> str:
-        return path[0].key if path[0].key in param_groups else _DEFAULT
+        return path[0].key if path[0].key in groups else REST
 
     return jax.tree_util.tree_map_with_path(name, params)
 
@@ -46,15 +37,12 @@ def param_labels(params: PyTree, param_groups: Mapping[str, Any]) -> PyTree:
 def cosine_schedule(peak: float, *, warmup_steps: int, num_steps: int, end: float) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `peak`, then half-cosine decay to `peak * end`.
 
-    The first step already has a rate of peak / warmup_steps. A run shorter than its warm-up never decays.
+    The first step already has a rate of peak / warmup_steps, and the last step of the warm-up has the peak;
+    `optax.warmup_cosine_decay_schedule` reaches it a step later. A run shorter than its warm-up never decays.
     """
-
-    def schedule(step):
-        warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
-        progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
-        return peak * warm * (end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
-
-    return schedule
+    warmup = optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1))
+    decay = optax.cosine_decay_schedule(peak, max(num_steps - warmup_steps, 1), alpha=end)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +131,6 @@ class Muon:
         )
         return optax.chain(directions, decay, optax.scale_by_schedule(shape))
 
-
-_DEFAULT = ""
 
 _NON_MATRIX_AXES = frozenset({"vocab", "patch"})
 """Axes of lookup tables and of the first or last projection; these parameters use Adam."""

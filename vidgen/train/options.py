@@ -23,7 +23,8 @@ class RunOptions:
       seed: seed of the weights, the noise and the order of the clips.
       init_from: workdir of a run of the same model, whose averaged weights a new run starts from. A VAE may
         have been trained with or without an adversary, completely or only its decoder; the path may also be a
-        VAE without a run, such as Wan's in diffusers' layout. LoRA matrices of the other run are merged.
+        VAE without a run, such as Wan's in diffusers' layout. LoRA matrices of the other run are merged. A
+        run with `task.lora` reads these weights whenever it starts, is sampled from or exported.
       log_every: steps between lines of metrics.jsonl; each is the mean over the steps since the last.
       eval_every: steps between previews on held-out clips; 0 is only at the end.
       checkpoint_every: steps between checkpoints.

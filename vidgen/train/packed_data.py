@@ -1,6 +1,7 @@
-"""Checks of packed latents: tokens of each clip, and whether a run can train on them."""
+"""Packed latents: tokens of each clip, the loader, and whether a run can train on them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
@@ -8,14 +9,14 @@ from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
 from vidgen.data.latents_data import LatentsData
 from vidgen.data.latents_records import LatentRecords
+from vidgen.data.packing import PackedLoader
 from vidgen.data.source import BrokenClip
 from vidgen.models.dit.config import DiTConfig
 from vidgen.parallel.processes import check_rows
-from vidgen.train.task import Task
-from vidgen.train.text_to_video_task import TextToVideoTask
+from vidgen.train.options import RunOptions
 from vidgen.train.vae_folder import encoder_fingerprint, load_vae
 
-__all__ = ["check_latents", "token_counts"]
+__all__ = ["check_latents", "packed_loader", "token_counts"]
 
 
 def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
@@ -35,42 +36,47 @@ def token_counts(records: LatentRecords, dit: DiTConfig) -> list[int]:
     return [known[size] for size in records.sizes]
 
 
-def check_latents(data: LatentsData, task: Task, batch_size: int, parts: int, mesh: Mesh) -> None:
-    """Checks that a run can be trained on these latents, before it begins.
-
-    Args:
-      batch_size: packed rows per step.
-      parts: micro-batches per step.
+def packed_loader(data: LatentsData, dit: DiTConfig) -> Callable[..., PackedLoader]:
+    """Opens latents; returns `PackedLoader` for further options.
 
     Raises:
-      ConfigError: the task takes no latents; they come from another VAE than the task's, or have sizes that
-        the transformer does not support; a clip is longer than a packed row; or packed rows do not divide
-        over the mesh.
+      UserError: as in `token_counts`.
     """
-    if not isinstance(task, TextToVideoTask):
-        raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
-    for conditioner in task.conditioners:
-        if conditioner.needs_video:
-            raise ConfigError(
-                f"config.data.kind is latents, and {conditioner} in config.task.conditioners needs videos: "
-                "leave it out, or train on data of one size"
-            )
     records = data.source()
-    if records.info.channels != task.dit.in_channels:
+    return functools.partial(PackedLoader, records, token_counts(records, dit), data.packing)
+
+
+def check_latents(
+    data: LatentsData,
+    dit: DiTConfig,
+    vae: str,
+    run: RunOptions,
+    mesh: Mesh,
+) -> None:
+    """Checks that a transformer can be trained on these latents, before a run begins.
+
+    Args:
+      vae: folder of the run's VAE.
+
+    Raises:
+      ConfigError: the latents come from another VAE than the task's, or have sizes that the transformer does
+        not support; a clip is longer than a packed row; or packed rows do not divide over the mesh.
+    """
+    records = data.source()
+    if records.info.channels != dit.in_channels:
         raise ConfigError(
             f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.in_channels "
-            f"is {task.dit.in_channels}"
+            f"is {dit.in_channels}"
         )
     try:
-        check_rows(batch_size, mesh, "rows", parts=parts)
-        task.check_size(data.num_frames, data.height, data.width)
-        counts = token_counts(records, task.dit)
+        check_rows(run.batch_size, mesh, "rows", parts=run.grad_accumulation)
+        counts = token_counts(records, dit)
     except ValueError as error:
         raise ConfigError(f"config.data: {error}") from error
-    if encoder_fingerprint(load_vae(task.vae)) != records.info.encoder:
+    if encoder_fingerprint(load_vae(vae)) != records.info.encoder:
         raise ConfigError(
             f"config.data.path: {data.path} was encoded by {records.info.vae}, which is another VAE than "
-            f"config.task.vae {task.vae}: give that one, or encode the clips with this one"
+            f"config.task.vae {vae}: give that one, or encode the clips with this one"
         )
     _check_rows(data, records, counts, mesh.shape["context"])
 

@@ -61,7 +61,9 @@ class Averaged(NamedTuple):
     averages: tuple[Any, ...]
 
 
-def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> optax.GradientTransformation:
+def averaging(
+    tx: optax.GradientTransformationExtraArgs, options: PowerLaw | None
+) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` to average the weights after each update; returns `tx` itself if `options` is None."""
     if options is None:
         return tx
@@ -71,8 +73,8 @@ def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> opt
         averages = tuple(jax.tree.map(jnp.copy, params) for _ in exponents)
         return Averaged(tx.init(params), jnp.zeros((), jnp.int32), averages)
 
-    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, Averaged]:
-        updates, inner = tx.update(updates, state.inner, params)
+    def update(updates: PyTree, state: Any, params: Any = None, **extra: Any) -> tuple[PyTree, Averaged]:
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         new = optax.apply_updates(params, updates)
         count = state.count + 1
         averages = []
@@ -82,7 +84,7 @@ def averaging(tx: optax.GradientTransformation, options: PowerLaw | None) -> opt
             averages.append(jax.tree.map(lambda a, p, share=share: a + (p - a) * share, average, new))
         return updates, Averaged(inner, count, tuple(averages))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def exponent(sigma_rel: float) -> float:

@@ -1,7 +1,7 @@
 """Metrics lines of a run, with the scores of the evaluations that are due."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -32,7 +32,7 @@ class Report:
         self,
         workdir: pathlib.Path,
         evaluators: Sequence[Evaluator],
-        models: Callable[[], tuple[nnx.Module, nnx.Module | None]],
+        models: Callable[[], tuple[nnx.Module, Mapping[str, nnx.Module]]],
         *,
         start: int,
         num_steps: int,
@@ -41,7 +41,7 @@ class Report:
         """Reads the record and opens the metrics files.
 
         Args:
-          models: returns the model to evaluate, as of the newest step, and the frozen module.
+          models: returns the model to evaluate, as of the newest step, and the frozen modules.
           start: steps done; evaluations due after it are still run unless they are in the record.
           num_steps: steps of the whole run.
           stop: interrupts an evaluation at once.

@@ -4,13 +4,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from vidgen.nn.variables import Buffer, Constant, thaw
+from vidgen.train.base import load_base
 from vidgen.train.experiment import Experiment, load_experiment
-from vidgen.train.state import abstract_state, restore_averaged
-from vidgen.train.text_to_video_task import TextToVideoTask
+from vidgen.train.state import abstract_base, abstract_state, merge_model, restore_averaged
 
 __all__ = ["load_run"]
 
@@ -36,9 +38,16 @@ def load_run(
       CheckpointError: it has no such checkpoint.
     """
     experiment = load_experiment(workdir)
-    if dtype is not None and isinstance(experiment.task, TextToVideoTask):
+    if dtype is not None:
         experiment = dataclasses.replace(experiment, task=experiment.task.with_dtype(dtype))
+    task = experiment.task
     # The optimizer state is not read.
-    abstract, graphdef = abstract_state(experiment.task, optax.identity(), mesh)
-    step, *state = restore_averaged(workdir, abstract, step)
-    return experiment, step, experiment.task.inference_model(nnx.merge(graphdef, *state))
+    abstract, graphdef = abstract_state(task, optax.identity(), mesh)
+    abstract_constants = abstract_base(task, mesh)
+    step, params, buffers = restore_averaged(workdir, abstract, abstract_constants, step)
+    buffers, base = nnx.split_state(buffers, Buffer, Constant)
+    if not jax.tree.leaves(base):
+        base = load_base(
+            pathlib.Path(workdir), task, experiment.run, abstract_constants, dtype=jax.numpy.float32
+        )
+    return experiment, step, task.inference_model(thaw(merge_model(graphdef, params, buffers, base)))

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +14,29 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core import pixels, rng
+from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
 from vidgen.core.tokens import Tokens, patchify
-from vidgen.core.typing import Array, Float, Int, Metrics
+from vidgen.core.typing import Array, Float, Int, Metrics, UInt8
+from vidgen.data.buckets import training_clips
+from vidgen.data.loader import Loader
+from vidgen.data.packing import PackedLoader
 from vidgen.diffusion.rectified_flow import velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
+from vidgen.models.dit.params import MATRICES
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.model import ByteEncoder
 from vidgen.models.text_to_video import TextToVideo, latent_shape
+from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.embeddings import grid_positions
 from vidgen.nn.lora import LoRAOptions, add_low_rank
-from vidgen.nn.variables import freeze
+from vidgen.nn.variables import Constant, freeze
 from vidgen.parallel import processes
+from vidgen.parallel.processes import check_tokens
 from vidgen.sampling.conditioning import (
     AnyConditioner,
     TrainingClips,
@@ -40,12 +47,31 @@ from vidgen.sampling.conditioning import (
 from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.captions import ByteCaptions, EncodedCaptions
+from vidgen.train.check_sizes import check_preview, check_videos
+from vidgen.train.evaluator import Evaluator, Previews
 from vidgen.train.long_captions import LongCaptions
-from vidgen.train.optimizer import Optimizer
+from vidgen.train.options import RunOptions
 from vidgen.train.packed_clips import pack_rows
-from vidgen.train.task import Total
+from vidgen.train.packed_data import check_latents, packed_loader
+from vidgen.train.task import Context, Frozen, Phase, Total
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
+
+
+class ClipBatch(NamedTuple):
+    """Videos of one size, or packed rows of latents, with the arrays of the conditioners.
+
+    Attributes:
+      conditions: arrays of `TrainingConditioner.host`, with leading axes sequence and clip.
+      video: None for packed rows.
+      patches, positions, clip_ids: as in `Tokens`; None for videos.
+    """
+
+    conditions: Mapping[str, Array | np.ndarray] = {}
+    video: UInt8[Array | np.ndarray, "b t h w 3"] | None = None
+    patches: Float[Array | np.ndarray, "b s p"] | None = None
+    positions: Int[Array | np.ndarray, "b s 3"] | None = None
+    clip_ids: Int[Array | np.ndarray, "b s"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +108,8 @@ class TextToVideoTask:
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
 
+    scores: ClassVar[Literal["prompts"]] = "prompts"
+
     def __post_init__(self):
         if self.dit.image_dim is not None:
             raise UserError(
@@ -92,28 +120,68 @@ class TextToVideoTask:
 
     def build(self, rngs: nnx.Rngs) -> TextToVideo:
         text = ByteEncoder(self.text, rngs=rngs) if self.text_encoder is None else None
-        model = TextToVideo(DiT(self.dit, rngs=rngs), text)
+        dit = DiT(self.dit, rngs=rngs)
         if self.lora is not None:
-            model = freeze(model)
-            assert isinstance(model.dit, DiT)
-            add_low_rank(model.dit, self.lora, rngs=rngs)
-        return model
+            dit = freeze(dit, Constant, bf16_pattern=MATRICES if self.dit.dtype == "bfloat16" else None)
+            add_low_rank(dit, self.lora, rngs=rngs)
+            text = text and freeze(text, Constant)
+        return TextToVideo(dit, text)
 
     @property
-    def param_groups(self) -> dict[str, Optimizer]:
-        return {}
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(loss=self.loss),)
 
-    def inference_model(self, model: nnx.Module) -> nnx.Module:
+    @property
+    def network(self) -> tuple[str, DiTConfig]:
+        return "dit", self.dit
+
+    def inference_model(self, model: TextToVideo) -> TextToVideo:
         return model
 
-    def frozen(self) -> VideoVAE:
-        return load_vae(self.vae)
+    def frozen(self) -> dict[str, Frozen]:
+        build = lambda: VideoVAE(self.vae_config(), rngs=nnx.Rngs(0))  # noqa: E731
+        return {"vae": Frozen(source=self.vae, load=lambda: load_vae(self.vae), build=build)}
+
+    def vae_config(self) -> VAEConfig:
+        return vae_config(self.vae)
+
+    def in_workdir(self, workdir: pathlib.Path) -> "TextToVideoTask":
+        return dataclasses.replace(self, vae=str(workdir)) if has_vae(workdir) else self
+
+    def check(self, data: Any, run: RunOptions, mesh: Mesh) -> None:
+        if data.packing is not None:
+            check_preview(data, self.check_size)
+            self._check_conditioners_of_latents()
+            check_latents(data, self.dit, self.vae, run, mesh)
+            return
+
+        def check_size(*size: int) -> None:
+            self.check_size(*size)
+            check_tokens(self.num_tokens(*size), mesh)
+
+        check_videos(data, run, mesh, check_size)
+
+    def loader(self, data: Any) -> Callable[..., Loader | PackedLoader]:
+        if data.packing is not None:
+            return packed_loader(data, self.dit)
+        return functools.partial(Loader, training_clips(data))
+
+    def evaluators(self, previews: Previews) -> Sequence[Evaluator]:
+        return previews.samples(self)
 
     def check_size(self, num_frames: int, height: int, width: int) -> None:
         """Raises UserError for a clip size that the VAE or the transformer does not support."""
         vae = vae_config(self.vae)
         latent_shape(vae, self.dit, (num_frames, height, width))
         check_conditioners(self.all_conditioners, self.dit, vae)
+
+    def _check_conditioners_of_latents(self) -> None:
+        for conditioner in self.conditioners:
+            if conditioner.needs_video:
+                raise ConfigError(
+                    f"config.data.kind is latents, and {conditioner} in config.task.conditioners needs "
+                    "videos: leave it out, or train on data of one size"
+                )
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Number of tokens of a clip."""
@@ -124,12 +192,8 @@ class TextToVideoTask:
         """`sampling`, with a default shift from `density`: the noise levels of training."""
         return self.sampling.with_default_shift(self.density.shift)
 
-    def with_own_vae(self, workdir: pathlib.Path) -> "TextToVideoTask":
-        """Copies the VAE to `workdir`/vae when the run begins; returns the task that reads it there.
-
-        The run is then self-contained: it can be moved, resumed and sampled from, whatever happens to the
-        VAE's own run. All processes must call this.
-        """
+    def prepare(self, workdir: pathlib.Path) -> "TextToVideoTask":
+        """Copies the VAE to `workdir`/vae."""
         missing = not has_vae(workdir)
         # No process looks for the VAE while another writes it, or reads it before it is complete.
         processes.sync("the run's VAE was looked for")
@@ -143,11 +207,11 @@ class TextToVideoTask:
         dit, text = (dataclasses.replace(part, dtype=dtype) for part in (self.dit, self.text))
         return dataclasses.replace(self, dit=dit, text=text)
 
-    def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def arrays(self, batch: Mapping[str, Any]) -> ClipBatch:
         if self.text_encoder is None:
             self._long_captions.note(batch)
         if "rows" not in batch:
-            arrays = {"video": batch["video"]}
+            clips = ClipBatch(video=batch["video"])
             captions = [[caption] for caption in batch["caption"]]
         else:
             packed = pack_rows(
@@ -156,11 +220,11 @@ class TextToVideoTask:
                 tokens_per_row=batch["tokens_per_row"],
                 clips_per_row=batch["clips_per_row"],
             )
-            arrays = {name: getattr(packed, name) for name in ("patches", "positions", "clip_ids")}
+            clips = ClipBatch(patches=packed.patches, positions=packed.positions, clip_ids=packed.clip_ids)
             captions = packed.captions
         for conditioner in self.all_conditioners:
-            arrays |= conditioner.host(captions)
-        return arrays
+            clips = clips._replace(conditions={**clips.conditions, **conditioner.host(captions)})
+        return clips
 
     @functools.cached_property
     def _long_captions(self) -> LongCaptions:
@@ -168,12 +232,11 @@ class TextToVideoTask:
 
     def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
         batch = empty_batch(data)
-        clips = batch.get("clips_per_row", 1)
-        spec = spec_of(dataclasses.replace(self, text_encoder=None).arrays(batch), batch_size)
-        spec = {name: spec[name] for name in ("video", "patches", "positions", "clip_ids") if name in spec}
+        conditions: dict[str, jax.ShapeDtypeStruct] = {}
         for conditioner in self.all_conditioners:
-            spec |= conditioner.host_spec(batch_size, clips)
-        return spec
+            conditions |= conditioner.host_spec(batch_size, batch.get("clips_per_row", 1))
+        without = dataclasses.replace(self, text_encoder=None, conditioners=()).arrays(batch)
+        return spec_of(without, batch_size)._replace(conditions=conditions)
 
     @property
     def all_conditioners(self) -> tuple[TrainingConditioner, ...]:
@@ -186,24 +249,18 @@ class TextToVideoTask:
             )
         return (captions, *self.conditioners)
 
-    def loss(
-        self,
-        model: nnx.Module,
-        frozen: nnx.Module | None,
-        batch: Mapping[str, Array],
-        key: Array,
-        step: Int[Array, ""],
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, context: Context[TextToVideo, ClipBatch]) -> tuple[Float[Array, ""], Metrics]:
         """Mean loss over clips, however many a sequence has."""
-        assert isinstance(model, TextToVideo)
-        clips = self._clips(model, frozen, batch)
+        model, key = context.model, context.key
+        clips = self._clips(context)
         condition = merged([c.observe(clips, rng.stream(key, c.key_name)) for c in self.all_conditioners])
         tokens = clips.tokens._replace(known_mask=condition.known_mask)
         # The draws of a clip are adjacent: in a sharded batch, no clip leaves its device.
-        tokens, streams = jax.tree.map(
-            lambda x: x if len(x) == 1 else jnp.repeat(x, self.draws_per_clip, axis=0),
-            (tokens, dict(condition.streams)),
-        )
+        repeat = lambda x: jnp.repeat(x, self.draws_per_clip, axis=0)  # noqa: E731
+        streams = jax.tree.map(repeat, dict(condition.streams))
+        shared = tokens.positions if len(tokens.positions) == 1 else None  # By all clips.
+        tokens = jax.tree.map(repeat, tokens)
+        tokens = tokens if shared is None else tokens._replace(positions=shared)
         noise = self._noise(rng.stream(key, "noise"), tokens, clips)
         timestep, weight = self._timesteps(key, tokens, clips.clips)
         losses, present = velocity_loss(lambda x, t: model.dit(x, t, streams)[0], tokens, noise, timestep)
@@ -219,7 +276,7 @@ class TextToVideoTask:
 
     def finish(
         self,
-        model: nnx.Module,
+        model: TextToVideo,
         *,
         step: int,
         workdir: pathlib.Path,
@@ -228,20 +285,20 @@ class TextToVideoTask:
     ) -> None:
         """Does nothing: the checkpoints hold what sampling needs."""
 
-    def _clips(
-        self, model: TextToVideo, frozen: nnx.Module | None, batch: Mapping[str, Array]
-    ) -> TrainingClips:
-        """The clips of a batch as clean tokens: of packed latents, or of videos, which the VAE encodes."""
-        if "patches" in batch:
-            patches = batch["patches"].astype(jnp.float32)
-            tokens = Tokens(patches, batch["positions"], clip_ids=batch["clip_ids"])
-            return TrainingClips(tokens, _clips_per_sequence(batch), batch, model)
-        assert isinstance(frozen, VideoVAE)
-        video = pixels.to_float(batch["video"])
-        clean = jax.lax.stop_gradient(frozen.encode(video))
+    def _clips(self, context: Context[TextToVideo, ClipBatch]) -> TrainingClips:
+        """The clips of a batch as clean tokens: packed latents, or videos, which the VAE encodes."""
+        batch = context.batch
+        if batch.patches is not None:
+            assert batch.positions is not None and batch.clip_ids is not None
+            tokens = Tokens(batch.patches.astype(jnp.float32), batch.positions, clip_ids=batch.clip_ids)
+            clips = max(array.shape[1] for array in batch.conditions.values())
+            return TrainingClips(tokens, clips, batch.conditions, context.model)
+        vae = context.frozen["vae"]
+        video = pixels.to_float(batch.video)
+        clean = jax.lax.stop_gradient(vae.encode(video))
         positions = grid_positions(*self.dit.token_grid(*clean.shape[1:4]))[None]
         tokens = Tokens(patchify(clean, self.dit.patch_size), positions)
-        return TrainingClips(tokens, 1, batch, model, frozen, video)
+        return TrainingClips(tokens, 1, batch.conditions, context.model, vae, video)
 
     def _noise(self, key: Array, tokens: Tokens, clips: TrainingClips) -> Float[Array, "b s p"]:
         """Noise of each token; that of videos is drawn on the grid of their latents, as in sampling."""
@@ -272,7 +329,3 @@ class TextToVideoTask:
             mean = mean_weight(self.weighting, self.density, num_tokens)
             weight = self.weighting.weight(timestep) / mean
         return timestep.reshape(sequences, clips), weight.reshape(sequences, clips)
-
-
-def _clips_per_sequence(batch: Mapping[str, Array]) -> int:
-    return batch["text" if "text" in batch else "tokens"].shape[1]

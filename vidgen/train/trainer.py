@@ -14,13 +14,25 @@ from vidgen.ckpt.manager import CheckpointManager
 from vidgen.core.logging import get_logger
 from vidgen.core.tree import count
 from vidgen.core.typing import Metrics
+from vidgen.nn.variables import Buffer, Constant
 from vidgen.parallel import processes
+from vidgen.train.base import load_base, save_base
 from vidgen.train.init_from import init_from_run
-from vidgen.train.optimizer import AdamW, Muon, partitioned
+from vidgen.train.optimizer import AdamW, Muon
 from vidgen.train.options import RunOptions
+from vidgen.train.phases import due, named_groups, transformation
 from vidgen.train.power_law import averaging
 from vidgen.train.snapshots import save_snapshots
-from vidgen.train.state import TrainState, abstract_state, ema_model, init_state, place_frozen
+from vidgen.train.state import (
+    FrozenState,
+    TrainState,
+    abstract_base,
+    abstract_state,
+    ema_model,
+    init_state,
+    place_frozen,
+    with_stored_base,
+)
 from vidgen.train.step import StepOptions, make_train_step
 from vidgen.train.task import Task
 
@@ -53,26 +65,30 @@ class Trainer:
           CheckpointError: the newest checkpoint, or that of `options.init_from`, is of another model.
         """
         length = options.schedule_length
-        tx = averaging(partitioned(optimizer, task.param_groups, length), options.power_law)
+        tx = averaging(transformation(task.phases, optimizer, length), options.power_law)
         self._task, self._options, self._mesh, self._checkpoints = task, options, mesh, checkpoints
         self.state: TrainState
         self.start = 0
         self.saved: dict[str, Any] = {}
+        base = abstract_base(task, mesh)
         if checkpoints.latest_step() is None:
             self.state, self._graphdef = _new_state(task, tx, options, mesh)
         else:
             abstract, self._graphdef = abstract_state(task, tx, mesh)
-            self.start, self.state, parts = checkpoints.restore(abstract, parts=(_PART,))
+            self.start, self.state, parts = _restored(checkpoints, abstract, base)
             # Older runs saved the loader's state alone.
             self.saved = parts[_PART] if "loader" in parts[_PART] else {"loader": parts[_PART]}
             _log.info(
                 "resuming after step %d of %d, from %s", self.start, options.num_steps, checkpoints.directory
             )
-        self._frozen_graphdef, self._frozen = place_frozen(task.frozen(), mesh) or (None, None)
+        modules = {name: frozen.load() for name, frozen in task.frozen().items()}
+        self._frozen_graphdefs, states = place_frozen(modules, mesh)
+        base = load_base(checkpoints.directory.parent, task, options, base, claim=True)
+        self._frozen = FrozenState(base=base, modules=states)
         self._step = make_train_step(
             task,
             self._graphdef,
-            self._frozen_graphdef,
+            self._frozen_graphdefs,
             tx,
             step_options(options),
             optimizer.schedule(length),
@@ -84,13 +100,14 @@ class Trainer:
             self.state = dataclasses.replace(self.state, step=self.state.step + 1)
             return {}
         arrays = processes.global_batch(self._task.arrays(batch), self._mesh)
-        self.state, metrics = self._step(self.state, self._frozen, arrays)
+        names = due(self._task.phases, step - 1)
+        self.state, metrics = self._step(self.state, self._frozen, arrays, due=names)
         return metrics
 
-    def models(self) -> tuple[nnx.Module, nnx.Module | None]:
-        """Inference model with averaged weights, and the task's frozen module."""
-        frozen = None if self._frozen_graphdef is None else nnx.merge(self._frozen_graphdef, self._frozen)
-        return self._task.inference_model(ema_model(self.state, self._graphdef)), frozen
+    def models(self) -> tuple[nnx.Module, dict[str, nnx.Module]]:
+        """Inference model with averaged weights, and the task's frozen modules."""
+        model = ema_model(self.state, self._graphdef, self._frozen.base)
+        return self._task.inference_model(model), self._frozen.merge(self._frozen_graphdefs)
 
     def save(self, step: int, beside: Mapping[str, Any]) -> None:
         """Starts to save a checkpoint of the state and of the JSON values in `beside`."""
@@ -111,11 +128,25 @@ def step_options(options: RunOptions) -> StepOptions:
     )
 
 
+def _restored(
+    checkpoints: CheckpointManager, abstract: TrainState, base: nnx.State
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Step, state and JSON values of the newest checkpoint.
+
+    A base among its buffers, where older versions saved it, moves to the workdir.
+    """
+    step, state, parts = checkpoints.restore(with_stored_base(checkpoints, abstract, base), parts=(_PART,))
+    buffers, stored = nnx.split_state(state.buffers, Buffer, Constant)
+    if jax.tree.leaves(stored):
+        save_base(checkpoints.directory.parent, stored)
+    return step, dataclasses.replace(state, buffers=buffers), parts
+
+
 def _new_state(
     task: Task, tx: optax.GradientTransformation, options: RunOptions, mesh: Mesh
 ) -> tuple[TrainState, nnx.GraphDef]:
     state, graphdef = init_state(task, tx, jax.random.key(options.seed), mesh)
     _log.info("new run: %s parameters, mesh %s", f"{count(state.params):,}", dict(mesh.shape))
     if options.init_from is not None:
-        state = init_from_run(options.init_from, state, task.param_groups)
+        state = init_from_run(options.init_from, state, named_groups(task.phases))
     return state, graphdef

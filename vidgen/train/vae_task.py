@@ -1,19 +1,22 @@
 """Trains the video VAE with reconstruction, adversarial and KL losses."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core import pixels
+from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Float, Int, Metrics, Video
+from vidgen.core.typing import Array, Float, Metrics, UInt8, Video
+from vidgen.data.buckets import training_clips
+from vidgen.data.loader import Loader
 from vidgen.models.adversarial_vae import AdversarialVAE
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.lpips.params import load_lpips
@@ -22,8 +25,19 @@ from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.variables import freeze
 from vidgen.train.adversary import Adversary, with_gradient
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
+from vidgen.train.check_sizes import check_videos
+from vidgen.train.evaluator import Evaluator, Previews
+from vidgen.train.optimizer import REST
+from vidgen.train.options import RunOptions
+from vidgen.train.task import Context, Frozen, Phase
 from vidgen.train.vae_folder import export_vae
 from vidgen.train.wavelets import wavelet_loss
+
+
+class Videos(NamedTuple):
+    """A batch of clips of one size."""
+
+    video: UInt8[Array, "b t h w 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +75,10 @@ class VAETask:
     adversary: Adversary | None = None
     statistics_clips: int = 256
 
+    text_encoder: ClassVar[None] = None
+    lora: ClassVar[None] = None
+    scores: ClassVar[Literal["reconstructions"]] = "reconstructions"
+
     def __post_init__(self):
         for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
@@ -76,8 +94,17 @@ class VAETask:
             )
 
     @property
-    def param_groups(self) -> dict[str, Adversary]:
-        return {"discriminator": self.adversary} if self.adversary else {}
+    def phases(self) -> tuple[Phase, ...]:
+        """One: both players' gradients come from one backward pass through the reconstruction."""
+        adversary = {"discriminator": self.adversary} if self.adversary else {}
+        return (Phase(loss=self.loss, optimizers={REST: None, **adversary}),)
+
+    @property
+    def network(self) -> tuple[str, VAEConfig]:
+        return "model", self.model
+
+    def vae_config(self) -> VAEConfig:
+        return self.model
 
     def build(self, rngs: nnx.Rngs) -> VideoVAE | AdversarialVAE:
         if self.adversary is None:
@@ -89,42 +116,55 @@ class VAETask:
             vae.encoder, vae.quant_conv = freeze(vae.encoder), freeze(vae.quant_conv)
         return module
 
-    def inference_model(self, model: nnx.Module) -> VideoVAE:
-        vae = model.vae if isinstance(model, AdversarialVAE) else model
-        assert isinstance(vae, VideoVAE)
-        return vae
+    def inference_model(self, model: Any) -> VideoVAE:
+        return model if self.adversary is None else model.vae
 
-    def frozen(self) -> LPIPS | None:
-        if not self.perceptual_weight or self.perceptual_weights is None:
-            return None
-        return load_lpips(self.perceptual_weights)
+    def frozen(self) -> dict[str, Frozen]:
+        path = self.perceptual_weights
+        if not self.perceptual_weight or path is None:
+            return {}
+        build = lambda: LPIPS(rngs=nnx.Rngs(0))  # noqa: E731
+        return {"lpips": Frozen(source=path, load=lambda: load_lpips(path), build=build)}
 
-    def check_size(self, num_frames: int, height: int, width: int) -> None:
-        """Raises UserError for a clip size that the VAE does not support; names the nearest sizes."""
-        self.model.latent_shape(num_frames, height, width)
+    def in_workdir(self, workdir: pathlib.Path) -> "VAETask":
+        return self
 
-    def arrays(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {"video": batch["video"]}
+    def prepare(self, workdir: pathlib.Path) -> "VAETask":
+        """Copies nothing: a VAE depends on no other run once it has begun."""
+        return self
+
+    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "VAETask":
+        """The task itself: a VAE encodes and decodes as it was trained."""
+        return self
+
+    def check(self, data: Any, run: RunOptions, mesh: Mesh) -> None:
+        if data.packing is not None:
+            raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
+        check_videos(data, run, mesh, self.model.latent_shape)
+
+    def loader(self, data: Any) -> Callable[..., Loader]:
+        return functools.partial(Loader, training_clips(data))
+
+    def evaluators(self, previews: Previews) -> Sequence[Evaluator]:
+        return previews.reconstructions()
+
+    def arrays(self, batch: Mapping[str, Any]) -> Videos:
+        return Videos(video=batch["video"])
 
     def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
         return spec_of(self.arrays(empty_batch(data)), batch_size)
 
-    def loss(
-        self,
-        model: nnx.Module,
-        frozen: nnx.Module | None,
-        batch: Mapping[str, Array],
-        key: Array,
-        step: Int[Array, ""],
-    ) -> tuple[Float[Array, ""], Metrics]:
-        assert isinstance(frozen, LPIPS) == bool(self.perceptual_weight)
-        vae, video = self.inference_model(model), pixels.to_float(batch["video"])
+    def loss(self, context: Context[Any, Videos]) -> tuple[Float[Array, ""], Metrics]:
+        """Loss of the VAE, and of its adversary if there is one."""
+        vae, video = self.inference_model(context.model), pixels.to_float(context.batch.video)
         posterior = vae.posterior(video)
-        made = vae.decode_raw(posterior.sample(key))
-        loss, metrics, gradient = with_gradient(lambda made: self._reconstruction(made, video, frozen), made)
+        made = vae.decode_raw(posterior.sample(context.key))
+        loss, metrics, gradient = with_gradient(
+            lambda made: self._reconstruction(made, video, context.frozen.get("lpips")), made
+        )
         if self.adversary is not None:
-            assert isinstance(model, AdversarialVAE)
-            more, others = self.adversary.loss(model.discriminator, video, made, gradient, step)
+            discriminator = context.model.discriminator
+            more, others = self.adversary.loss(discriminator, video, made, gradient, context.step)
             loss, metrics = loss + more, metrics | others
         if self.train == "all":
             vae.update_statistics(jax.lax.stop_gradient(posterior.mean))
@@ -135,7 +175,7 @@ class VAETask:
 
     def finish(
         self,
-        model: nnx.Module,
+        model: VideoVAE,
         *,
         step: int,
         workdir: pathlib.Path,
@@ -143,12 +183,11 @@ class VAETask:
         mesh: Mesh,
     ) -> None:
         """Exports the VAE for the runs that use it."""
-        assert isinstance(model, VideoVAE)
         clips = self.statistics_clips if self.train == "all" else 0
         export_vae(model, workdir, step=step, open_clips=open_clips, num_clips=clips, mesh=mesh)
 
     def _reconstruction(
-        self, made: Video, video: Video, lpips: nnx.Module | None
+        self, made: Video, video: Video, lpips: LPIPS | None
     ) -> tuple[Float[Array, ""], Metrics]:
         """Weighted sum of the reconstruction losses, and each of them."""
         error = made - video
@@ -157,7 +196,7 @@ class VAETask:
             "l2": lambda: jnp.square(error).mean(),
             "wavelet": lambda: wavelet_loss(made, video, levels=self.wavelet_levels),
         }
-        if isinstance(lpips, LPIPS):
+        if lpips is not None:
             losses["perceptual"] = lambda: lpips(made, video).mean()
         weights = {name: getattr(self, f"{name}_weight") for name in losses}
         found = {name: loss() for name, loss in losses.items() if weights[name]}

@@ -14,6 +14,7 @@ from vidgen.data.sprites.attributes import Backdrop, Camera, Motion, Size
 from vidgen.data.sprites.captions import caption
 from vidgen.data.sprites.render import render
 from vidgen.data.sprites.scene import Scene, World, sample_scene
+from vidgen.data.training_data import VideoData
 
 __all__ = ["SpritesData", "SpritesSource"]
 
@@ -23,7 +24,7 @@ E = TypeVar("E", bound=enum.StrEnum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpritesData:
+class SpritesData(VideoData):
     """Options of the sprite world.
 
     Attributes:
@@ -102,6 +103,12 @@ class SpritesData:
     def bucket_sources(self) -> tuple["SpritesSource", ...]:
         """The clips of each bucket."""
         return tuple(with_size(self, bucket).source() for bucket in self.buckets)
+
+    def heldout(self) -> "SpritesData":
+        return dataclasses.replace(self, split="heldout")
+
+    def heldout_scenes(self) -> "SpritesSource":
+        return self.heldout().source()
 
 
 class SpritesSource:

@@ -20,7 +20,7 @@ from vidgen.core.files import read_json
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.config import DiTConfig
 from vidgen.models.dit.model import DiT
-from vidgen.models.dit.params import diffusers_names
+from vidgen.models.dit.params import MATRICES, diffusers_names
 
 __all__ = ["is_transformer", "load_arrays", "load_diffusers", "read_config", "save_diffusers"]
 
@@ -31,9 +31,6 @@ _REMEDY = "give the folder `transformer` of a diffusers checkpoint of Wan"
 
 _IGNORED = r".*\.norm_added_q\.weight"
 """Query norms of the added projections: some image-to-video checkpoints have them, no model uses them."""
-
-_MATRICES = r"(?!condition_embedder\.time).*\.kernel"
-"""All kernels but the timestep embedding's, whose matrix products are in float32."""
 
 
 def read_config(folder: pathlib.Path | str) -> DiTConfig:
@@ -75,7 +72,7 @@ def load_diffusers(
         lambda: DiT(config, rngs=nnx.Rngs(0)),
         mesh=mesh,
         names=functools.partial(diffusers_names, config),
-        bf16_pattern=None if dtype == "float32" else _MATRICES,
+        bf16_pattern=None if dtype == "float32" else MATRICES,
         keep_dtypes=keep_dtypes,
         ignore=_IGNORED,
     )

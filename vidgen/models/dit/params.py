@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from vidgen.ckpt.tensor_mapping import TensorMapping
 from vidgen.models.dit.config import DiTConfig
 
-__all__ = ["diffusers_names", "wan_names"]
+__all__ = ["MATRICES", "diffusers_names", "wan_names"]
+
+MATRICES = r"(?!condition_embedder\.time).*\.kernel"
+"""All kernels but the timestep embedding's, whose matrix products are in float32."""
 
 _DIFFUSERS = {
     "condition_embedder.time_1": "condition_embedder.time_embedder.linear_1",
