@@ -17,7 +17,7 @@ from vidgen.core import pixels, rng
 from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
 from vidgen.core.tokens import Tokens, patchify
-from vidgen.core.typing import Array, Float, Int, Metrics, UInt8
+from vidgen.core.typing import Array, Float, Int, Metrics
 from vidgen.data.buckets import training_clips
 from vidgen.data.loader import Loader
 from vidgen.data.packing import PackedLoader
@@ -59,19 +59,19 @@ from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
 
 
 class ClipBatch(NamedTuple):
-    """Videos of one size, or packed rows of latents, with the arrays of the conditioners.
+    """Videos of one size, or packed rows of latents, on the host (NumPy) or on the device.
 
     Attributes:
-      conditions: arrays of `TrainingConditioner.host`, with leading axes sequence and clip.
-      video: None for packed rows.
+      conditions: arrays of `TrainingConditioner.host` by name, with leading axes sequence and clip.
+      video: uint8 `b t h w 3`; None for packed rows.
       patches, positions, clip_ids: as in `Tokens`; None for videos.
     """
 
-    conditions: Mapping[str, Array | np.ndarray] = {}
-    video: UInt8[Array | np.ndarray, "b t h w 3"] | None = None
-    patches: Float[Array | np.ndarray, "b s p"] | None = None
-    positions: Int[Array | np.ndarray, "b s 3"] | None = None
-    clip_ids: Int[Array | np.ndarray, "b s"] | None = None
+    conditions: Mapping[str, Any] = {}
+    video: Any = None
+    patches: Any = None
+    positions: Any = None
+    clip_ids: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,6 @@ class TextToVideoTask:
         """The clips of a batch as clean tokens: packed latents, or videos, which the VAE encodes."""
         batch = context.batch
         if batch.patches is not None:
-            assert batch.positions is not None and batch.clip_ids is not None
             tokens = Tokens(batch.patches.astype(jnp.float32), batch.positions, clip_ids=batch.clip_ids)
             clips = max(array.shape[1] for array in batch.conditions.values())
             return TrainingClips(tokens, clips, batch.conditions, context.model)
