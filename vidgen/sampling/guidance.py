@@ -13,7 +13,8 @@ __all__ = ["GUIDANCES", "AdaptiveProjected", "AnyGuidance", "ClassifierFree", "G
 _TINY = 1e-12
 """Smaller standard deviations count as 0."""
 
-Predicted: TypeAlias = Bool[Array, "b *rest"]
+Predicted: TypeAlias = Bool[Array, "b *#rest"]
+_PerClip: TypeAlias = Float[Array, "b *#rest"]
 
 
 @runtime_checkable
@@ -182,12 +183,12 @@ def _only(x: Noisy, where: Predicted | None) -> Noisy:
     return x if where is None else jnp.where(where, x, 0.0)
 
 
-def _dot(a: Noisy, b: Noisy, where: Predicted | None) -> Noisy:
+def _dot(a: Noisy, b: Noisy, where: Predicted | None) -> _PerClip:
     """Inner product over the predicted latents of each clip."""
     return _only(a * b, where).sum(_axes(a), keepdims=True)
 
 
-def _std(x: Noisy, where: Predicted | None) -> Noisy:
+def _std(x: Noisy, where: Predicted | None) -> _PerClip:
     """Standard deviation over the predicted latents of each clip; 0 for a clip without any."""
     if where is None:
         return x.std(_axes(x), keepdims=True)
