@@ -13,10 +13,12 @@ from vidgen.data.folder import FolderData
 from vidgen.data.latents_data import LatentsData
 from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
+from vidgen.data.training_data import TrainingData
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.train.optimizer import AdamW, Muon
+from vidgen.train.optimizer import AdamW, Muon, Optimizer
 from vidgen.train.options import RunOptions
 from vidgen.train.resuming import check_changes
+from vidgen.train.task import ExperimentTask
 from vidgen.train.text_to_video_task import TextToVideoTask
 from vidgen.train.vae_task import VAETask
 
@@ -27,11 +29,14 @@ _log = get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Task, data, optimizer, run and mesh options of a training run."""
+    """Task, data, optimizer, run and mesh options of a training run.
 
-    task: VAETask | TextToVideoTask
-    data: SpritesData | FolderData | ArrayRecordData | LatentsData
-    optimizer: AdamW | Muon = AdamW()
+    Task, data and optimizer may be instances of users' own classes, which fill the roles.
+    """
+
+    task: VAETask | TextToVideoTask | ExperimentTask
+    data: SpritesData | FolderData | ArrayRecordData | LatentsData | TrainingData
+    optimizer: AdamW | Muon | Optimizer = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
 

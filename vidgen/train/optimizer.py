@@ -24,6 +24,10 @@ class Optimizer(Protocol):
         """The update rule for a run of `num_steps`."""
         ...
 
+    def schedule(self, num_steps: int) -> optax.Schedule:
+        """Learning rate by step, for the metrics."""
+        ...
+
 
 def param_labels(params: PyTree, groups: Collection[str]) -> PyTree:
     """Pytree like `params` with each array's submodule if it is in `groups`, `REST` for the others."""

@@ -163,8 +163,9 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
 class ExperimentTask(Task, Protocol):
-    """A task that an experiment names: all that the commands ask of it."""
+    """A task that an experiment names: all that the commands ask of it. `VideoTask` is a base for it."""
 
     @property
     def kind(self) -> str:
@@ -187,7 +188,7 @@ class ExperimentTask(Task, Protocol):
         ...
 
     @property
-    def scores(self) -> Literal["reconstructions", "prompts"]:
+    def scores(self) -> Literal["reconstructions", "prompts", "none"]:
         """What `vidgen evaluate` measures."""
         ...
 

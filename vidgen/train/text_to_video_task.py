@@ -17,10 +17,7 @@ from vidgen.core import pixels, rng
 from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
 from vidgen.core.tokens import Tokens, patchify
-from vidgen.core.typing import Array, Float, Int, Metrics
-from vidgen.data.buckets import training_clips
-from vidgen.data.loader import Loader
-from vidgen.data.packing import PackedLoader
+from vidgen.core.typing import Array, Float, Metrics
 from vidgen.diffusion.rectified_flow import velocity_loss
 from vidgen.diffusion.timesteps import AnyDensity, LogitNormal
 from vidgen.diffusion.weighting import AnyWeighting, mean_weight
@@ -53,9 +50,10 @@ from vidgen.train.long_captions import LongCaptions
 from vidgen.train.options import RunOptions
 from vidgen.train.packed_clips import pack_rows
 from vidgen.train.packed_data import check_latents, packed_loader
-from vidgen.train.task import Context, Frozen, Phase, Total
+from vidgen.train.task import Context, Frozen, Total
 from vidgen.train.text_features import TextFeatures
 from vidgen.train.vae_folder import has_vae, load_vae, save_vae, vae_config
+from vidgen.train.video_task import VideoTask
 
 
 class ClipBatch(NamedTuple):
@@ -75,7 +73,7 @@ class ClipBatch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextToVideoTask:
+class TextToVideoTask(VideoTask):
     """Text-conditioned velocity prediction, with random caption dropout for classifier-free guidance.
 
     Batches are videos of one size, which the VAE encodes on the device, or packed rows of latents of any
@@ -128,15 +126,8 @@ class TextToVideoTask:
         return TextToVideo(dit, text)
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
-        return (Phase(loss=self.loss),)
-
-    @property
     def network(self) -> tuple[str, DiTConfig]:
         return "dit", self.dit
-
-    def inference_model(self, model: TextToVideo) -> TextToVideo:
-        return model
 
     def frozen(self) -> dict[str, Frozen]:
         build = lambda: VideoVAE(self.vae_config(), rngs=nnx.Rngs(0))  # noqa: E731
@@ -161,10 +152,8 @@ class TextToVideoTask:
 
         check_videos(data, run, mesh, check_size)
 
-    def loader(self, data: Any) -> Callable[..., Loader | PackedLoader]:
-        if data.packing is not None:
-            return packed_loader(data, self.dit)
-        return functools.partial(Loader, training_clips(data))
+    def loader(self, data: Any) -> Callable[..., Any]:
+        return super().loader(data) if data.packing is None else packed_loader(data, self.dit)
 
     def evaluators(self, previews: Previews) -> Sequence[Evaluator]:
         return previews.samples(self)
@@ -273,17 +262,6 @@ class TextToVideoTask:
                 "clips": Total(present.sum() / self.draws_per_clip),
             }
         return (losses * weight).sum() / jnp.maximum(present.sum(), 1), metrics
-
-    def finish(
-        self,
-        model: TextToVideo,
-        *,
-        step: int,
-        workdir: pathlib.Path,
-        open_clips: Callable[[], Any] | None,
-        mesh: Mesh,
-    ) -> None:
-        """Does nothing: the checkpoints hold what sampling needs."""
 
     def _clips(self, context: Context[TextToVideo, ClipBatch]) -> TrainingClips:
         """The clips of a batch as clean tokens: packed latents, or videos, which the VAE encodes."""

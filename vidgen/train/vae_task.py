@@ -1,10 +1,9 @@
 """Trains the video VAE with reconstruction, adversarial and KL losses."""
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vidgen.core import pixels
-from vidgen.core.config import ConfigError
 from vidgen.core.errors import UserError
-from vidgen.core.typing import Array, Float, Metrics, UInt8, Video
-from vidgen.data.buckets import training_clips
-from vidgen.data.loader import Loader
+from vidgen.core.typing import Array, Float, Metrics, Video
 from vidgen.models.adversarial_vae import AdversarialVAE
 from vidgen.models.lpips.model import LPIPS
 from vidgen.models.lpips.params import load_lpips
@@ -24,24 +20,16 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.nn.variables import freeze
 from vidgen.train.adversary import Adversary, with_gradient
-from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
-from vidgen.train.check_sizes import check_videos
 from vidgen.train.evaluator import Evaluator, Previews
 from vidgen.train.optimizer import REST
-from vidgen.train.options import RunOptions
 from vidgen.train.task import Context, Frozen, Phase
 from vidgen.train.vae_folder import export_vae
+from vidgen.train.video_task import Videos, VideoTask
 from vidgen.train.wavelets import wavelet_loss
 
 
-class Videos(NamedTuple):
-    """A batch of clips of one size."""
-
-    video: UInt8[Array, "b t h w 3"]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAETask:
+class VAETask(VideoTask):
     """Reconstruction losses with a small KL penalty (Rombach et al., arXiv 2112.10752), and a GAN.
 
     A term of weight 0 is not computed.
@@ -75,8 +63,6 @@ class VAETask:
     adversary: Adversary | None = None
     statistics_clips: int = 256
 
-    text_encoder: ClassVar[None] = None
-    lora: ClassVar[None] = None
     scores: ClassVar[Literal["reconstructions"]] = "reconstructions"
 
     def __post_init__(self):
@@ -126,33 +112,11 @@ class VAETask:
         build = lambda: LPIPS(rngs=nnx.Rngs(0))  # noqa: E731
         return {"lpips": Frozen(source=path, load=lambda: load_lpips(path), build=build)}
 
-    def in_workdir(self, workdir: pathlib.Path) -> "VAETask":
-        return self
-
-    def prepare(self, workdir: pathlib.Path) -> "VAETask":
-        """Copies nothing: a VAE depends on no other run once it has begun."""
-        return self
-
-    def with_dtype(self, dtype: Literal["float32", "bfloat16"]) -> "VAETask":
-        """The task itself: a VAE encodes and decodes as it was trained."""
-        return self
-
-    def check(self, data: Any, run: RunOptions, mesh: Mesh) -> None:
-        if data.packing is not None:
-            raise ConfigError("config.data.kind is latents, on which only a task of text_to_video is trained")
-        check_videos(data, run, mesh, self.model.latent_shape)
-
-    def loader(self, data: Any) -> Callable[..., Loader]:
-        return functools.partial(Loader, training_clips(data))
+    def check_size(self, num_frames: int, height: int, width: int) -> None:
+        self.model.latent_shape(num_frames, height, width)
 
     def evaluators(self, previews: Previews) -> Sequence[Evaluator]:
         return previews.reconstructions()
-
-    def arrays(self, batch: Mapping[str, Any]) -> Videos:
-        return Videos(video=batch["video"])
-
-    def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
-        return spec_of(self.arrays(empty_batch(data)), batch_size)
 
     def loss(self, context: Context[Any, Videos]) -> tuple[Float[Array, ""], Metrics]:
         """Loss of the VAE, and of its adversary if there is one."""
