@@ -38,9 +38,8 @@ def target():
 
 
 def observed(tokens, clips, probability=1.0, seed=0):
-    model = None  # of no matter
     conditioner = FirstFrame(probability=probability)
-    condition = conditioner.observe(TrainingClips(tokens, clips, {}, model), jax.random.key(seed))
+    condition = conditioner.observe(TrainingClips(tokens, clips, {}, model=None), jax.random.key(seed))
     assert condition.streams == {} and condition.known_patches is tokens.patches
     return np.asarray(condition.known_mask)
 
@@ -82,9 +81,10 @@ def test_a_request_has_the_latents_of_its_image_as_first_frame(target):
 def test_channels_of_known_frames_are_a_mask_and_their_latents(target, last):
     request = Request(prompt="a", image=PICTURES[0], last_image=last)
     (stream,) = ConcatFrames().from_request(request, target).streams.values()
-    video = jnp.zeros((1, *SIZE, 3)).at[:, 0].set(pixels.to_float(jnp.asarray(PICTURES[:1])))
+    pictures = pixels.to_float(jnp.asarray(PICTURES)[:, None])
+    video = jnp.zeros((1, *SIZE, 3)).at[:, :1].set(pictures[:1])
     if last is not None:
-        video = video.at[:, 2].set(pixels.to_float(jnp.asarray(PICTURES[1:])))
+        video = video.at[:, -1:].set(pictures[1:])
     # Channels: of the mask, one for each frame of a latent frame; then of the latents.
     shown = np.asarray(stream.features).reshape(2, 2, 4, 4, 6)
     np.testing.assert_array_equal(shown[:, 0, ..., :2], 1.0)
@@ -139,7 +139,7 @@ PROMPTS = Prompts(encode=lambda prompts: Stream(jnp.zeros((len(prompts), 1, 16))
         (
             (PROMPTS, ConcatFrames()),
             DIT,
-            r"dit\.in_channels=4: concat_frames makes 6 .*expected in_channels=10 and out_channels=4",
+            r"dit\.in_channels=4: concat_frames makes 6 channels; set in_channels=10 and out_channels=4",
         ),
         (
             (PROMPTS, FirstFrame()),
