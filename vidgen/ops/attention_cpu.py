@@ -128,7 +128,7 @@ class _Cut:
         """Reshapes `b s n k` to groups, blocks, heads per group, queries per block, channels."""
         return self._blocks(_heads_first(x))
 
-    def ranges(self, ranges: KeyRanges | None) -> tuple[Array | None, tuple[Array | None, ...]]:
+    def ranges(self, ranges: KeyRanges | None) -> tuple[Array | None, tuple[Any, ...]]:
         """Codes for every head, reshaped as `keys`; `low` and `high`, reshaped as `queries`."""
         if ranges is None:
             return None, ()
@@ -163,5 +163,5 @@ def _products(x: Array, y: Array) -> Array:
     return jnp.einsum("gsk,grk->gsr", x, y)
 
 
-def _masked(scores: Array, codes: Array | None, limits: tuple[Array, ...], otherwise: float) -> Array:
+def _masked(scores: Array, codes: Array | None, limits: tuple[Any, ...], otherwise: float) -> Array:
     return scores if codes is None else jnp.where(KeyRanges(codes, *limits).visible(), scores, otherwise)
