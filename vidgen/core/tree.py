@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import optax
 
 from vidgen.core.typing import PyTree
 

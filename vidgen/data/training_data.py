@@ -1,13 +1,16 @@
 """Data options of an experiment: what tasks and commands ask of them, and the part that video data share."""
 
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from vidgen.data.packing import PackingOptions
 from vidgen.data.source import ClipSource
 
 __all__ = ["TrainingData", "VideoData"]
 
+D = TypeVar("D")
 
+
+@runtime_checkable
 class TrainingData(Protocol):
     """Options of the clips to train on.
 
@@ -43,7 +46,7 @@ class VideoData:
     packing: ClassVar[None] = None
 
     @property
-    def clips(self) -> Self:
+    def clips(self: D) -> D:
         return self
 
     def source(self) -> ClipSource:

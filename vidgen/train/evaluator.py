@@ -36,6 +36,7 @@ class Evaluator(Protocol):
         ...
 
 
+@runtime_checkable
 class Previews(Protocol):
     """Evaluators that the program provides, for a task to choose from; a run has both data and a mesh."""
 

@@ -86,7 +86,7 @@ class TextToVideoTask:
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
 
-    scores: ClassVar[Literal["prompts"]] = "prompts"
+    scores: ClassVar[Literal["reconstructions", "prompts"]] = "prompts"
 
     def __post_init__(self):
         if self.dit.image_dim is not None:
@@ -234,9 +234,7 @@ class TextToVideoTask:
         text = features[[unique.index(caption) for caption in captions]]
         return {"text": text, "empty_text": np.broadcast_to(features[:1], text.shape)}
 
-    def loss(
-        self, context: Context[TextToVideo, Mapping[str, Array | np.ndarray]]
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def loss(self, context: Context[TextToVideo, Mapping[str, Array]]) -> tuple[Float[Array, ""], Metrics]:
         """Velocity loss of a batch of videos or of packed rows."""
         model, batch, key = context.model, context.batch, context.key
         if "patches" in batch:

@@ -75,9 +75,7 @@ class VAETask:
     adversary: Adversary | None = None
     statistics_clips: int = 256
 
-    text_encoder: ClassVar[None] = None
-    lora: ClassVar[None] = None
-    scores: ClassVar[Literal["reconstructions"]] = "reconstructions"
+    scores: ClassVar[Literal["reconstructions", "prompts"]] = "reconstructions"
 
     def __post_init__(self):
         for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
@@ -98,6 +96,14 @@ class VAETask:
         """One: both players' gradients come from one backward pass through the reconstruction."""
         adversary = {"discriminator": self.adversary} if self.adversary else {}
         return (Phase(loss=self.loss, optimizers={REST: None, **adversary}),)
+
+    @property
+    def text_encoder(self) -> None:
+        return None
+
+    @property
+    def lora(self) -> None:
+        return None
 
     @property
     def network(self) -> tuple[str, VAEConfig]:
