@@ -74,7 +74,7 @@ def _vae_config(task: Any, values: dict[str, Any] | None) -> Any:
         return task.vae_config()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"config.task.vae: {frozen["vae"].source} holds no VAE. Correct the path, or give the experiment "
+            f"config.task.vae: {frozen['vae'].source} holds no VAE. Correct the path, or give the experiment "
             "that trains the VAE: --vae=experiments/vae/wan.py"
         ) from error
 
