@@ -182,7 +182,7 @@ def test_of_buckets_the_one_that_needs_the_most_is_reported(experiment, monkeypa
     wide = dataclasses.replace(experiment, data=data)
     found = compile_step(wide, experiment.mesh.build(), VARIANTS["tiny"])
     assert sizes == [(8, 9, 16, 16, 3), (8, 1, 32, 64, 3)]
-    assert found.executable.needed_bytes == 5 and found.batch["video"].shape == sizes[1]
+    assert found.executable.needed_bytes == 5 and found.batch.video.shape == sizes[1]
 
 
 def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, compiled):
@@ -192,8 +192,9 @@ def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, 
     [batch] = compiling._abstract_batches(packed, experiment.task, experiment.mesh.build(), None)
     dit, text = experiment.task.dit, experiment.task.text
     rows = experiment.run.batch_size
-    assert batch["patches"].shape == (rows, 48, 4 * dit.in_channels)
-    assert batch["tokens"].shape == batch["mask"].shape == (rows, 3, text.max_bytes + 1)
-    assert batch["clip_ids"].sharding.spec == batch["patches"].sharding.spec
+    assert batch.patches.shape == (rows, 48, 4 * dit.in_channels)
+    tokens, mask = (batch.conditions[name] for name in ("tokens", "mask"))
+    assert tokens.shape == mask.shape == (rows, 3, text.max_bytes + 1)
+    assert batch.clip_ids.sharding.spec == batch.patches.sharding.spec
     advice = " ".join(reporting._advice(packed, compiled))
     assert "shorter rows: --config.data.packing.tokens_per_row (now 48)" in advice

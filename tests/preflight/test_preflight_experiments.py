@@ -88,8 +88,8 @@ def test_the_spec_of_a_batch_is_that_of_its_arrays(monkeypatch, packed, encoded)
         made = lambda _, captions: np.zeros((len(captions), 9, task.dit.text_dim), jnp.bfloat16)  # noqa: E731
         monkeypatch.setattr(TextFeatures, "features", made)
     spec, arrays = task.batch_spec(data, 1), task.arrays(empty_batch(data))
-    assert spec == {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    assert {x.shape[0] for x in task.batch_spec(data, 6).values()} == {6}
+    assert spec == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    assert {x.shape[0] for x in jax.tree.leaves(task.batch_spec(data, 6))} == {6}
 
 
 def test_the_encoder_is_that_of_the_folder_where_there_is_one(monkeypatch):

@@ -75,12 +75,12 @@ def times_of_places():
 
 
 def tokens_of(rows, **fields):
-    return Tokens(*(jnp.asarray(rows[name]) for name in ("patches", "positions", "clip_ids")), **fields)
+    return Tokens(*map(jnp.asarray, (rows.patches, rows.positions, rows.clip_ids)), **fields)
 
 
 def text_of(model, rows):
     """Streams of the captions of rows."""
-    tokens, mask = (jnp.asarray(rows[name]).reshape(-1, rows[name].shape[-1]) for name in ("tokens", "mask"))
+    tokens, mask = (jnp.asarray(rows.conditions[name]).reshape(-1, 17) for name in ("tokens", "mask"))
     return {TEXT: packed_stream(model.encode_text(tokens, mask), G)}
 
 
@@ -108,11 +108,11 @@ def back(tokens, shape):
 def loss_of_rows(model, patches, noise, tokenwise=False):
     """With `tokenwise`, a timestep, and what is made of it, for each token."""
     rows = arrays_of(TASK)
-    streams, tokens, outputs = text_of(model, rows), tokens_of(rows | {"patches": patches}), []
+    streams, tokens, outputs = text_of(model, rows), tokens_of(rows._replace(patches=patches)), []
 
     def network(x, t):
         if tokenwise:
-            t = jnp.take_along_axis(jnp.pad(t, ((0, 0), (1, 0))), rows["clip_ids"], axis=1)
+            t = jnp.take_along_axis(jnp.pad(t, ((0, 0), (1, 0))), rows.clip_ids, axis=1)
             x = x._replace(time_ids=jnp.tile(jnp.arange(S), (len(ROWS), 1)))
         outputs.append(model.dit(x, t, streams)[0])
         return outputs[0]
@@ -147,7 +147,7 @@ def loss_alone(model, latents, noise, time, tokens, mask):
 
 def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
     rows, arrays = packed(), arrays_of(TASK)
-    assert rows.patches.shape == (3, S, 16) and arrays["tokens"].shape == (3, G, 17)
+    assert rows.patches.shape == (3, S, 16) and arrays.conditions["tokens"].shape == (3, G, 17)
     for (r, g), one in zip(PLACES, CLIPS, strict=True):
         mine = rows.clip_ids[r] == g + 1
         t, h, w, _ = one["latents"].shape
@@ -155,7 +155,7 @@ def test_rows_hold_the_patches_positions_and_captions_of_their_clips():
             rows.patches[r][mine], patchify(jnp.asarray(one["latents"])[None], (1, 2, 2))[0]
         )
         np.testing.assert_array_equal(rows.positions[r][mine], grid_positions(t, h // 2, w // 2))
-        written = arrays["tokens"][r, g][arrays["mask"][r, g]][:-1]
+        written = arrays.conditions["tokens"][r, g][arrays.conditions["mask"][r, g]][:-1]
         assert bytes(written.tolist()).decode() == one["caption"] == rows.captions[r][g]
     assert (rows.clip_ids[0] > 0).all() and (rows.clip_ids[1, 12:] == 0).all()
     assert not rows.patches[rows.clip_ids == 0].any()
@@ -233,9 +233,9 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
 
     @jax.jit
     def expected(model, batch):
-        key, shape = jax.random.key(2), batch["patches"].shape
+        key, shape = jax.random.key(2), batch.patches.shape
         noise = jax.random.normal(rng.stream(key, "noise"), shape)
-        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch["patches"]) * G, 1)
+        times = TASK.density.sample(rng.stream(key, "timestep"), len(batch.patches) * G, 1)
         streams, tokens = text_of(model, batch), tokens_of(batch)
         losses, _ = velocity_loss(
             lambda x, t: model.dit(x, t, streams)[0], tokens, noise, times.reshape(-1, G)
@@ -244,7 +244,7 @@ def test_the_task_takes_the_mean_over_clips_with_a_timestep_for_each_draw(model)
 
     arrays = arrays_of(task)
     loss, metrics = loss_of_task(model, arrays)
-    repeated = {name: np.repeat(array, 2, axis=0) for name, array in arrays.items()}
+    repeated = jax.tree.map(lambda array: np.repeat(array, 2, axis=0), arrays)
     np.testing.assert_allclose(loss, expected(model, repeated), rtol=1e-5)
     np.testing.assert_allclose(metrics["fill"], (24 + 12 + 12) / (3 * S), rtol=1e-6)
     assert metrics["clips"].value == COUNT
@@ -266,9 +266,9 @@ def test_rows_and_tokens_are_cut_over_a_mesh(model, noise):
     expected = losses(model, rows, noise)
     mesh = MeshOptions(data=2, fsdp=1, context=2, tensor=2).build()
     with jax.set_mesh(mesh):
-        cut = processes.global_batch(rows | {"noise": noise}, mesh)
+        cut = processes.global_batch((rows, noise), mesh)
         spread = jax.device_put(model, shardings(model, mesh))
-        found = losses(spread, cut, cut.pop("noise"))
+        found = losses(spread, *cut)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -278,10 +278,13 @@ def test_captions_are_dropped_clip_by_clip(model, monkeypatch):
     encode = type(model).encode_text
     recorded = lambda model, *inputs: seen.append(inputs) or encode(model, *inputs)  # noqa: E731
     monkeypatch.setattr(type(model), "encode_text", recorded)
-    clips = TrainingClips(tokens_of(rows), G, jax.tree.map(jnp.asarray, rows), model)
+    clips = TrainingClips(tokens_of(rows), G, jax.tree.map(jnp.asarray, rows.conditions), model)
     ByteCaptions(config=TASK.text, dropout=0.5).observe(clips, jax.random.key(0))
     ((tokens, mask),) = seen
-    given, words = rows["tokens"].reshape(-1, 17), rows["mask"].reshape(-1, 17).sum(-1) > 1
+    given, words = (
+        rows.conditions["tokens"].reshape(-1, 17),
+        rows.conditions["mask"].reshape(-1, 17).sum(-1) > 1,
+    )
     empty = np.asarray(mask).sum(-1) == 1
     assert 0.3 < empty[words].mean() < 0.7
     np.testing.assert_array_equal(np.asarray(tokens)[~empty], given[~empty])
@@ -292,11 +295,11 @@ def test_with_a_known_first_frame_the_loss_is_that_of_the_other_frames(model):
     task = dataclasses.replace(TASK, conditioners=(FirstFrame(probability=1.0),))
     rows, key = arrays_of(task), jax.random.key(2)
     times = TASK.density.sample(rng.stream(key, "timestep"), len(ROWS) * G, 1).reshape(-1, G)
-    noise = jax.random.normal(rng.stream(key, "noise"), rows["patches"].shape)
-    known_mask = np.zeros(rows["clip_ids"].shape, bool)
+    noise = jax.random.normal(rng.stream(key, "noise"), rows.patches.shape)
+    known_mask = np.zeros(rows.clip_ids.shape, bool)
     for (r, g), one in zip(PLACES, CLIPS, strict=True):
         if len(one["latents"]) > 1:
-            known_mask[r] |= (rows["clip_ids"][r] == g + 1) & (rows["positions"][r, :, 0] == 0)
+            known_mask[r] |= (rows.clip_ids[r] == g + 1) & (rows.positions[r, :, 0] == 0)
 
     @jax.jit
     def both(model, rows):
@@ -305,8 +308,8 @@ def test_with_a_known_first_frame_the_loss_is_that_of_the_other_frames(model):
         return found, task.loss(Context(model=model, batch=rows, key=key))[0]
 
     found, loss = both(model, rows)
-    errors = np.square(np.asarray(found) - (np.asarray(noise) - rows["patches"])).mean(-1)
-    expected = [errors[r][(rows["clip_ids"][r] == g + 1) & ~known_mask[r]].mean() for r, g in PLACES]
+    errors = np.square(np.asarray(found) - (np.asarray(noise) - rows.patches)).mean(-1)
+    expected = [errors[r][(rows.clip_ids[r] == g + 1) & ~known_mask[r]].mean() for r, g in PLACES]
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
 
 
@@ -325,14 +328,19 @@ def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dr
     task = dataclasses.replace(TASK, text_encoder=TextFeatures(path="unused"), caption_dropout=dropout)
     model = random_module(lambda: task.build(nnx.Rngs(0)))
     arrays = arrays_of(task)
-    assert arrays["text"].shape == (3, G, 9, 32) and arrays["empty_text"].shape == (3, 1, 9, 32)
+    assert arrays.conditions["text"].shape == (3, G, 9, 32) and arrays.conditions["empty_text"].shape == (
+        3,
+        1,
+        9,
+        32,
+    )
 
     (captions,) = task.all_conditioners
 
     @jax.jit
     def of_rows(model, arrays):
         tokens = tokens_of(arrays)
-        condition = captions.observe(TrainingClips(tokens, G, arrays, model), jax.random.key(0))
+        condition = captions.observe(TrainingClips(tokens, G, arrays.conditions, model), jax.random.key(0))
         return model.dit(tokens, times_of_places(), condition.streams)[0]
 
     alone = jax.jit(lambda model, *inputs: velocity(model.dit, *inputs))
@@ -340,7 +348,7 @@ def test_features_of_a_text_encoder_are_those_of_each_clip_alone(monkeypatch, dr
     for (r, g), one, time in zip(PLACES, CLIPS, TIMES, strict=True):
         text = features_of(None, ["" if dropout else one["caption"]])
         expected = alone(model, one["latents"][None], time[None], text)[0]
-        mine = np.asarray(found[r])[arrays["clip_ids"][r] == g + 1]
+        mine = np.asarray(found[r])[arrays.clip_ids[r] == g + 1]
         np.testing.assert_allclose(back(mine, one["latents"].shape), expected, atol=1e-5)
     loss = jax.jit(lambda *args: task.loss(Context(model=args[0], batch=args[1], key=jax.random.key(1)))[0])
     assert np.isfinite(loss(model, arrays))

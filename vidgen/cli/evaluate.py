@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _load(checkpoint: pathlib.Path):
+def _load(checkpoint: pathlib.Path) -> tuple[Any, int | None, Any]:
     """Experiment, step and model of a run; (None, None, model) for a VAE alone."""
     from vidgen.models.video_vae.diffusers_folder import is_diffusers
     from vidgen.parallel.mesh import MeshOptions

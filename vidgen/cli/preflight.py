@@ -67,14 +67,14 @@ def _vae_config(task: Any, values: dict[str, Any] | None) -> Any:
     """Config of the VAE that the task trains, or of the frozen one: from its folder or its experiment."""
     from vidgen.models.video_vae.config import VAEConfig
 
-    frozen = task.frozen().get("vae")
-    if frozen is not None and values is not None:
+    frozen = task.frozen()
+    if "vae" in frozen and values is not None:
         return resolve(VAEConfig, values["task"]["model"], where="vae.task.model")
     try:
         return task.vae_config()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"config.task.vae: {frozen.source} holds no VAE. Correct the path, or give the experiment "
+            f"config.task.vae: {frozen['vae'].source} holds no VAE. Correct the path, or give the experiment "
             "that trains the VAE: --vae=experiments/vae/wan.py"
         ) from error
 

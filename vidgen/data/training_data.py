@@ -1,11 +1,13 @@
 """Data options of an experiment: what tasks and commands ask of them, and the part that video data share."""
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from vidgen.data.packing import PackingOptions
 from vidgen.data.source import ClipSource
 
 __all__ = ["TrainingData", "VideoData"]
+
+D = TypeVar("D")
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ class VideoData:
     packing: ClassVar[None] = None
 
     @property
-    def clips(self) -> "VideoData":
+    def clips(self: D) -> D:
         return self
 
     def source(self) -> ClipSource:

@@ -7,17 +7,18 @@ import jax
 import numpy as np
 
 from vidgen.core.typing import PyTree
+from vidgen.data.training_data import TrainingData
 
 __all__ = ["BatchSpec", "empty_batch", "spec_of"]
 
 BatchSpec = PyTree[jax.ShapeDtypeStruct]
 
 
-def empty_batch(data: Any) -> dict[str, Any]:
+def empty_batch(data: TrainingData) -> dict[str, Any]:
     """Host batch, as from the loader, of one black clip without a caption or one packed row without clips.
 
     Args:
-      data: `TrainingData` of one size; buckets are ignored.
+      data: options of one size; buckets are ignored.
     """
     if data.packing is not None:
         packing = dataclasses.asdict(data.packing)

@@ -53,8 +53,8 @@ class MetricsBuffer:
         state = state or {}
         self._sums: dict[str, float] = dict(state.get("sums", {}))
         # Older runs saved one number for all metrics.
-        counts = state.get("counts") or dict.fromkeys(self._sums, state.get("counted", 0))
-        self._counts: dict[str, int] = dict(counts)
+        counted: int = state.get("counted", 0)
+        self._counts: dict[str, int] = dict(state.get("counts") or dict.fromkeys(self._sums, counted))
         self._skipped: int = state.get("skipped", 0)
         self._in_a_row: int = state.get("in_a_row", 0)
         self._checked = start

@@ -1,6 +1,6 @@
 """The phases of a task: which take part in a step, and the update rule of their parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def transformation(
             f"phases {names} train {groups}: names and submodules must differ, and the first phase take part "
             "in every step"
         )
-    rules = {
+    rules: dict[Hashable, optax.GradientTransformation] = {
         group: _rule(phase, group, optimizer, num_steps) for phase in phases for group in phase.optimizers
     }
     if groups == [REST]:
@@ -53,7 +53,7 @@ def _rule(phase: Phase, group: str, optimizer: Optimizer, num_steps: int) -> opt
     rule = (phase.optimizers[group] or optimizer).transformation(-(-num_steps // phase.every))
     if phase.every == 1:
         return rule
-    takes_part = lambda _, *, due, **__: phase.name in due  # noqa: E731
+    takes_part = lambda step, *, due, **_: phase.name in due  # noqa: E731
     return optax.transforms.conditionally_mask(rule, takes_part, forward_extra_args=True)
 
 

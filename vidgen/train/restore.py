@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
@@ -50,4 +50,5 @@ def load_run(
         base = load_base(
             pathlib.Path(workdir), task, experiment.run, abstract_constants, dtype=jax.numpy.float32
         )
-    return experiment, step, task.inference_model(thaw(merge_model(graphdef, params, buffers, base)))
+    model: Any = thaw(merge_model(graphdef, params, buffers, base))
+    return experiment, step, task.inference_model(model)

@@ -3,9 +3,10 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -70,7 +71,7 @@ class Context(Generic[M, B]):
     frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch: B
     key: Array
-    step: Int[Array | np.ndarray, ""] | int = 0
+    step: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
 Loss = Callable[[Any], tuple[Float[Array, ""], Metrics]]
@@ -165,7 +166,13 @@ class Task(Protocol):
 
 @runtime_checkable
 class ExperimentTask(Task, Protocol):
-    """A task that an experiment names: all that the commands ask of it. `VideoTask` is a base for it."""
+    """A task that an experiment names: all that the commands ask of it. `VideoTask` is a base for it.
+
+    Attributes:
+      scores: what `vidgen evaluate` measures.
+    """
+
+    scores: ClassVar[Literal["reconstructions", "prompts", "none"]]
 
     @property
     def kind(self) -> str:
@@ -185,11 +192,6 @@ class ExperimentTask(Task, Protocol):
     @property
     def network(self) -> tuple[str, Any]:
         """Field and config of the trained network; the config has `remat` and `dtype`."""
-        ...
-
-    @property
-    def scores(self) -> Literal["reconstructions", "prompts", "none"]:
-        """What `vidgen evaluate` measures."""
         ...
 
     def vae_config(self) -> VAEConfig:

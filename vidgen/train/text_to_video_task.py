@@ -106,7 +106,7 @@ class TextToVideoTask(VideoTask):
     draws_per_clip: int = 1
     sampling: SamplingOptions = SamplingOptions()
 
-    scores: ClassVar[Literal["prompts"]] = "prompts"
+    scores: ClassVar[Literal["reconstructions", "prompts", "none"]] = "prompts"
 
     def __post_init__(self):
         if self.dit.image_dim is not None:

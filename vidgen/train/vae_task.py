@@ -63,7 +63,7 @@ class VAETask(VideoTask):
     adversary: Adversary | None = None
     statistics_clips: int = 256
 
-    scores: ClassVar[Literal["reconstructions"]] = "reconstructions"
+    scores: ClassVar[Literal["reconstructions", "prompts", "none"]] = "reconstructions"
 
     def __post_init__(self):
         for name in ("l1_weight", "l2_weight", "wavelet_weight", "perceptual_weight", "kl_weight"):
