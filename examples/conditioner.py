@@ -5,7 +5,7 @@ vidgen sample --trust --checkpoint runs/colour --prompt "a circle" --extra colou
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ class MeanColour:
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The sprites experiment with this condition, which modulates the transformer like the timestep."""
     config = sprites.get_config(arg)
-    config.task.dit.streams = ({"name": NAME, "dim": 3, "enters": "modulation"},)
-    config.task.conditioners = (MeanColour(),)
+    task: Any = config.task
+    task.dit.streams = ({"name": NAME, "dim": 3, "enters": "modulation"},)
+    task.conditioners = (MeanColour(),)
     return config

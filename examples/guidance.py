@@ -5,6 +5,7 @@ vidgen sample --trust --checkpoint runs/guidance --prompt "a red circle moves le
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -41,6 +42,6 @@ def _norm(x):
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The sprites experiment, sampled with this guidance."""
     config = sprites.get_config(arg)
-    config.task.vae = "experiments/weights/sprites_vae" if "tiny" not in arg else "runs/vae"
-    config.task.sampling = {"guidance": LimitedGuidance(limit=0.5), "guidance_scale": 6.0}
+    task: Any = config.task
+    task.sampling = {"guidance": LimitedGuidance(limit=0.5), "guidance_scale": 6.0}
     return config

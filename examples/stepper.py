@@ -5,6 +5,7 @@ vidgen sample --trust --checkpoint runs/stepper --prompt "a red circle moves lef
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -30,5 +31,6 @@ class AdamsBashforth:
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The sprites experiment, sampled by this method."""
     config = sprites.get_config(arg)
-    config.task.sampling = {"stepper": AdamsBashforth(), "grid": {"num_steps": 20}}
+    task: Any = config.task
+    task.sampling = {"stepper": AdamsBashforth(), "grid": {"num_steps": 20}}
     return config

@@ -35,8 +35,8 @@ class TrainingData(Protocol):
         ...
 
     @property
-    def clips(self) -> "VideoData":
-        """The pixel clips that training uses, directly or encoded as latents."""
+    def clips(self) -> Any:
+        """`VideoData` of the pixel clips that training uses, directly or encoded as latents."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -42,29 +43,21 @@ class AttentionKernel(Protocol):
     Both passes raise NotImplementedError for unsupported shapes or dtypes.
     """
 
-    def forward(
-        self, query: Array, key: Array, value: Array, *, scale: float, ranges: KeyRanges | None
-    ) -> tuple[Array, Array]:
-        """Returns mean, `b s n k`, float32 or `value`'s dtype, and log-sum-exp as in `PartialAttention`."""
+    @property
+    def forward(self) -> Callable[..., tuple[Array, Array]]:
+        """(query, key, value, *, scale, ranges) -> mean and log-sum-exp.
+
+        The mean is `b s n k`, float32 or `value`'s dtype; log-sum-exp is as in `PartialAttention`.
+        """
         ...
 
-    def backward(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        output: Array,
-        log_sum_exp: Array,
-        cotangent: Array,
-        *,
-        scale: float,
-        ranges: KeyRanges | None,
-    ) -> tuple[Array, Array, Array]:
-        """Returns the subset's share of the query gradient, and the gradients of its keys and values.
+    @property
+    def backward(self) -> Callable[..., tuple[Array, Array, Array]]:
+        """(query, key, value, output, log_sum_exp, cotangent, *, scale, ranges) -> gradients.
 
-        Args:
-          output, log_sum_exp: results of attention to all keys, not only to this subset.
-          cotangent: gradient of the loss with respect to `output`.
+        They are the subset's share of the query gradient, and the gradients of its keys and values. `output`
+        and `log_sum_exp` are results of attention to all keys, not only to this subset; `cotangent` is the
+        gradient of the loss with respect to `output`.
         """
         ...
 

@@ -146,7 +146,8 @@ def _abstract_batches(
 
     Packed clips have one batch of packed rows; other data has one batch per size of `largest_sizes`.
     """
-    data, batch_size = experiment.data, experiment.run.batch_size
+    data: Any = experiment.data
+    batch_size = experiment.run.batch_size
     num_shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     sized_data = [(data, batch_size)]
     if data.packing is None:

@@ -15,7 +15,7 @@ from vidgen.data.sprites.source import SpritesData
 from vidgen.data.tfds_clips import ArrayRecordData
 from vidgen.data.training_data import TrainingData
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.train.optimizer import AdamW, Muon, Optimizer
+from vidgen.train.optimizer import AdamW, Muon, RunOptimizer
 from vidgen.train.options import RunOptions
 from vidgen.train.resuming import check_changes
 from vidgen.train.task import ExperimentTask
@@ -36,7 +36,7 @@ class Experiment:
 
     task: VAETask | TextToVideoTask | ExperimentTask
     data: SpritesData | FolderData | ArrayRecordData | LatentsData | TrainingData
-    optimizer: AdamW | Muon | Optimizer = AdamW()
+    optimizer: AdamW | Muon | RunOptimizer = AdamW()
     run: RunOptions = RunOptions()
     mesh: MeshOptions = MeshOptions()
 

@@ -14,7 +14,7 @@ from vidgen.parallel import processes
 from vidgen.train.evaluator import Evaluator
 from vidgen.train.interrupt import Stopped, StopSignal
 from vidgen.train.metrics_buffer import MetricsBuffer
-from vidgen.train.optimizer import Optimizer
+from vidgen.train.optimizer import RunOptimizer
 from vidgen.train.options import RunOptions
 from vidgen.train.progress import Progress
 from vidgen.train.report import Report
@@ -41,7 +41,7 @@ def fit(
     task: Task,
     loader: Batches,
     options: RunOptions,
-    optimizer: Optimizer,
+    optimizer: RunOptimizer,
     workdir: pathlib.Path | str,
     mesh: Mesh,
     evaluators: Sequence[Evaluator] = (),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from vidgen.core.typing import PyTree
 
-__all__ = ["REST", "AdamW", "Muon", "Optimizer", "cosine_schedule", "param_labels"]
+__all__ = ["REST", "AdamW", "Muon", "Optimizer", "RunOptimizer", "cosine_schedule", "param_labels"]
 
 REST = ""
 """Label of the parameters in no named group."""
@@ -23,6 +23,11 @@ class Optimizer(Protocol):
     def transformation(self, num_steps: int) -> optax.GradientTransformation:
         """The update rule for a run of `num_steps`."""
         ...
+
+
+@runtime_checkable
+class RunOptimizer(Optimizer, Protocol):
+    """Options of a run's optimizer."""
 
     def schedule(self, num_steps: int) -> optax.Schedule:
         """Learning rate by step, for the metrics."""

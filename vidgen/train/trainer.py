@@ -18,7 +18,7 @@ from vidgen.nn.variables import Buffer, Constant
 from vidgen.parallel import processes
 from vidgen.train.base import load_base, save_base
 from vidgen.train.init_from import init_from_run
-from vidgen.train.optimizer import Optimizer
+from vidgen.train.optimizer import RunOptimizer
 from vidgen.train.options import RunOptions
 from vidgen.train.phases import due, named_groups, transformation
 from vidgen.train.power_law import averaging
@@ -54,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        optimizer: Optimizer,
+        optimizer: RunOptimizer,
         options: RunOptions,
         mesh: Mesh,
         checkpoints: CheckpointManager,

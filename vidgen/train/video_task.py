@@ -14,11 +14,13 @@ from vidgen.core.typing import Array, Float, Metrics
 from vidgen.data.buckets import training_clips
 from vidgen.data.loader import Loader
 from vidgen.models.video_vae.config import VAEConfig
+from vidgen.nn.lora import LoRAOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.check_sizes import check_videos
 from vidgen.train.evaluator import Evaluator, Previews
 from vidgen.train.options import RunOptions
 from vidgen.train.task import Frozen, Phase
+from vidgen.train.text_features import TextFeatures
 
 __all__ = ["VideoTask", "Videos"]
 
@@ -36,8 +38,8 @@ class VideoTask:
     differs. `vidgen.train.task.ExperimentTask` documents the methods.
     """
 
-    text_encoder: ClassVar[Any] = None
-    lora: ClassVar[Any] = None
+    text_encoder: TextFeatures | None = None
+    lora: LoRAOptions | None = None
     scores: ClassVar[Literal["reconstructions", "prompts", "none"]] = "none"
 
     def loss(self, context: Any) -> tuple[Float[Array, ""], Metrics]:
