@@ -25,48 +25,31 @@ class Kernels:
 
     Attributes:
       kind: `pallas_tpu` or `pallas_gpu`.
-      generation: TPU generation, a key of `vidgen.pallas_kernels.attention.specs.GENERATIONS`.
-      interpret: interprets the kernels on a CPU: slow, for tests.
+      forward, backward: functions of that kind's module for the devices in use.
     """
 
     kind: Literal["pallas_tpu", "pallas_gpu"]
-    generation: str | None = None
-    interpret: bool = False
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
 
     @classmethod
     def of(cls, kind: Literal["pallas_tpu", "pallas_gpu"]) -> "Kernels":
-        """Kernels for the devices in use; interpreted on CPUs.
+        """Kernels for the devices in use; interpreted on CPUs, which is slow, for tests.
 
         Raises:
           NotImplementedError: this kind has no kernels for the devices in use.
         """
         platform, name = device_kind()
-        if kind == "pallas_gpu":
-            if platform not in ("cpu", "gpu", "cuda"):
-                raise NotImplementedError(f"attention: pallas_gpu on {name}")
-            return cls(kind=kind, interpret=platform == "cpu")
-        if platform == "cpu":
-            return cls(kind=kind, generation="v6e", interpret=True)
-        return cls(kind=kind, generation=generation_of(name))
-
-    @property
-    def forward(self) -> Callable[..., tuple[Array, Array]]:
-        """The kernel module's `forward` for these devices: output, `b s n k`, and log-sum-exp, `b n s`."""
-        return functools.partial(self._module.forward, **self._options)
-
-    @property
-    def backward(self) -> Callable[..., tuple[Array, Array, Array]]:
-        """The kernel module's `backward` for these devices: gradients of query, key and value."""
-        return functools.partial(self._module.backward, **self._options)
-
-    @property
-    def _module(self) -> Any:
-        return tpu if self.kind == "pallas_tpu" else gpu
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"interpret": self.interpret}
-        return options if self.generation is None else {**options, "generation": self.generation}
+        options: dict[str, Any] = {"interpret": platform == "cpu"}
+        if kind == "pallas_tpu":
+            options["generation"] = "v6e" if platform == "cpu" else generation_of(name)
+        elif platform not in ("cpu", "gpu", "cuda"):
+            raise NotImplementedError(f"attention: pallas_gpu on {name}")
+        module = tpu if kind == "pallas_tpu" else gpu
+        bind = functools.partial
+        return cls(
+            kind=kind, forward=bind(module.forward, **options), backward=bind(module.backward, **options)
+        )
 
 
 def device_kind() -> tuple[str, str]:
