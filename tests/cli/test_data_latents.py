@@ -151,6 +151,14 @@ def test_latents_of_another_vae_are_refused(packed, tmp_path, capsys):
     assert "which is another VAE than config.task.vae" in capsys.readouterr().err
 
 
+def test_conditions_that_need_videos_are_refused(packed, tmp_path, capsys):
+    task = {"conditioners": [{"kind": "concat_frames"}], "dit.in_channels": 20, "dit.out_channels": 8}
+    options = [f"--config.task.{name}={value}" for name, value in task.items()]
+    assert run(train.main, [*packed.options, f"--workdir={tmp_path / 'w'}", *options]) == 2
+    error = capsys.readouterr().err
+    assert "needs videos" in error and "config.task.conditioners" in error
+
+
 def test_a_vae_is_not_trained_on_latents(packed, tmp_path, capsys):
     options = [f"--workdir={tmp_path / 'w'}", "--config.task={'kind': 'vae'}"]
     assert run(train.main, [*packed.options[:1], *packed.options[2:3], *options]) == 2

@@ -13,7 +13,6 @@ from vidgen.cli import evaluators
 from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.core.errors import UserError
 from vidgen.core.files import read_json
-from vidgen.data.sprites.source import SpritesData
 from vidgen.diffusion.shift import RootShift
 from vidgen.diffusion.timesteps import LogitNormal
 from vidgen.models.dit.config import VARIANTS
@@ -34,8 +33,6 @@ from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.published import PUBLISHED, SamplingDefaults
 from vidgen.sampling.steppers import UniPC
 from vidgen.sampling.time_grid import TimeGrid
-from vidgen.train.experiment import Experiment
-from vidgen.train.options import RunOptions
 from vidgen.train.text_to_video_task import TextToVideoTask
 
 VAE = VAE_VARIANTS["wan2.1"]
@@ -169,9 +166,8 @@ def test_previews_are_sampled_as_the_model_is(monkeypatch):
     monkeypatch.setattr(evaluators, "Pipeline", pipeline)
     clips = [{"caption": "a", "video": np.zeros((1, 4, 4, 3), np.uint8)}]
     made = task(density=LogitNormal(shift=3.0), sampling=SamplingOptions(guidance_scale=6.0))
-    data = SpritesData(num_frames=1, height=4, width=4)
-    experiment = Experiment(task=made, data=data, run=RunOptions(num_steps=1, batch_size=1))
-    (preview,) = evaluators._samples(experiment, made, clips, MeshOptions().build())
+    previews = evaluators.RunPreviews(clips=clips, every=1, fps=8.0, mesh=MeshOptions().build())
+    (preview,) = made.evaluators(previews)
     preview.sample(object.__new__(TextToVideo), object.__new__(VideoVAE), ("a",))
     assert seen == [SamplingOptions(grid=TimeGrid(shift=3.0), guidance_scale=6.0)]
 

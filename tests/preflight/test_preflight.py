@@ -161,7 +161,7 @@ def test_of_several_buckets_those_that_could_need_the_most_memory_are_compiled(e
     mesh = experiment.mesh.build()
     batches = compiling._abstract_batches(wide, experiment.task, mesh, VARIANTS["tiny"])
     # The images have fewer pixels, and more scores of attention.
-    assert [batch["video"].shape for batch in batches] == [(8, 1, 64, 64, 3), (24, 5, 32, 32, 3)]
+    assert [batch.video.shape for batch in batches] == [(8, 1, 64, 64, 3), (24, 5, 32, 32, 3)]
 
 
 def test_of_buckets_the_one_that_needs_the_most_is_reported(experiment, monkeypatch):
@@ -174,7 +174,7 @@ def test_of_buckets_the_one_that_needs_the_most_is_reported(experiment, monkeypa
     sizes = []
 
     def refuse(traced):
-        sizes.append(traced.args_info[0][2]["video"].shape)
+        sizes.append(traced.args_info[0][2].video.shape)
         return TooLarge(needed_bytes=[3, 5][len(sizes) - 1], message="no")
 
     monkeypatch.setattr(compiling, "compile_or_refusal", refuse)
@@ -189,7 +189,7 @@ def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, 
     packing = PackingOptions(tokens_per_row=48, clips_per_row=3)
     data = LatentsData(path="unread", packing=packing, clips=experiment.data)
     packed = dataclasses.replace(experiment, data=data)
-    [batch] = compiling._abstract_batches(packed, experiment.task, experiment.mesh.build(), None)
+    [batch] = compiling._abstract_batches(packed, experiment.task, experiment.mesh.build(), VARIANTS["tiny"])
     dit, text = experiment.task.dit, experiment.task.text
     rows = experiment.run.batch_size
     assert batch.patches.shape == (rows, 48, 4 * dit.in_channels)

@@ -65,7 +65,7 @@ def test_no_file_is_needed(name, argument):
     has_encoder = (name, argument) == ("dit/wan", "")
     assert (report.memory.text_encoder > 0) == has_encoder
     if has_encoder:
-        assert report.batch["text"] == report.batch["empty_text"] == (16, 512, 4096)
+        assert report.batch["conditions.text"] == report.batch["conditions.empty_text"] == (16, 1, 512, 4096)
         # 5.7 billion parameters of 16 bits over eight devices.
         assert 1.2 * 2**30 < report.memory.text_encoder < 1.5 * 2**30
         assert report.memory.peak == 1 + report.memory.text_encoder
