@@ -189,7 +189,8 @@ def test_of_packed_clips_rows_are_compiled_and_shorter_ones_advised(experiment, 
     packing = PackingOptions(tokens_per_row=48, clips_per_row=3)
     data = LatentsData(path="unread", packing=packing, clips=experiment.data)
     packed = dataclasses.replace(experiment, data=data)
-    [batch] = compiling._abstract_batches(packed, experiment.task, experiment.mesh.build(), VARIANTS["tiny"])
+    mesh = experiment.mesh.build()
+    [batch] = compiling._abstract_batches(packed, experiment.task, mesh, VARIANTS["tiny"])
     dit, text = experiment.task.dit, experiment.task.text
     rows = experiment.run.batch_size
     assert batch.patches.shape == (rows, 48, 4 * dit.in_channels)

@@ -16,7 +16,7 @@ from vidgen.models.dit.config import VARIANTS as DIT_VARIANTS
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.video_vae.diffusers_folder import save_diffusers
 from vidgen.nn.lora import LoRAOptions
-from vidgen.nn.variables import Buffer
+from vidgen.nn.variables import Buffer, Constant
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
 from vidgen.train.experiment import Experiment, claim_workdir
@@ -30,9 +30,10 @@ MESH = MeshOptions(data=2, fsdp=2, tensor=2)
 
 
 def state(task, seed, mesh=None):
-    """A state of random numbers, sharded as a run's is."""
+    """A state of random numbers, sharded as a run's is; with a LoRA's base, as older versions saved it."""
     module = random_module(lambda: task.build(nnx.Rngs(0)), seed)
-    _, params, buffers = nnx.split(module, nnx.Param, Buffer, graph=False)
+    _, params, buffers, base = nnx.split(module, nnx.Param, Buffer, Constant, graph=False)
+    buffers = nnx.merge_state(buffers, base)
     tree = {"params": params, "ema": jax.tree.map(lambda x: 2 * x, params), "buffers": buffers}
     tree = jax.device_put(tree, shardings(tree, mesh or MeshOptions().build(jax.devices()[:1])))
     return TrainState(step=jnp.zeros((), jnp.int32), opt_state=(), key=jax.random.key(0), **tree)

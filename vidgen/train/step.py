@@ -67,25 +67,6 @@ def make_train_step(
     phases = task.phases
     update = optax.with_extra_args_support(tx).update
 
-    def gradients(phase: Phase, state: TrainState, frozen: FrozenState, batch: PyTree, key: Key[Array, ""]):
-        labels = param_labels(state.params, named_groups(phases))
-
-        def loss_fn(params: PyTree, buffers: PyTree, batch: PyTree, key: Key[Array, ""]):
-            hold = lambda label, x: x if label in phase.optimizers else jax.lax.stop_gradient(x)  # noqa: E731
-            model = merge_model(graphdef, jax.tree.map(hold, labels, params), buffers, frozen.base)
-            context = Context(
-                model=model,
-                ema=ema_model(state, graphdef, frozen.base),
-                frozen=frozen.merge(frozen_graphdefs),
-                batch=batch,
-                key=key,
-                step=state.step,
-            )
-            loss, metrics = phase.loss(context)
-            return loss.astype(jnp.float32), (metrics, nnx.state(model, Buffer, graph=False))
-
-        return _gradients(loss_fn, state, batch, key, options.grad_accumulation)
-
     def step(
         state: TrainState, frozen: FrozenState, batch: PyTree, due: tuple[str, ...] | None = None
     ) -> tuple[TrainState, Metrics]:
@@ -94,7 +75,10 @@ def make_train_step(
         seen, losses, metrics, grads = state, [], {}, {}
         for phase in active:
             key = rng.stream(step_key, phase.name) if phase.name else step_key
-            loss, found, buffers, grads[phase.name] = gradients(phase, seen, frozen, batch, key)
+            loss_fn = _loss_fn(task, phase, graphdef, frozen_graphdefs, seen, frozen)
+            loss, found, buffers, grads[phase.name] = _gradients(
+                loss_fn, seen, batch, key, options.grad_accumulation
+            )
             seen = dataclasses.replace(seen, buffers=buffers)
             losses.append(loss)
             metrics |= _named(phase.name, found | {"loss": loss})
@@ -133,6 +117,34 @@ def clipped(grads: PyTree, largest: float | None, groups: Collection[str]) -> tu
         scales = {name: largest / jnp.maximum(norm, largest) for name, norm in norms.items()}
         grads = jax.tree.map(lambda name, g: g * scales[name], labels, grads)
     return grads, {name: norms[name] for name in groups}
+
+
+def _loss_fn(
+    task: Task,
+    phase: Phase,
+    graphdef: nnx.GraphDef,
+    frozen_graphdefs: Mapping[str, nnx.GraphDef],
+    state: TrainState,
+    frozen: FrozenState,
+) -> Callable[..., tuple[Array, tuple[Metrics, PyTree]]]:
+    """Loss of a phase as a function of all parameters, with gradients for its own only."""
+    labels = param_labels(state.params, named_groups(task.phases))
+
+    def loss_fn(params: PyTree, buffers: PyTree, batch: PyTree, key: Key[Array, ""]):
+        hold = lambda label, x: x if label in phase.optimizers else jax.lax.stop_gradient(x)  # noqa: E731
+        model = merge_model(graphdef, jax.tree.map(hold, labels, params), buffers, frozen.base)
+        context = Context(
+            model=model,
+            ema=ema_model(state, graphdef, frozen.base),
+            frozen=frozen.merge(frozen_graphdefs),
+            batch=batch,
+            key=key,
+            step=state.step,
+        )
+        loss, metrics = phase.loss(context)
+        return loss.astype(jnp.float32), (metrics, nnx.state(model, Buffer, graph=False))
+
+    return loss_fn
 
 
 def _gradients(loss_fn, state: TrainState, batch: PyTree, key: Key[Array, ""], count: int):
