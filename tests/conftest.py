@@ -47,7 +47,8 @@ def let_go_of_programs():
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers."""
+    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once, on one device."""
+    from tests.few_devices import few_devices
     from vidgen.cli import train
 
     base = tmp_path_factory.getbasetemp()
@@ -58,8 +59,9 @@ def tiny_runs(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             config = str(ROOT / "experiments" / "{}" / "sprites.py:tiny")
-            assert train.main([f"--config={config.format('vae')}", f"--workdir={vae}"]) == 0
-            on = f"--config.task.vae={vae}"
-            assert train.main([f"--config={config.format('dit')}", f"--workdir={dit}", on]) == 0
+            with few_devices(1):
+                assert train.main([f"--config={config.format('vae')}", f"--workdir={vae}"]) == 0
+                on = f"--config.task.vae={vae}"
+                assert train.main([f"--config={config.format('dit')}", f"--workdir={dit}", on]) == 0
             done.touch()
     return types.SimpleNamespace(vae=vae, dit=dit)

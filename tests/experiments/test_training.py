@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from tests.few_devices import few_devices
 from vidgen.cli.train import main
 from vidgen.data.video_io import save_video
 from vidgen.train.vae_folder import has_vae
@@ -41,12 +42,15 @@ def videos(tmp_path_factory):
 
 def train(path, workdir, overrides, argument="tiny"):
     options = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return main([f"--config={ROOT / path}:{argument}", f"--workdir={workdir}", *options])
+    with few_devices(2):
+        return main([f"--config={ROOT / path}:{argument}", f"--workdir={workdir}", *options])
 
 
 def test_images_and_clips_of_several_sizes_by_turns(tmp_path, videos):
     save_video(videos / "image.png", np.full((1, 40, 40, 3), 90, np.uint8), fps=1)
-    overrides = {"data.path": videos, "run.num_steps": 4, "run.eval_every": 4}
+    overrides = {"data.path": videos, "run.num_steps": 4, "run.eval_every": 4, "task.statistics_clips": 32}
+    # Two levels, for half the time of compiling.
+    overrides |= {"task.model.dim_mult": "(1, 2)", "task.model.temporal_downsample": "(True,)"}
     assert train("experiments/vae/folder.py", tmp_path, overrides, "mixed,tiny") == 0
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
