@@ -1,9 +1,9 @@
 """Every test runs on eight CPU devices, and compiled programs are kept between runs."""
 
 import fcntl
-import importlib.metadata
 import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -14,20 +14,12 @@ CACHE = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-JAXLIB = importlib.metadata.version("jaxlib")
-XLA_FLAGS = " ".join(
-    (
-        # Most of the time of the tests is that of the compiler.
-        "--xla_backend_optimization_level=0",
-        *(["--xla_cpu_use_fusion_emitters=false"] if JAXLIB < "0.11" else []),  # later: unknown, which aborts
-        "--xla_cpu_parallel_codegen_split_count=1",
-        # Eight devices share what cores there are: one may wait long for the others.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    )
-)
+sys.path.insert(0, str(ROOT))  # `from tests.train import toy`
+
+from tests.xla_flags import XLA_FLAGS  # noqa: E402
+
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-sys.path.insert(0, str(ROOT))  # `from tests.train import toy`
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -47,10 +39,10 @@ def let_go_of_programs():
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once, on one device."""
-    from tests.few_devices import few_devices
-    from vidgen.cli import train
+    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers.
 
+    Trained by the command on one device, as in the notebook, whose compiled programs they share.
+    """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
     root.mkdir(exist_ok=True)
@@ -58,10 +50,15 @@ def tiny_runs(tmp_path_factory):
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            config = str(ROOT / "experiments" / "{}" / "sprites.py:tiny")
-            with few_devices(1):
-                assert train.main([f"--config={config.format('vae')}", f"--workdir={vae}"]) == 0
-                on = f"--config.task.vae={vae}"
-                assert train.main([f"--config={config.format('dit')}", f"--workdir={dit}", on]) == 0
+            _train("vae/sprites.py:tiny", vae)
+            _train("dit/sprites.py:tiny", dit, f"--config.task.vae={vae}")
             done.touch()
     return types.SimpleNamespace(vae=vae, dit=dit)
+
+
+def _train(experiment, workdir, *options):
+    command = [sys.executable, "-m", "vidgen.cli.train", f"--config={ROOT / 'experiments' / experiment}"]
+    result = subprocess.run(
+        [*command, f"--workdir={workdir}", *options], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
