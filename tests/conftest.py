@@ -3,7 +3,6 @@
 import fcntl
 import os
 import pathlib
-import subprocess
 import sys
 import types
 
@@ -41,8 +40,10 @@ def let_go_of_programs():
 def tiny_runs(tmp_path_factory):
     """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers.
 
-    Trained by the command on one device, as in the notebook, whose compiled programs they share.
+    As the notebook trains them, with which they share compiled programs.
     """
+    from tests.train_command import train_command
+
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
     root.mkdir(exist_ok=True)
@@ -50,15 +51,8 @@ def tiny_runs(tmp_path_factory):
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            _train("vae/sprites.py:tiny", vae)
-            _train("dit/sprites.py:tiny", dit, f"--config.task.vae={vae}")
+            train_command(ROOT / "experiments" / "vae" / "sprites.py:tiny", vae)
+            config = ROOT / "experiments" / "dit" / "sprites.py:tiny"
+            train_command(config, dit, f"--config.task.vae={vae}")
             done.touch()
     return types.SimpleNamespace(vae=vae, dit=dit)
-
-
-def _train(experiment, workdir, *options):
-    command = [sys.executable, "-m", "vidgen.cli.train", f"--config={ROOT / 'experiments' / experiment}"]
-    result = subprocess.run(
-        [*command, f"--workdir={workdir}", *options], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
