@@ -1,4 +1,4 @@
-"""`vidgen train` in a process of its own, on one device: equal programs of all such runs are compiled once."""
+"""`vidgen train` in its own process, on one device: programs that such runs have in common compile once."""
 
 import subprocess
 import sys
