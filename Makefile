@@ -35,11 +35,10 @@ format: .venv/.dev
 unit: .venv/.parity
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal --durations=15
 
-# Compiled quickly, as the tests are (tests/conftest.py).
-notebooks: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
+# Compiled quickly, as the tests are, whose compiled programs it shares.
 notebooks: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 notebooks: $(NOTEBOOKS)
-	VIDGEN_VARIANT=tiny $(BIN)/python -m pytest --timeout=900 --nbmake --nbmake-timeout=900 $(NOTEBOOKS)
+	XLA_FLAGS="$$($(BIN)/python tests/xla_flags.py)" VIDGEN_VARIANT=tiny $(BIN)/python -m pytest --timeout=900 --nbmake --nbmake-timeout=900 $(NOTEBOOKS)
 
 # Minutes each: compiling for TPU topologies, and kernels interpreted at full block sizes.
 test-slow: .venv/.dev

@@ -1,7 +1,6 @@
 """Every test runs on eight CPU devices, and compiled programs are kept between runs."""
 
 import fcntl
-import importlib.metadata
 import os
 import pathlib
 import sys
@@ -14,20 +13,12 @@ CACHE = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-JAXLIB = importlib.metadata.version("jaxlib")
-XLA_FLAGS = " ".join(
-    (
-        # Most of the time of the tests is that of the compiler.
-        "--xla_backend_optimization_level=0",
-        *(["--xla_cpu_use_fusion_emitters=false"] if JAXLIB < "0.11" else []),  # later: unknown, which aborts
-        "--xla_cpu_parallel_codegen_split_count=1",
-        # Eight devices share what cores there are: one may wait long for the others.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    )
-)
+sys.path.insert(0, str(ROOT))  # `from tests.train import toy`
+
+from tests.xla_flags import XLA_FLAGS  # noqa: E402
+
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-sys.path.insert(0, str(ROOT))  # `from tests.train import toy`
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -47,8 +38,11 @@ def let_go_of_programs():
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers."""
-    from vidgen.cli import train
+    """Workdirs `vae` and `dit` of the tiny sprite experiments, trained once for all workers.
+
+    As the notebook trains them, with which they share compiled programs.
+    """
+    from tests.train_command import train_command
 
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny_runs"
@@ -57,9 +51,8 @@ def tiny_runs(tmp_path_factory):
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            config = str(ROOT / "experiments" / "{}" / "sprites.py:tiny")
-            assert train.main([f"--config={config.format('vae')}", f"--workdir={vae}"]) == 0
-            on = f"--config.task.vae={vae}"
-            assert train.main([f"--config={config.format('dit')}", f"--workdir={dit}", on]) == 0
+            train_command(ROOT / "experiments" / "vae" / "sprites.py:tiny", vae)
+            config = ROOT / "experiments" / "dit" / "sprites.py:tiny"
+            train_command(config, dit, f"--config.task.vae={vae}")
             done.touch()
     return types.SimpleNamespace(vae=vae, dit=dit)

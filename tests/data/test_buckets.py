@@ -97,9 +97,10 @@ def test_processes_share_the_batches_of_one():
     assert [first + second for first, second in zip(*parts, strict=True)] == names()
 
 
-def test_resume_is_exact_at_every_step_and_with_other_processes():
+@pytest.mark.parametrize("steps", [range(0, 20, 4), pytest.param(range(20), marks=pytest.mark.slow)], ids=str)
+def test_resume_is_exact_at_every_step_and_with_other_processes(steps):
     whole = names()
-    for step in range(20):
+    for step in steps:
         with Loader(mixture(), batch_size=4, seed=3, process_count=2) as loader:
             for _ in range(step):
                 next(loader)

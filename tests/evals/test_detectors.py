@@ -48,13 +48,19 @@ def blur_and_noise(video):
     return np.clip(soft + noise + 0.5, 0, 255).astype(np.uint8)
 
 
-def test_one_object_short_clips():
-    scores = agreement(80, num_frames=9, max_objects=1, seed=11)
+def clips(few, many):
+    return pytest.mark.parametrize("num_clips", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@clips(30, 80)
+def test_one_object_short_clips(num_clips):
+    scores = agreement(num_clips, num_frames=9, max_objects=1, seed=11)
     assert min(scores.values()) >= 0.98, scores
 
 
-def test_one_object_longer_clips():
-    scores = agreement(35, num_frames=17, max_objects=1, seed=12)
+@clips(12, 35)
+def test_one_object_longer_clips(num_clips):
+    scores = agreement(num_clips, num_frames=17, max_objects=1, seed=12)
     assert min(scores.values()) >= 0.98, scores
 
 
@@ -64,8 +70,9 @@ def test_several_objects():
     assert min(scores.values()) >= 0.95, scores
 
 
-def test_blurry_and_noisy_clips():
-    scores = agreement(40, blur_and_noise, num_frames=9, max_objects=1, seed=14)
+@clips(20, 40)
+def test_blurry_and_noisy_clips(num_clips):
+    scores = agreement(num_clips, blur_and_noise, num_frames=9, max_objects=1, seed=14)
     assert min(scores.values()) >= 0.95, scores
 
 

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import vidgen
+from tests.few_devices import few_devices
 from tests.pipeline.tiny_wan import KINDS, make_checkpoint
 from vidgen.ckpt.manager import CheckpointError
 from vidgen.cli import export
@@ -59,7 +61,8 @@ def train(workdir, videos, wan, overrides, argument="lora,tiny"):
         **overrides,
     }
     options = [f"--config.{key}={value}" for key, value in values.items() if value is not None]
-    return main([f"--config={EXPERIMENT}:{argument}", f"--workdir={workdir}", *options])
+    with few_devices(2):
+        return main([f"--config={EXPERIMENT}:{argument}", f"--workdir={workdir}", *options])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def lora_run(tmp_path_factory, videos, wan):
 def test_a_lora_run_begins_from_wans_weights_and_leaves_them_as_they_are(lora_run, wan):
     from vidgen.train.restore import load_run
 
-    mesh = MeshOptions().build()
+    mesh = MeshOptions().build(jax.devices()[:1])
     _, step, model = load_run(lora_run, mesh)
     assert step == 2
     expected = named_leaves(nnx.state(load_diffusers(wan / "transformer")))
@@ -87,7 +90,7 @@ def test_a_lora_run_begins_from_wans_weights_and_leaves_them_as_they_are(lora_ru
 def test_its_updates_are_exported_alone_and_give_the_same_videos(lora_run, wan, tmp_path):
     out = tmp_path / "mine.safetensors"
     assert export.main([str(lora_run), "--format", "lora", "--out", str(out)]) == 0
-    mesh = MeshOptions().build()
+    mesh = MeshOptions().build(jax.devices()[:1])
     call = {"num_frames": 5, "height": 16, "width": 16, "steps": 2, "guidance_scale": 2.0}
     trained = vidgen.load(lora_run, mesh=mesh, dtype="float32")
     with_update = vidgen.load(wan, mesh=mesh)

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from vidgen.cli.train import main
+from tests.train_command import train_command
 from vidgen.data.video_io import save_video
 from vidgen.train.vae_folder import has_vae
 
@@ -41,13 +41,13 @@ def videos(tmp_path_factory):
 
 def train(path, workdir, overrides, argument="tiny"):
     options = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return main([f"--config={ROOT / path}:{argument}", f"--workdir={workdir}", *options])
+    train_command(f"{ROOT / path}:{argument}", workdir, *options)
 
 
 def test_images_and_clips_of_several_sizes_by_turns(tmp_path, videos):
     save_video(videos / "image.png", np.full((1, 40, 40, 3), 90, np.uint8), fps=1)
     overrides = {"data.path": videos, "run.num_steps": 4, "run.eval_every": 4}
-    assert train("experiments/vae/folder.py", tmp_path, overrides, "mixed,tiny") == 0
+    train("experiments/vae/folder.py", tmp_path, overrides, "mixed,tiny")
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -70,7 +70,7 @@ def test_two_steps(path, tmp_path, videos, tiny_runs):
     trained = {"experiments/vae/sprites.py": tiny_runs.vae, "experiments/dit/sprites.py": tiny_runs.dit}
     workdir = trained.get(path, tmp_path)
     if path not in trained:
-        assert train(path, workdir, overrides) == 0
+        train(path, workdir, overrides)
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}

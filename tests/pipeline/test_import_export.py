@@ -15,6 +15,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import vidgen
+from tests.few_devices import few_devices
 from tests.pipeline.tiny_wan import KINDS, make_checkpoint
 from vidgen.ckpt.tensor_files import TensorFiles, WeightsError
 from vidgen.ckpt.weights import save_weights
@@ -43,6 +44,12 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mesh():
     return MeshOptions(data=1, fsdp=8).build()
+
+
+@pytest.fixture
+def one_device():
+    with few_devices(1):
+        yield
 
 
 def tensors(folder):
@@ -109,6 +116,7 @@ def test_two_experts_as_their_authors_publish_them(mesh, tmp_path):
     assert index["boundary_ratio"] == 0.875 and index["transformer_2"][1] == "WanTransformer3DModel"
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_trained_run_goes_out_and_in_again(tiny_runs, tmp_path):
     assert export.main([str(tiny_runs.dit), "--out", str(tmp_path / "out")]) == 0
     mesh = MeshOptions().build()
@@ -123,6 +131,7 @@ def test_a_trained_run_goes_out_and_in_again(tiny_runs, tmp_path):
     diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_other_formats(tiny_runs, tmp_path, format):

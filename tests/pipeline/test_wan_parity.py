@@ -14,10 +14,20 @@ torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 PROMPT, NEGATIVE = "Two dogs run  over a quiet lake.", "rain"
 
 
-@pytest.fixture(scope="module", params=KINDS.items(), ids=KINDS.keys())
+SLOW = ("2.1 T2V, Euler", "2.2 T2V A14B")
+"""Euler's method is compared with diffusers' by itself; the other A14B has two transformers as well."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=[pytest.mark.slow] if name in SLOW else [], id=name)
+        for name, kind in KINDS.items()
+    ],
+)
 def made(request, tmp_path_factory):
     """The kind, diffusers' pipeline, and the folder that it saved."""
-    _, kind = request.param
+    kind = request.param
     folder = tmp_path_factory.mktemp("checkpoint")
     return kind, make_checkpoint(kind, folder), folder
 

@@ -27,6 +27,7 @@ from vidgen.train.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG, VAE = (f"{ROOT}/experiments/{name}.py:tiny" for name in ("dit/t2v_1b", "vae/wan"))
+SMALL_VAE = dataclasses.replace(VARIANTS["tiny"], dim_mult=(1, 2), temporal_downsample=(True,), patch_size=4)
 SMALL = ["--config.data.path=unread", "--config.task.dit.num_layers=1", "--config.data.num_frames=1"]
 
 
@@ -37,7 +38,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def compiled(experiment):
-    return compile_step(experiment, experiment.mesh.build(), VARIANTS["tiny"])
+    return compile_step(experiment, experiment.mesh.build(), SMALL_VAE)
 
 
 def test_state_comes_out_as_asked(compiled):
@@ -147,7 +148,7 @@ def test_a_batch_that_does_not_divide_is_an_error(experiment):
     with pytest.raises(
         PreflightError, match=r"batch_size of 12 in 2 micro-batches .* make it a multiple of 16"
     ):
-        compile_step(dataclasses.replace(experiment, run=options), experiment.mesh.build(), VARIANTS["tiny"])
+        compile_step(dataclasses.replace(experiment, run=options), experiment.mesh.build(), SMALL_VAE)
 
 
 def test_of_several_buckets_those_that_could_need_the_most_memory_are_compiled(experiment):
@@ -180,7 +181,7 @@ def test_of_buckets_the_one_that_needs_the_most_is_reported(experiment, monkeypa
     monkeypatch.setattr(compiling, "compile_or_refusal", refuse)
     data = dataclasses.replace(experiment.data, buckets=buckets)
     wide = dataclasses.replace(experiment, data=data)
-    found = compile_step(wide, experiment.mesh.build(), VARIANTS["tiny"])
+    found = compile_step(wide, experiment.mesh.build(), SMALL_VAE)
     assert sizes == [(8, 9, 16, 16, 3), (8, 1, 32, 64, 3)]
     assert found.executable.needed_bytes == 5 and found.batch.video.shape == sizes[1]
 

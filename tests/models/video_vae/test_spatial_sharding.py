@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.models.random_weights import random_module
-from tests.models.video_vae.test_streaming import CONFIGS, normal
+from tests.models.video_vae.test_streaming import CONFIGS, PARAMS, normal
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
@@ -21,7 +21,7 @@ from vidgen.parallel.mesh import MeshOptions
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(scope="module", params=PARAMS, ids=CONFIGS.keys())
 def vae(request):
     return random_module(lambda: VideoVAE(request.param, rngs=nnx.Rngs(0)))
 

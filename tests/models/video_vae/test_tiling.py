@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from tests.models.random_weights import random_module
-from tests.models.video_vae.test_streaming import CONFIGS, normal
+from tests.models.small_vae import CONFIG
+from tests.models.video_vae.test_streaming import normal
 from vidgen.models.video_vae import streaming
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.models.video_vae.tiling import Tiles
@@ -41,7 +42,7 @@ def test_an_overlap_that_leaves_nothing_is_an_error():
 
 @pytest.fixture(scope="module")
 def vae():
-    return random_module(lambda: VideoVAE(CONFIGS["as Wan 2.2"], rngs=nnx.Rngs(0)))
+    return random_module(lambda: VideoVAE(CONFIG, rngs=nnx.Rngs(0)))
 
 
 def test_one_tile_is_the_whole_frame(vae):

@@ -122,7 +122,7 @@ def test_16_bit_compute_is_close(vae, clip):
 
 
 def test_remat_does_not_change_gradients():
-    config = dataclasses.replace(CONFIGS["as Wan 2.1"], dim_mult=(1, 2), temporal_downsample=(True,))
+    config = dataclasses.replace(CONFIGS["as Wan 2.1"], dim_mult=(2,), temporal_downsample=())
     vae = random_module(lambda: VideoVAE(config, rngs=nnx.Rngs(0)))
     gradient = jax.grad(lambda model: jnp.square(model.posterior(normal(1, 3, 4, 4, 3)).mean).mean())
     recomputing = with_config(vae, remat="full")

@@ -17,7 +17,9 @@ HIGH = {"base-8x16x16": (8, 16, 64), "base-8x32x32": (8, 32, 128), "small-8x16x1
 """Frames and pixels per side for one latent, and channels."""
 
 
-@pytest.mark.parametrize("name", HIGH)
+@pytest.mark.parametrize(
+    "name", ["base-8x16x16", *(pytest.param(name, marks=pytest.mark.slow) for name in list(HIGH)[1:])]
+)
 def test_large_presets_have_the_latents_that_their_names_say(name):
     config, (frames, side, channels) = VARIANTS[name], HIGH[name]
     assert (config.temporal_factor, config.spatial_factor, config.latent_channels) == (frames, side, channels)
@@ -30,7 +32,8 @@ def test_large_presets_have_the_latents_that_their_names_say(name):
         config.latent_shape(5, side, side)
 
 
-@pytest.mark.parametrize("name", ["base-8x16x16", pytest.param("base-8x32x32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base-8x16x16", "base-8x32x32"])
 def test_a_narrow_copy_encodes_and_decodes_images_and_clips(name):
     config = dataclasses.replace(
         VARIANTS[name], base_dim=4, decoder_base_dim=8, latent_channels=4, num_res_blocks=1

@@ -1,6 +1,7 @@
 """The GPU kernels: numbers in interpret mode, and what they are lowered to for a GPU that is not there."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -17,11 +18,23 @@ from vidgen.pallas_kernels.attention.gpu_visits import list_visits
 from vidgen.pallas_kernels.attention.masks import BlockMask, KeyRanges, causal_ranges, segment_ranges
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 class TestGpu(AttentionCases):
     forward = staticmethod(jax.jit(functools.partial(gpu.forward, interpret=True), static_argnames="scale"))
     backward = staticmethod(jax.jit(functools.partial(gpu.backward, interpret=True), static_argnames="scale"))
+    # Each is a compilation; the cases that stay have most of what these show.
+    slow = (
+        "test_block_mask",
+        "test_block_mask_of_larger_blocks",
+        "test_head_dimensions[96-bfloat16]",
+        "test_head_dimensions[128-bfloat16]",
+        "test_head_dimensions[256-bfloat16]",
+        "test_lengths[(128, 128)-float32]",
+        "test_lengths[(1, 200)-float32]",
+        "test_nothing_is_seen[hidden]",
+    )
 
     def test_float16(self):
         self.check(self.inputs(self.length, self.length, dtype="float16"))
@@ -59,7 +72,7 @@ class TestGpuLowered(AttentionCases):
 
 
 @pytest.mark.usefixtures("lowered")
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [slow(False), True])
 def test_what_is_lowered_for_a_gpu_computes_attention(masked):
     """Where it reads and writes, too: strides, tails and parts of a head dimension."""
     cases = TestGpuLowered()
@@ -128,8 +141,13 @@ def abstract(head_dim, dtype="bfloat16", sharding=None, masked=False):
     return (x, x, x), (x, x, x, x, shaped((1, 12, 32760), jnp.float32), x), ranges
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("head_dim", "masked"),
+    [
+        pytest.param(*case, marks=[] if case in ((64, False), (192, True)) else [pytest.mark.slow])
+        for case in itertools.product(HEAD_DIMS, (False, True))
+    ],
+)
 def test_lowers_for_a_gpu(head_dim, masked):
     """To one kernel forward and two backward, loops that Triton can pipeline, and no copies outside."""
     forward, backward, ranges = abstract(head_dim, masked=masked)

@@ -92,7 +92,7 @@ def case(heads, head_dim, *, length=2048, dtype="bfloat16", mask="none"):
     ],
 )
 def test_compiles(generation, which):
-    """One each, of the smallest; `tpu_static/test_attention.py` compiles 128 channels for v6e."""
+    """One of each pass, of those that compile fastest."""
     check(generation, which, [case(1, 256)])
 
 

@@ -41,16 +41,6 @@ def worse(found, expected):
 
 @needs_libtpu
 @needs_table
-def test_forward_on_v6e_is_no_slower():
-    table, shape = json.loads(TABLE.read_text()), Shape()
-    reports = attention.measure_passes(shape, generation="v6e", evaluate=False, passes=["forward"])
-    found = attention.row(reports["forward"], shape)
-    expected = table["v6e"]["128"]
-    assert worse({**expected, "forward": found}, expected) == []
-
-
-@needs_libtpu
-@needs_table
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("head_dim", attention.HEAD_DIMS)
