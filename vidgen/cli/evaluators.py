@@ -65,7 +65,7 @@ class RunPreviews:
                 mesh=self.mesh,
                 options=task.sampling_options(),
             )
-            if not task.conditioners:
+            if not any("image" in conditioner.fields for conditioner in task.conditioners):
                 return pipe(prompts)
             videos = [
                 pipe(prompt, image=clip["video"][0], seed=seed)

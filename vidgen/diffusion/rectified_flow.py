@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vidgen.core.errors import UserError
 from vidgen.core.tokens import Tokens
 from vidgen.core.typing import Array, Bool, Float
 
@@ -35,7 +36,12 @@ def velocity_loss(
     Returns:
       Error of each clip over its tokens in the loss, float32, and a mask of the clips present in each
       sequence. Absent clips have error 0: to average over clips, divide the sum by the number present.
+
+    Raises:
+      UserError: the tokens are packed and have `time_ids`: the number of clips is unknown.
     """
+    if tokens.clip_ids is not None and tokens.time_ids is not None:
+        raise UserError("velocity_loss: packed tokens have a timestep per clip; leave out time_ids")
     predicted = network(interpolate(tokens, noise, timestep), timestep).astype(jnp.float32)
     errors = jnp.square(predicted - (noise - tokens.patches)).mean(-1)
     membership, counted = tokens.of_clips(timestep.shape[1]), tokens.counted()

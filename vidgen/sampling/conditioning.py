@@ -294,6 +294,8 @@ class ClipImages:
 
     def from_request(self, request: Request, target: Target) -> Condition:
         shown = [image for image in (request.image, request.last_image) if image is not None]
+        if not shown:
+            raise UserError("image is missing: the model attends to features of an image")
         if target.model.dit.config.image_positions and len(shown) < 2:
             raise UserError("last_image is missing: the model generates videos from a first and a last frame")
         side = self.encoder.config.image_size

@@ -51,7 +51,7 @@ def pack_rows(
     """
     count = len(rows)
     dtype = next((clip["latents"].dtype for row in rows for clip in row), np.dtype(np.float16))
-    width = int(np.prod(dit.patch_size)) * dit.in_channels
+    width = int(np.prod(dit.patch_size)) * dit.velocity_channels
     patches = np.zeros((count, tokens_per_row, width), dtype)
     positions = np.zeros((count, tokens_per_row, 3), np.int32)
     clip_ids = np.zeros((count, tokens_per_row), np.int32)
@@ -84,8 +84,10 @@ def host_patches(
     Raises:
       UserError: the latents have other channels, or do not divide into patches.
     """
-    if latents.shape[-1] != dit.in_channels:
-        raise UserError(f"latents have {latents.shape[-1]} channels, the transformer takes {dit.in_channels}")
+    if latents.shape[-1] != dit.velocity_channels:
+        raise UserError(
+            f"latents have {latents.shape[-1]} channels, the transformer takes {dit.velocity_channels}"
+        )
     t, h, w = dit.token_grid(*latents.shape[:3])
     pt, ph, pw = dit.patch_size
     blocks = latents.reshape(t, pt, h, ph, w, pw, -1)

@@ -63,10 +63,10 @@ def check_latents(
         not support; a clip is longer than a packed row; or packed rows do not divide over the mesh.
     """
     records = data.source()
-    if records.info.channels != dit.in_channels:
+    if records.info.channels != dit.velocity_channels:
         raise ConfigError(
-            f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.in_channels "
-            f"is {dit.in_channels}"
+            f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.velocity_channels "
+            f"is {dit.velocity_channels}"
         )
     try:
         check_rows(run.batch_size, mesh, "rows", parts=run.grad_accumulation)

@@ -119,7 +119,7 @@ class DiT(nnx.Module):
         if embedder.streams is not None:
             x = x + embedder.streams.per_token(streams)
             attended |= embedder.streams.attended(streams)
-            of_clips = embedder.streams.per_clip(streams, timestep.shape[1])
+            of_clips = embedder.streams.per_clip(streams, 1 if tokens.clip_ids is None else timestep.shape[1])
         levels, time_ids = tokens.noise_levels(timestep)
         embedded, modulation = embedder.time(levels, of_clips)
         conditions = {
