@@ -65,8 +65,8 @@ def check_latents(
     records = data.source()
     if records.info.channels != dit.velocity_channels:
         raise ConfigError(
-            f"config.data.path: latents of {records.info.channels} channels, and config.task.dit.velocity_channels "
-            f"is {dit.velocity_channels}"
+            f"config.data.path: latents of {records.info.channels} channels, and the transformer of "
+            f"config.task.dit takes {dit.velocity_channels}"
         )
     try:
         check_rows(run.batch_size, mesh, "rows", parts=run.grad_accumulation)
