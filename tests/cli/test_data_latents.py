@@ -121,7 +121,7 @@ def test_it_is_evaluated_and_sampled_at_sizes_that_it_was_not_trained_on(packed,
         ("--config.data.path=nowhere", r"nowhere/latents\.json is missing: give a folder that `vidgen data"),
         (
             "--config.task.dit.in_channels=4",
-            r"latents of 8 channels, and config\.task\.dit\.in_channels is 4",
+            r"latents of 8 channels, and the transformer of config\.task\.dit takes 4",
         ),
         (
             "--config.task.dit.patch_size=(2,1,1)",
