@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import optax
 
 from vidgen.core.typing import PyTree
 
@@ -23,7 +22,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 def count(tree: PyTree) -> int:
     """Number of elements in the arrays of `tree`; shapes suffice (`jax.ShapeDtypeStruct`)."""
-    return optax.tree.size(_arrays(tree))
+    return sum(math.prod(leaf.shape) for leaf in _arrays(tree))
 
 
 def num_bytes(tree: PyTree) -> int:
