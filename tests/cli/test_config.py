@@ -35,7 +35,8 @@ def test_show_names_what_has_to_be_given_and_unknown_keys(capsys):
 def test_fields_lists_what_may_be_given_with_defaults(capsys):
     assert main(["config", "fields"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Experiment:\n  task = (to be given)  (VAETask | TextToVideoTask)\n")
+    roles = "VAETask | TextToVideoTask | your own ExperimentTask"
+    assert out.startswith(f"Experiment:\n  task = (to be given)  ({roles})\n")
     assert main(["config", "fields", "config.task.dit"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("DiTConfig:\n") and "\n  num_layers = " in out

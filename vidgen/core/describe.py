@@ -123,7 +123,8 @@ def _type(hint: Any) -> str:
     if arguments:
         inner = ", ".join("..." if a is Ellipsis else _type(a) for a in arguments)
         return f"{getattr(origin, '__name__', origin)}[{inner}]"
-    return getattr(hint, "__name__", str(hint))
+    name = getattr(hint, "__name__", str(hint))
+    return f"your own {name}" if getattr(hint, "_is_protocol", False) else name
 
 
 def _shown(value: Any) -> str:
