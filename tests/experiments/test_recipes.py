@@ -104,6 +104,15 @@ def test_its_updates_are_exported_alone_and_give_the_same_videos(lora_run, wan, 
     assert trained("noise", **call).shape == (5, 16, 16, 3)
 
 
+def test_it_is_exported_merged_in_diffusers_layout(lora_run, tmp_path):
+    out = tmp_path / "merged"
+    assert export.main([str(lora_run), "--format", "diffusers", "--out", str(out)]) == 0
+    mesh = MeshOptions().build()
+    expected = named_leaves(nnx.state(vidgen.load(lora_run, mesh=mesh).model.dit))
+    for name, leaf in named_leaves(nnx.state(load_diffusers(out / "transformer"))).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
 def test_captions_are_encoded_once(lora_run):
     kept = list(lora_run.with_name("captions").rglob("*.safetensors"))
     assert len(kept) >= 3, "two captions and the empty one"

@@ -68,7 +68,7 @@ def test_weights_that_are_of_no_use_are_reported_before_they_are_evaluated_or_sa
     class Diverges(toy.ToyTask):
         def loss(self, context):
             loss, metrics = super().loss(context)
-            return loss + jnp.where(step >= 2, jnp.inf, 0.0), metrics
+            return loss + jnp.where(context.step >= 2, jnp.inf, 0.0), metrics
 
     evaluator = Recorder(4)
     with pytest.raises(NonFiniteLoss, match="steps 3 to 4"):

@@ -38,12 +38,13 @@ def load_run(
       CheckpointError: it has no such checkpoint.
     """
     experiment = load_experiment(workdir)
+    # Of training: what the run recorded about its base does not depend on `dtype`.
+    abstract_constants = abstract_base(experiment.task, mesh)
     if dtype is not None:
         experiment = dataclasses.replace(experiment, task=experiment.task.with_dtype(dtype))
     task = experiment.task
     # The optimizer state is not read.
     abstract, graphdef = abstract_state(task, optax.identity(), mesh)
-    abstract_constants = abstract_base(task, mesh)
     step, params, buffers = restore_averaged(workdir, abstract, abstract_constants, step)
     buffers, base = nnx.split_state(buffers, Buffer, Constant)
     if not jax.tree.leaves(base):
