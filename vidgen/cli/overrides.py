@@ -77,6 +77,8 @@ def _split(spec: str) -> tuple[str, str, str]:
 
 
 def _import(path: pathlib.Path, spec: str) -> types.ModuleType:
+    if path.suffix != ".py":
+        raise ConfigError(f"--config={spec}: {path} is no Python file")
     try:
         return import_file(path)
     except SyntaxError as error:

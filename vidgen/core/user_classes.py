@@ -94,7 +94,7 @@ def import_file(path: pathlib.Path) -> types.ModuleType:
         del sys.modules[name]
     found = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
     if found is None or found.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is no Python file", name=package)
     sys.modules[package] = types.ModuleType(package)
     sys.modules[package].__path__ = [str(path.resolve().parent)]
     module = importlib.util.module_from_spec(found)
