@@ -189,11 +189,18 @@ def _in_role(value: Any, roles: Sequence[Any], where: str) -> Any:
     """`value`, an instance of a user's class, if it fills one of the roles."""
     if any(isinstance(value, role) for role in roles):
         return value
-    missing = [name for name in sorted(roles[0].__protocol_attrs__) if not hasattr(value, name)]
+    missing = [name for name in _members(roles[0]) if not hasattr(value, name)]
     raise ConfigError(
         f"{where}: {type(value).__name__} does not fill the role {roles[0].__name__}: it lacks "
         f"{', '.join(missing)}"
     )
+
+
+def _members(role: Any) -> list[str]:
+    """Public names of a Protocol."""
+    bases = [base for base in role.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _choose(classes: Sequence[Any], values: Any, where: str) -> Any:
@@ -220,6 +227,8 @@ def _convert_dataclass(cls: Any, values: Any, where: str) -> Any:
     if not _is_mapping(values):
         raise _wrong(where, values, f"a mapping with the fields of {cls.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if CLASS in values and values[CLASS] == f"{cls.__module__}:{cls.__qualname__}":
+        values = {key: values[key] for key in values if key != CLASS}
     for key in values:
         if key not in fields:
             raise ConfigError(
