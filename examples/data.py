@@ -21,7 +21,6 @@ class Bars(VideoData):
     height: int = 16
     width: int = 16
     fps: float = 8.0
-    buckets: tuple = ()  # Other sizes, each a source of `bucket_sources()`.
 
     def source(self):
         return BarClips(self)

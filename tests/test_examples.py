@@ -54,10 +54,9 @@ def test_a_conditioner_is_trained_and_sampled_when_its_author_is_trusted(tiny_ru
 
 
 def test_a_stepper_and_a_guidance():
-    options = [load_config(str(FOLDER / f"{name}.py"), []) for name in ("stepper", "guidance")]
     stepper, guidance = (
-        getattr(resolve(Experiment, values).task.sampling, name)
-        for values, name in zip(options, ("stepper", "guidance"), strict=True)
+        getattr(resolve(Experiment, load_config(str(FOLDER / f"{name}.py"), [])).task.sampling, name)
+        for name in ("stepper", "guidance")
     )
     # dx/dt = x from t = 1 to 0 divides by e. Of second order: half the step, a quarter of the error.
     run = lambda n: float(  # noqa: E731

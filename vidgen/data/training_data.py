@@ -44,6 +44,7 @@ class VideoData:
     """Base of data options whose batches are videos; subclasses are frozen dataclasses."""
 
     packing: ClassVar[None] = None
+    buckets: tuple[Any, ...] = ()
 
     @property
     def clips(self: D) -> D:
@@ -52,6 +53,10 @@ class VideoData:
     def source(self) -> ClipSource:
         """Clips of the data's own size."""
         raise NotImplementedError
+
+    def bucket_sources(self) -> tuple[ClipSource, ...]:
+        """Clips of each of the `buckets`."""
+        return ()
 
     def heldout(self) -> "VideoData":
         """Options of held-out clips; of the training clips if none are held out."""

@@ -49,9 +49,9 @@ def forbidden():
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_features_are_those_of_the_encoder_and_zeros_beyond_the_prompt(make, encoder, count):
     prompts = ["abc", "", "defghij", "z", "abcdefghijk"][:count]
-    condition = make(batch_size=3)(prompts)
-    assert condition.mask is None and condition.text.shape == (count, 12, 16)
-    for row, prompt in zip(np.asarray(condition.text), prompts, strict=True):
+    stream = make(batch_size=3)(prompts)
+    assert stream.mask is None and stream.features.shape == (count, 12, 16)
+    for row, prompt in zip(np.asarray(stream.features), prompts, strict=True):
         tokens, mask = map(jnp.asarray, Letters()([prompt]))
         used = len(prompt) + 1
         np.testing.assert_allclose(row[:used], encoder(tokens, mask)[0, :used], rtol=1e-5, atol=1e-5)
