@@ -157,7 +157,7 @@ def test_a_source_that_moved_is_named_with_the_option_that_gives_its_path(plain,
 
 
 def test_other_weights_in_its_place_are_an_error(plain, source, tmp_path):
-    train(tmp_path / "other", plain, seed=5)
+    train(tmp_path / "other", plain, num_steps=3, seed=5)
     train(tmp_path / "run", with_lora(plain), init_from=str(source))
     with pytest.raises(CheckpointError, match=r"other weights than those of run\.init_from"):
         train(tmp_path / "run", with_lora(plain), num_steps=2, init_from=str(tmp_path / "other"))
@@ -169,6 +169,9 @@ def test_the_source_is_read_at_the_step_that_the_run_began_with(plain, tmp_path)
     before = weights(tmp_path / "run")
     train(tmp_path / "source", plain, num_steps=2, keep=2)
     same(before, weights(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "source" / "checkpoints" / "1")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1; there are \[2\].*init_from=PATH"):
+        load_run(tmp_path / "run", MESH)
 
 
 def test_a_base_without_a_source_is_in_the_workdir_once(plain, tmp_path):

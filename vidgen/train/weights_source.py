@@ -107,7 +107,13 @@ def base_weights(workdir: pathlib.Path, run: RunOptions, wanted: Mapping[str, An
             f"{workdir} trains a LoRA on the weights of run.init_from={run.init_from!r}, which is missing: "
             f"{BaseFiles.REMEDY}"
         )
-    return find_weights(run.init_from, wanted, step=files.record().step)
+    step = files.record().step
+    try:
+        return find_weights(run.init_from, wanted, step=step)
+    except CheckpointError as error:
+        if step is None:
+            raise
+        raise CheckpointError(f"{error}. {workdir} trains a LoRA on them: {BaseFiles.REMEDY}") from error
 
 
 def find_weights(
