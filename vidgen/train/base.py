@@ -19,9 +19,10 @@ from vidgen.core import rng
 from vidgen.core.tree import named_leaves
 from vidgen.nn.variables import Constant
 from vidgen.parallel import processes
+from vidgen.train.base_files import BaseFiles
 from vidgen.train.options import RunOptions
 from vidgen.train.task import Task
-from vidgen.train.weights_source import BaseFiles, Weights, base_weights
+from vidgen.train.weights_source import Weights, base_weights
 
 __all__ = ["load_base", "save_base"]
 

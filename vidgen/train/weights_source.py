@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vidgen.ckpt.checked_weights import verify_weights
 from vidgen.ckpt.manager import CheckpointError, CheckpointManager
 from vidgen.ckpt.weights import load_weights
-from vidgen.core.config import resolve
-from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.core.paths import hub_remedy
 from vidgen.core.tree import named_leaves
 from vidgen.models.dit.diffusers_folder import is_transformer, load_arrays
 from vidgen.nn.lora import ATTRIBUTE
+from vidgen.train.base_files import BaseFiles
 from vidgen.train.experiment import load_experiment
 from vidgen.train.options import RunOptions
 from vidgen.train.vae_folder import has_vae, load_vae
 
-__all__ = ["BaseFiles", "Weights", "base_weights", "find_weights", "is_lora"]
+__all__ = ["Weights", "base_weights", "find_weights", "is_lora"]
 
 _log = get_logger(__name__)
 
@@ -44,48 +43,6 @@ class Weights:
     origin: str = ""
     step: int | None = None
     exact: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseRecord:
-    """Weights of `run.init_from` that a LoRA run began with.
-
-    Attributes:
-      step: step of the run that they come from.
-      digests: of the arrays in the dtypes of training; empty if they were not exact.
-    """
-
-    step: int | None = None
-    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseFiles:
-    """Files of a LoRA run about its base."""
-
-    workdir: pathlib.Path
-
-    REMEDY: ClassVar[str] = (
-        "give the path of those weights to `vidgen train` with --config.run.init_from=PATH, or as "
-        "run.init_from in the run's config.json"
-    )
-
-    @property
-    def weights(self) -> pathlib.Path:
-        """The base itself, if the run has it from no source."""
-        return self.workdir / "base" / "model.safetensors"
-
-    @property
-    def source(self) -> pathlib.Path:
-        """JSON of a `BaseRecord`."""
-        return self.workdir / "base" / "source.json"
-
-    def record(self) -> BaseRecord:
-        """The record; empty if there is none."""
-        if not self.source.exists():
-            return BaseRecord()
-        values = read_json(self.source, remedy="remove it, if run.init_from has not changed since")
-        return resolve(BaseRecord, values, where=str(self.source))
 
 
 def base_weights(workdir: pathlib.Path, run: RunOptions, wanted: Mapping[str, Any]) -> Weights:
