@@ -1,11 +1,12 @@
 """`vidgen train`: trains an experiment, or resumes it."""
 
 import argparse
+import contextlib
 import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vidgen.cli.main import run
@@ -76,6 +77,29 @@ def _dry_run(workdir: pathlib.Path, experiment, task, mesh) -> int:
 
 
 def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> int:
+    from vidgen.parallel import processes
+
+    with _unchanged_if_refused(workdir, processes.is_main_process()):
+        return _claimed(workdir, experiment, task, mesh, command)
+
+
+@contextlib.contextmanager
+def _unchanged_if_refused(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
+    """Restores config.json if the run's checkpoint or source is refused before a step was saved."""
+    from vidgen.ckpt.manager import CheckpointError
+
+    path = workdir / "config.json"
+    saved = lambda: sorted(workdir.glob("checkpoints/*"))  # noqa: E731
+    before, steps = path.read_bytes() if path.exists() else None, saved()
+    try:
+        yield
+    except CheckpointError:
+        if is_main and before is not None and saved() == steps:
+            path.write_bytes(before)
+        raise
+
+
+def _claimed(workdir: pathlib.Path, experiment, task, mesh, command: str) -> int:
     from vidgen.cli.evaluators import evaluators
     from vidgen.parallel import processes
     from vidgen.train.experiment import claim_workdir

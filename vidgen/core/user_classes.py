@@ -80,23 +80,28 @@ def load_class(name: Any, where: str) -> type:
     return found
 
 
-def import_file(path: pathlib.Path) -> types.ModuleType:
+def import_file(path: pathlib.Path, *, again: bool = True) -> types.ModuleType:
     """Imports a file as a module; `from . import other` in it imports other.py of the same folder.
 
     The folder becomes a package with a unique name, so that neither the current folder nor an installed
-    package shadows it. Files are read again on every call.
+    package shadows it.
+
+    Args:
+      again: reads the files of this folder again that were imported before.
 
     Raises:
       ImportError: the file is no Python file, or what it imports is missing.
     """
     package = _package(path)
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        del sys.modules[name]
+    if again:
+        for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+            del sys.modules[name]
     found = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
     if found is None or found.loader is None:
         raise ImportError(f"{path} is no Python file", name=package)
-    sys.modules[package] = types.ModuleType(package)
-    sys.modules[package].__path__ = [str(path.resolve().parent)]
+    if package not in sys.modules:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(path.resolve().parent)]
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module
     found.loader.exec_module(module)
@@ -122,7 +127,7 @@ def _module(place: str, what: str) -> types.ModuleType:
     if is_file and not path.is_file():
         raise UserError(f"{what}: there is no file {path}: put it there, or correct the path in the config")
     try:
-        return import_file(path) if is_file else importlib.import_module(place)
+        return import_file(path, again=False) if is_file else importlib.import_module(place)
     except ImportError as error:
         raise UserError(f"{what} cannot be imported ({error}): install it, or set PYTHONPATH") from error
 

@@ -29,7 +29,7 @@ from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transfor
 from vidgen.pipeline.importing import import_checkpoint, new_folder
 from vidgen.pipeline.parts import copy_part
 from vidgen.pipeline.sampling_file import read_defaults, write_defaults, write_scheduler
-from vidgen.sampling.conditioning import FirstFrame
+from vidgen.sampling.conditioning import ConcatFrames, FirstFrame
 from vidgen.sampling.published import SamplingDefaults
 from vidgen.train.restore import load_run
 from vidgen.train.text_to_video_task import TextToVideoTask
@@ -80,6 +80,11 @@ def export(
         save_lora(_single(model), target, spelling)
         return
     merge_low_rank(model)
+    if model.dit.config.streams and format != "orbax":
+        raise UserError(
+            f"{format} cannot hold the transformer's streams, which other programs do not know "
+            f"({', '.join(stream.name for stream in model.dit.config.streams)}): use the format orbax"
+        )
     with new_folder(target) as folder:
         write_defaults(folder, defaults)
         if format == "diffusers":
@@ -135,7 +140,7 @@ def _write_diffusers(
     save_diffusers(dit, folder / "transformer")
     vae_folder.save_diffusers(vae, folder / "vae")
     index = {
-        "_class_name": "WanImageToVideoPipeline" if kinds else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if {FirstFrame, ConcatFrames} & {*kinds} else "WanPipeline",
         "expand_timesteps": FirstFrame in kinds,
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],

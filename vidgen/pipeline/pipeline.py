@@ -116,6 +116,8 @@ class Pipeline:
             finished; without it steps are enqueued without waiting, and the only event is the last.
           preview_every: steps between previews, each of which costs a decoding; None makes none.
         """
+        if preview_every is not None and (not isinstance(preview_every, int) or preview_every < 1):
+            raise UserError(f"preview_every={preview_every}: expected a number of steps from 1, or None")
         size = request.size(self.size)
         options = request.options(self.options)
         with jax.set_mesh(self.mesh), _memory_errors(size, len(request.prompts)):
@@ -189,6 +191,8 @@ class Pipeline:
             return seeded_noise(range(request.seed, request.seed + count), shape)
         if request.noise.shape != (count, *shape):
             raise UserError(f"noise has the shape {request.noise.shape}; expected {(count, *shape)}")
+        if not np.isfinite(request.noise).all():
+            raise UserError("noise has values that are not finite")
         return jnp.asarray(request.noise, jnp.float32)
 
     def _condition(self, request: Request, target: Target) -> Condition:

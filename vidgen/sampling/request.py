@@ -77,11 +77,18 @@ class Request:
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.prompts:
+        examples = {"stepper": "Euler()", "guidance": "ClassifierFree()", "cache": "TeaCache()"}
+        for name, example in examples.items():
+            if isinstance(getattr(self, name), str | int | float):
+                raise UserError(f"{name}={getattr(self, name)!r}: give an object, for instance {example}")
+        if not isinstance(self.seed, int | np.integer):
+            raise UserError(f"seed={self.seed!r}: expected a whole number")
+        if not isinstance(self.prompt, str | Sequence) or not self.prompts:
             raise UserError("found no prompt: give at least one")
-        require_text(self.negative_prompt, "negative_prompt")
-        for text in self.prompts:
-            require_text(text, "prompt")
+        for name, text in (("negative_prompt", self.negative_prompt), *(("prompt", x) for x in self.prompts)):
+            if not isinstance(text, str):
+                raise UserError(f"{name}: found {text!r}, expected text")
+            require_text(text, name)
 
     @property
     def prompts(self) -> list[str]:

@@ -1,7 +1,7 @@
 """The timesteps of a sampler."""
 
 import dataclasses
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class TimeGrid:
 
     def __post_init__(self):
         check_fields(self)
+        if self.convention not in get_args(Convention):
+            raise UserError(
+                f"convention={self.convention!r}: expected one of {', '.join(get_args(Convention))}"
+            )
 
     def for_tokens(self, num_tokens: int) -> "TimeGrid":
         """The grid for clips of `num_tokens` tokens, with a number as shift."""

@@ -9,6 +9,7 @@ from vidgen.core.config import ConfigError, resolve, to_dict
 from vidgen.core.files import read_json
 from vidgen.core.logging import get_logger
 from vidgen.core.paths import hub_remedy
+from vidgen.core.user_classes import CLASS
 from vidgen.data.folder import FolderData
 from vidgen.data.latents_data import LatentsData
 from vidgen.data.sprites.source import SpritesData
@@ -60,7 +61,8 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
 def _upgraded(values: Any) -> Any:
     """Values of a config.json with the options of earlier versions replaced by today's."""
     task = values.get("task") if isinstance(values, dict) else None
-    if not isinstance(task, dict) or "images" not in task:
+    old = isinstance(task, dict) and task.get("kind") == "text_to_video" and CLASS not in task
+    if not old or task.get("images", "") not in (None, "beside", "first"):
         return values
     kept = {name: value for name, value in task.items() if name not in ("images", "image_share")}
     conditioners = {
@@ -81,7 +83,7 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
       write: False on processes that only check.
 
     Returns:
-      The experiment to run; a `run.schedule_steps` of None is replaced by that of the run so far.
+      The experiment to run; `run.schedule_steps` and `run.init_from` of None are those of the run so far.
 
     Raises:
       ConfigError: the folder belongs to another experiment (the message names the keys that differ), or it
@@ -94,6 +96,8 @@ def claim_workdir(experiment: Experiment, workdir: pathlib.Path | str, *, write:
         old_run = dataclasses.replace(old.run, schedule_steps=old.run.schedule_length)
         if run.schedule_steps is None:
             run = dataclasses.replace(run, schedule_steps=old_run.schedule_steps)
+        if run.init_from is None:
+            run = dataclasses.replace(run, init_from=old_run.init_from)
         experiment = dataclasses.replace(experiment, run=run)
         check_changes(to_dict(dataclasses.replace(old, run=old_run)), to_dict(experiment), workdir)
     elif any((path.parent / "checkpoints").glob("[0-9]*")):

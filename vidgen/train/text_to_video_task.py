@@ -211,9 +211,7 @@ class TextToVideoTask(VideoTask):
             )
             clips = ClipBatch(patches=packed.patches, positions=packed.positions, clip_ids=packed.clip_ids)
             captions = packed.captions
-        for conditioner in self.all_conditioners:
-            clips = clips._replace(conditions={**clips.conditions, **conditioner.host(captions)})
-        return clips
+        return clips._replace(conditions=_joined([c.host(captions) for c in self.all_conditioners]))
 
     @functools.cached_property
     def _long_captions(self) -> LongCaptions:
@@ -221,9 +219,8 @@ class TextToVideoTask(VideoTask):
 
     def batch_spec(self, data: Any, batch_size: int) -> BatchSpec:
         batch = empty_batch(data)
-        conditions: dict[str, jax.ShapeDtypeStruct] = {}
-        for conditioner in self.all_conditioners:
-            conditions |= conditioner.host_spec(batch_size, batch.get("clips_per_row", 1))
+        clips = batch.get("clips_per_row", 1)
+        conditions = _joined([c.host_spec(batch_size, clips) for c in self.all_conditioners])
         without = dataclasses.replace(self, text_encoder=None, conditioners=()).arrays(batch)
         return spec_of(without, batch_size)._replace(conditions=conditions)
 
@@ -306,3 +303,13 @@ class TextToVideoTask(VideoTask):
             mean = mean_weight(self.weighting, self.density, num_tokens)
             weight = self.weighting.weight(timestep) / mean
         return timestep.reshape(sequences, clips), weight.reshape(sequences, clips)
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays of all conditioners by name."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        if taken := sorted(joined.keys() & part.keys()):
+            raise UserError(f"two conditioners make an array {taken[0]!r}: rename that of your own")
+        joined |= part
+    return joined
