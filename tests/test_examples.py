@@ -40,6 +40,7 @@ def test_data_and_a_task_are_trained(name, tmp_path):
     assert load_experiment(tmp_path) == load_experiment(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_conditioner_is_trained_and_sampled_when_its_author_is_trusted(tiny_runs, tmp_path):
     train_example("conditioner", tmp_path, f"--config.task.vae={tiny_runs.vae}", "--config.run.eval_every=0")
     for module in [module for module in sys.modules if module.startswith("_vidgen_config_")]:
