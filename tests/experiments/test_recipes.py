@@ -17,7 +17,7 @@ from vidgen.core.tree import named_leaves
 from vidgen.data.video_io import save_video
 from vidgen.models.dit.diffusers_folder import load_diffusers, read_config
 from vidgen.parallel.mesh import MeshOptions
-from vidgen.sampling.conditioning import ConcatFrames
+from vidgen.sampling.conditioners import ConcatFrames
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 EXPERIMENT = "experiments/dit/wan.py"

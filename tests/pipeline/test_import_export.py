@@ -25,7 +25,7 @@ from vidgen.models.dit.diffusers_folder import load_diffusers
 from vidgen.models.dit.wan_file import load_wan, save_wan
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.pipeline.importing import import_checkpoint, new_folder
-from vidgen.sampling.conditioning import ConcatFrames
+from vidgen.sampling.conditioners import ConcatFrames
 
 torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,11 +14,9 @@ from vidgen.core.streams import CONCAT_LATENTS, TEXT, Stream
 from vidgen.core.tokens import Tokens, patchify
 from vidgen.nn.embeddings import grid_positions
 from vidgen.parallel.mesh import MeshOptions
+from vidgen.sampling.conditioners import ConcatFrames, FirstFrame, Prompts
 from vidgen.sampling.conditioning import (
-    ConcatFrames,
     Condition,
-    FirstFrame,
-    Prompts,
     Target,
     TrainingClips,
     TrainingConditioner,

@@ -14,7 +14,7 @@ from vidgen.models.video_vae.config import VAEConfig
 from vidgen.models.video_vae.model import VideoVAE
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.pipeline import Pipeline
-from vidgen.sampling.conditioning import Prompts
+from vidgen.sampling.conditioners import Prompts
 from vidgen.sampling.options import SamplingOptions
 from vidgen.sampling.time_grid import TimeGrid
 

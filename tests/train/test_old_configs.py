@@ -6,7 +6,7 @@ import pytest
 
 from vidgen.core.config import to_dict
 from vidgen.data.sprites.source import SpritesData
-from vidgen.sampling.conditioning import ConcatFrames, FirstFrame
+from vidgen.sampling.conditioners import ConcatFrames, FirstFrame
 from vidgen.train.experiment import Experiment, load_experiment
 from vidgen.train.options import RunOptions
 from vidgen.train.text_to_video_task import TextToVideoTask

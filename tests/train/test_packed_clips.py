@@ -24,7 +24,8 @@ from vidgen.nn.embeddings import grid_positions
 from vidgen.parallel import processes
 from vidgen.parallel.mesh import MeshOptions
 from vidgen.parallel.rules import shardings
-from vidgen.sampling.conditioning import FirstFrame, TrainingClips
+from vidgen.sampling.conditioners import FirstFrame
+from vidgen.sampling.conditioning import TrainingClips
 from vidgen.train.captions import ByteCaptions
 from vidgen.train.packed_clips import host_patches, pack_rows
 from vidgen.train.task import Context

@@ -19,6 +19,8 @@ __all__ = ["main"]
 
 _log = get_logger(__name__)
 
+_RESTORE = "restore it, or use another workdir"
+
 _EPILOG = """\
 examples:
   vidgen train --config=experiments/vae/sprites.py:tiny --workdir=runs/vae
@@ -86,16 +88,18 @@ def _train_in(workdir: pathlib.Path, experiment, task, mesh, command: str) -> in
 @contextlib.contextmanager
 def _unchanged_if_refused(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
     """Restores config.json if the run's checkpoint or source is refused before a step was saved."""
+    from vidgen.ckpt.json_files import write_json
     from vidgen.ckpt.manager import CheckpointError
+    from vidgen.core.files import read_json
 
     path = workdir / "config.json"
     saved = lambda: sorted(workdir.glob("checkpoints/*"))  # noqa: E731
-    before, steps = path.read_bytes() if path.exists() else None, saved()
+    before, steps = read_json(path, remedy=_RESTORE) if path.exists() else None, saved()
     try:
         yield
     except CheckpointError:
         if is_main and before is not None and saved() == steps:
-            path.write_bytes(before)
+            write_json(path, before)
         raise
 
 

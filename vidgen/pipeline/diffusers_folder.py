@@ -30,7 +30,8 @@ from vidgen.models.video_vae import diffusers_folder as vae_folder
 from vidgen.parallel.rules import shardings
 from vidgen.pipeline.pipeline import Pipeline
 from vidgen.pipeline.sampling_file import read_defaults, read_scheduler
-from vidgen.sampling.conditioning import ClipImages, ConcatFrames, Conditioner, FirstFrame, Prompts
+from vidgen.sampling.conditioners import ClipImages, ConcatFrames, FirstFrame, Prompts
+from vidgen.sampling.conditioning import Conditioner
 from vidgen.train.text_features import TextFeatures
 
 __all__ = [

@@ -29,7 +29,7 @@ from vidgen.pipeline.diffusers_folder import INDEX, is_checkpoint, load_transfor
 from vidgen.pipeline.importing import import_checkpoint, new_folder
 from vidgen.pipeline.parts import copy_part
 from vidgen.pipeline.sampling_file import read_defaults, write_defaults, write_scheduler
-from vidgen.sampling.conditioning import ConcatFrames, FirstFrame
+from vidgen.sampling.conditioners import ConcatFrames, FirstFrame
 from vidgen.sampling.published import SamplingDefaults
 from vidgen.train.restore import load_run
 from vidgen.train.text_to_video_task import TextToVideoTask

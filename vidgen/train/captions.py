@@ -15,7 +15,8 @@ from vidgen.models.dit.config import DiTConfig
 from vidgen.models.text.config import ByteEncoderConfig
 from vidgen.models.text.tokenizer import tokenize
 from vidgen.models.video_vae.config import VAEConfig
-from vidgen.sampling.conditioning import Condition, Prompts, Target, TrainingClips
+from vidgen.sampling.conditioners import Prompts
+from vidgen.sampling.conditioning import Condition, Target, TrainingClips
 from vidgen.sampling.request import Request
 from vidgen.train.text_features import TextFeatures
 

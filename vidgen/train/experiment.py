@@ -61,8 +61,9 @@ def load_experiment(workdir: pathlib.Path | str) -> Experiment:
 def _upgraded(values: Any) -> Any:
     """Values of a config.json with the options of earlier versions replaced by today's."""
     task = values.get("task") if isinstance(values, dict) else None
-    old = isinstance(task, dict) and task.get("kind") == "text_to_video" and CLASS not in task
-    if not old or task.get("images", "") not in (None, "beside", "first"):
+    if not isinstance(task, dict) or task.get("kind") != "text_to_video" or CLASS in task:
+        return values
+    if task.get("images", "") not in (None, "beside", "first"):
         return values
     kept = {name: value for name, value in task.items() if name not in ("images", "image_share")}
     conditioners = {

@@ -34,13 +34,8 @@ from vidgen.nn.lora import LoRAOptions, add_low_rank
 from vidgen.nn.variables import Constant, freeze
 from vidgen.parallel import processes
 from vidgen.parallel.processes import check_tokens
-from vidgen.sampling.conditioning import (
-    AnyConditioner,
-    TrainingClips,
-    TrainingConditioner,
-    check_conditioners,
-    merged,
-)
+from vidgen.sampling.conditioners import AnyConditioner
+from vidgen.sampling.conditioning import TrainingClips, TrainingConditioner, check_conditioners, merged
 from vidgen.sampling.options import SamplingOptions
 from vidgen.train.batch_spec import BatchSpec, empty_batch, spec_of
 from vidgen.train.captions import ByteCaptions, EncodedCaptions
@@ -141,8 +136,8 @@ class TextToVideoTask(VideoTask):
 
     def check(self, data: Any, run: RunOptions, mesh: Mesh) -> None:
         if data.packing is not None:
-            check_preview(data, self.check_size)
             self._check_conditioners_of_latents()
+            check_preview(data, self.check_size)
             check_latents(data, self.dit, self.vae, run, mesh)
             return
 
